@@ -1,0 +1,149 @@
+"""The window: how many requests are at work at once. A semaphore whose size can change while it is held."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+
+
+class Window:
+    """Slots for work, handed out first come, first served.
+
+    Use it as ``async with window`` around one piece of work, or let `run_batch` fill it. Work that only waits (for a
+    retry, say) steps aside with ``async with window.aside()`` and frees its slot meanwhile.
+
+    Belongs to one event loop.
+
+    Args:
+        limit: Slots there are. May be changed at any time: a smaller one takes effect as slots come back.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._active = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._fillers: list[Callable[[], None]] = []
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        self._limit = limit
+        self._hand_over()
+
+    @property
+    def active(self) -> int:
+        """Slots taken."""
+        return self._active
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody waits for a slot, or more are taken than there should be."""
+        return bool(self._waiting) or self._active > self._limit
+
+    def try_enter(self) -> bool:
+        """Take a slot if one is free and nobody was first."""
+        if self._waiting or self._active >= self._limit:
+            return False
+        self._active += 1
+        return True
+
+    async def enter(self, *, first: bool = False) -> None:
+        """Take a slot, waiting for one; ``first`` goes before all others that wait."""
+        if self.try_enter():
+            return
+        turn = asyncio.get_running_loop().create_future()
+        if first:
+            self._waiting.appendleft(turn)
+        else:
+            self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # the slot came in the same moment
+                self.leave()
+            else:
+                self._waiting.remove(turn)
+            raise
+
+    def leave(self) -> None:
+        """Give a slot back."""
+        self._active -= 1
+        self._hand_over()
+
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """Give the slot back for a while, and take one again before going on."""
+        self.leave()
+        try:
+            yield
+        finally:
+            await self.enter(first=True)
+
+    def add_filler(self, fill: Callable[[], None]) -> None:
+        """Have ``fill`` called whenever a slot is free and nobody waits for it."""
+        self._fillers.append(fill)
+
+    def remove_filler(self, fill: Callable[[], None]) -> None:
+        self._fillers.remove(fill)
+
+    async def __aenter__(self) -> None:
+        await self.enter()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.leave()
+
+    def _hand_over(self) -> None:
+        while self._waiting and self._active < self._limit:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._active += 1
+                turn.set_result(None)
+        if self._active < self._limit:
+            for fill in tuple(self._fillers):
+                fill()
+
+
+class SoftStart:
+    """Opens a `Window` step by step until the first answer comes, then at once.
+
+    It starts with a few requests and doubles them every ``step_s``, so that a wrong key or a dead server meets a
+    handful of requests and not the whole window, and a healthy one costs no time worth measuring.
+    """
+
+    FIRST = 4
+
+    def __init__(self, window: Window, *, step_s: float = 0.1) -> None:
+        self._window = window
+        self._target = window.limit
+        self._step_s = step_s
+        self._timer: asyncio.TimerHandle | None = None
+        if self._target > self.FIRST:
+            window.limit = self.FIRST
+            self._timer = asyncio.get_running_loop().call_later(step_s, self._double)
+
+    def open(self) -> None:
+        """An answer came: open the window."""
+        if self._timer is not None:
+            self.close()
+            self._window.limit = self._target
+
+    def close(self) -> None:
+        """Stop growing."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _double(self) -> None:
+        limit = min(2 * self._window.limit, self._target)
+        self._timer = None
+        if limit < self._target:
+            self._timer = asyncio.get_running_loop().call_later(self._step_s, self._double)
+        self._window.limit = limit

@@ -1,0 +1,206 @@
+"""Every error that runner raises, in one tree.
+
+RunnerError
+├── ConfigError                    the configuration cannot be run; names the key and the way out
+│   └── DatasetError               the dataset cannot be read; names the file and the line
+├── StoreError                     a results.sqlite that cannot be used; names the file
+├── RunStopped                     the run cannot go on; everything settled so far is kept
+│   ├── Interrupted                a signal asked for the end
+│   └── SystemicError              every request would fail the same way (a wrong key, no server)
+└── ItemError                      one item failed; a value in a batch, never the end of a run
+    ├── RowError                   the row cannot be turned into a request
+    └── RequestError               the request was sent, or tried to be, and was not answered well
+        ├── APIConnectionError     the connection broke before the answer was whole
+        │   └── ConnectError       there was none: nobody listens, the name is unknown; nothing was sent
+        ├── Timeout                no answer in time; what it cost is unknown
+        ├── BadRequestError        400, 409 without retry, 422 and every other refusal of the request itself
+        │   ├── ContextWindowExceededError
+        │   ├── ContentPolicyViolationError
+        │   └── RequestTooLargeError   413, or larger than this client sends
+        ├── AuthenticationError    401
+        ├── PermissionDeniedError  403
+        ├── NotFoundError          404: no such model or path
+        ├── RateLimitError         429
+        │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
+        ├── InternalServerError    5xx
+        │   └── ServiceUnavailableError  503, 529: this replica is overloaded
+        └── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+
+The names below RequestError are those that LiteLLM and the OpenAI SDK use.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, ClassVar
+
+
+class RunnerError(Exception):
+    """The root: ``except RunnerError`` catches whatever runner raises on purpose."""
+
+
+class ConfigError(RunnerError):
+    """The configuration or an argument cannot be used. Nothing was sent."""
+
+
+class DatasetError(ConfigError):
+    """The dataset as a whole cannot be read. Nothing was sent."""
+
+
+class StoreError(RunnerError):
+    """The run's database cannot be opened, read or written."""
+
+
+class RunStopped(RunnerError):
+    """The run ended before its last row. What was settled is stored, and the same command resumes it."""
+
+    reason: ClassVar[str] = "stopped"
+
+
+class Interrupted(RunStopped):
+    """SIGINT or SIGTERM came.
+
+    Args:
+        signum: The signal's number.
+    """
+
+    reason = "interrupted"
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Interrupted, (self.signum,)
+
+
+class SystemicError(RunStopped):
+    """The same failure meets every request: going on would only burn the dataset."""
+
+    reason = "systemic-error"
+
+
+class ItemError(RunnerError):
+    """One item failed. ``status`` is the HTTP status, where there was one."""
+
+    status: int | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """The ``error`` column of a result: ``{type, message, status}``."""
+        return {"type": type(self).__name__, "message": str(self), "status": self.status}
+
+
+class RowError(ItemError):
+    """The row cannot be turned into a request; the message names its place in the dataset."""
+
+
+class RequestError(ItemError):
+    """A request failed.
+
+    Args:
+        message: What happened, in one line, with the server's own words where it gave some.
+        status: HTTP status, if an HTTP answer came.
+        retry_after_s: The server's hint: do not try again for so many seconds.
+        headers: The answer's headers, lower-case names.
+    """
+
+    retryable: ClassVar[bool] = False
+    """Whether the same request can succeed when it is sent again."""
+
+    billing: ClassVar[str] = "free"
+    """``free`` if a request that ends so is not charged, ``unknown`` if it may have been."""
+
+    pauses: ClassVar[bool] = False
+    """Whether everyone who shares the quota should wait too."""
+
+    systemic: ClassVar[bool] = False
+    """Whether every other request is bound to fail the same way."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.headers = headers or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.status, self.retry_after_s, self.headers)
+
+
+def _rebuild(
+    kind: type[RequestError], message: str, status: int | None, retry_after_s: float | None, headers: dict[str, str]
+) -> RequestError:
+    return kind(message, status=status, retry_after_s=retry_after_s, headers=headers)
+
+
+class APIConnectionError(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class ConnectError(APIConnectionError):
+    billing = "free"
+
+
+class Timeout(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class BadRequestError(RequestError):
+    """The request itself is refused."""
+
+
+class ContextWindowExceededError(BadRequestError):
+    """The prompt and the reserved output do not fit the model's context."""
+
+
+class ContentPolicyViolationError(BadRequestError):
+    """The provider's content filter refused the prompt or the answer."""
+
+
+class RequestTooLargeError(BadRequestError):
+    """The request, or its answer, is larger than one side accepts."""
+
+
+class AuthenticationError(RequestError):
+    systemic = True
+
+
+class PermissionDeniedError(RequestError):
+    systemic = True
+
+
+class NotFoundError(RequestError):
+    systemic = True
+
+
+class RateLimitError(RequestError):
+    retryable = True
+    pauses = True
+
+
+class InsufficientQuotaError(RateLimitError):
+    retryable = False
+    systemic = True
+
+
+class InternalServerError(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class ServiceUnavailableError(InternalServerError):
+    billing = "free"
+
+
+class APIResponseError(RequestError):
+    retryable = True
+    billing = "unknown"

@@ -1,0 +1,436 @@
+"""An experiment: a dataset, a prompt and a model in; stored, scored and logged results out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import orjson
+
+from runner.batch import Stop, chunked, run_batch
+from runner.concurrency import SoftStart, Window
+from runner.config import Resume, RunnerConfig, check, replicas
+from runner.errors import (
+    ConfigError,
+    ConnectError,
+    Interrupted,
+    ItemError,
+    RequestError,
+    RowError,
+    StoreError,
+    SystemicError,
+)
+from runner.identity import dump_json
+from runner.metrics import Meter, Snapshot
+from runner.progress import Progress, open_progress
+from runner.results import replace_file, result_rows, summarize, write_jsonl
+from runner.retry import failed_attempt
+from runner.stack import open_stack
+from runner.store import Claim, Outcome, Store
+from runner.tracker import Outcome as Ending
+from runner.tracker import Tracker, open_tracker
+from runner.transports import check_addresses
+from runner.types import Client, Generation, Response, TokenUsage, Trace
+from runner.workload import Item, Workload, claimed_chunk_size
+
+FINISHED, SOME_FAILED, STOPPED = 0, 3, 4
+"""Exit codes. A `ConfigError` is 2, an interrupt 128 + signal."""
+
+_GRACE_S = 10.0
+"""How long an interrupted run waits for the answers that are on their way, since they are paid for."""
+
+_REDRAW_S = 0.2
+_SUSPECTS = 3
+"""Rows that must fail the same systemic way, with no success between, before the run gives up."""
+
+_UNREACHED = 8
+"""Rows that must find nobody at the address, with no success between, before the run gives up."""
+
+Claimed: TypeAlias = tuple[Item, int]
+"""An item and its occurrence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How an experiment ended."""
+
+    exit_code: int
+    summary: Mapping[str, Any]  # the content of summary.json
+    message: str | None = None  # why it stopped
+
+
+async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mapping[str, Any] | None = None) -> Report:
+    """Run ``config`` in ``folder``, or go on with the run that is there.
+
+    What is settled is in ``folder/results.sqlite`` at any moment; ``results.jsonl`` and ``summary.json`` are written
+    at the end, however it comes.
+
+    Args:
+        settings: The composed configuration as plain data, for the tracker, which removes secrets from it.
+
+    Raises:
+        ConfigError: The configuration or the dataset cannot be used. Nothing was sent.
+        StoreError: The run's database cannot be opened.
+    """
+    check(config)
+    workload = Workload(config)
+    workload.check()
+    window = Window(config.limits.concurrency)
+    client = open_stack(
+        replicas(config),
+        limits=config.limits,
+        retry=config.retry,
+        simulator=config.simulator,
+        window=window,
+        timeout_s=config.request.get("timeout"),
+    )
+    meter = Meter()
+    store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: _count(meter, outcomes))
+    async with _closing(client), store:
+        await _prepare(store, config, workload)
+        tracker = open_tracker(
+            config.tracker, folder=folder, name=config.name, run_id=folder.name, settings=settings or {}
+        )
+        run = Run(config, workload, client=client, store=store, meter=meter, window=window)
+        async with _shown(run, config, tracker):
+            await run.until_done()
+        report = await _conclude(run, store, folder)
+        samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)]
+    await tracker.finish(
+        Ending(
+            summary=report.summary,
+            samples=orjson.loads(orjson.dumps(samples)),
+            artifacts=[folder / "results.jsonl", folder / "summary.json"],
+            exit_code=report.exit_code,
+        )
+    )
+    return report
+
+
+class Run:
+    """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
+
+    def __init__(
+        self, config: RunnerConfig, workload: Workload, *, client: Client, store: Store, meter: Meter, window: Window
+    ) -> None:
+        self.stop = Stop()
+        self._config = config
+        self._workload = workload
+        self._client = client
+        self._store = store
+        self._meter = meter
+        self._window = window
+        self._soft_start = SoftStart(window)
+        self._in_flight: set[tuple[bytes, int]] = set()
+        self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
+        self._asked_anything = False
+        self._total = workload.count()
+
+    async def until_done(self) -> None:
+        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it.
+
+        Raises:
+            ConfigError: Nobody answers at the deployments' addresses; nothing was sent.
+        """
+        batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
+        with _signals(lambda signum: self._interrupt(signum, batch)):
+            try:
+                await batch
+            except asyncio.CancelledError:
+                if self.stop.reason is None:
+                    raise
+            except StoreError as error:
+                self.stop(SystemicError(str(error)))
+            finally:
+                self._soft_start.close()
+                await self._keep_ledger()
+
+    def snapshot(self) -> Snapshot:
+        return self._meter.snapshot(total=self._total, in_flight=self._window.active, window=self._window.limit)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole dataset was gone through."""
+        return self.stop.reason is None
+
+    # Taking up
+
+    async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
+        """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
+        async for chunk in chunked(self._workload.items(), claimed_chunk_size(self._window.limit)):
+            claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
+            known = await self._store.claim(
+                claims, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
+            )
+            todo: list[Claimed] = []
+            scores: list[tuple[int, str]] = []
+            for item, fact in zip(chunk, known, strict=True):
+                if not fact.answered:
+                    todo.append((item, fact.occurrence))
+                elif fact.unscored_text is not None:
+                    scores.append((item.position, self._score(item, fact.unscored_text)))
+            if scores:
+                await self._store.put_scores(scores)
+            self._meter.reused(len(chunk) - len(todo))
+            if todo and not self._asked_anything:
+                await check_addresses(replicas(self._config))
+                self._asked_anything = True
+            yield todo
+
+    # Asking
+
+    async def _ask(self, claimed: Claimed) -> None:
+        item, occurrence = claimed
+        key = (item.content, occurrence)
+        try:
+            request = self._workload.request(item, lambda attempt: self._store.note_attempt(key, attempt))
+        except RowError as error:
+            await self._store.save(item.position, failure(key, Trace(), error))
+            return
+        self._in_flight.add(key)
+        try:
+            response = await self._client.send(request)
+        except RequestError as error:
+            self._in_flight.discard(key)
+            await self._failed(claimed, request.trace, error)
+        except ItemError as error:
+            self._in_flight.discard(key)
+            await self._store.save(item.position, failure(key, request.trace, error))
+        else:
+            self._in_flight.discard(key)
+            await self._answered(claimed, request.trace, response)
+
+    async def _answered(self, claimed: Claimed, trace: Trace, response: Response) -> None:
+        item, occurrence = claimed
+        self._soft_start.open()
+        if self._suspects:
+            await self._clear_suspects()
+        outcome = success((item.content, occurrence), trace, response)
+        scores = self._score(item, outcome.output_text or "") if self._workload.scorers else None
+        await self._store.save(item.position, outcome, scores)
+
+    async def _failed(self, claimed: Claimed, trace: Trace, error: RequestError) -> None:
+        """Save the failure, unless it is one that every row will meet: then the row is not to blame."""
+        patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+        if patience is None:
+            item, occurrence = claimed
+            await self._store.save(item.position, failure((item.content, occurrence), trace, error))
+            return
+        self._suspects.append((claimed, trace, error))
+        if len(self._suspects) >= patience:
+            self._give_up(error)
+
+    def _give_up(self, error: RequestError) -> None:
+        self.stop(SystemicError(f"{type(error).__name__} on one row after the other: {error}"))
+
+    async def _clear_suspects(self) -> None:
+        """A row was answered: what looked systemic was the rows' own failure."""
+        suspects, self._suspects = self._suspects, []
+        for (item, occurrence), trace, error in suspects:
+            await self._store.save(item.position, failure((item.content, occurrence), trace, error))
+
+    async def _keep_ledger(self) -> None:
+        """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
+        with suppress(StoreError):
+            await self._store.flush()
+            await self._store.note_lost(self._in_flight)
+            for (item, occurrence), trace, error in self._suspects:
+                await self._store.note_attempt((item.content, occurrence), failed_attempt(trace, error))
+        if self._suspects and not self.stop.reason:
+            self._give_up(self._suspects[0][2])
+
+    def _score(self, item: Item, output_text: str) -> str:
+        scores = self._workload.scorers(output_text, item.fields)
+        self._meter.scored(scores)
+        return dump_json(scores).decode()
+
+    # Ending early
+
+    def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
+        if isinstance(self.stop.reason, Interrupted):
+            os._exit(128 + signum)
+        self.stop(Interrupted(signum))
+        asyncio.get_running_loop().call_later(_GRACE_S, batch.cancel)
+
+
+def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
+    """The stored form of an answered request."""
+    now = time.perf_counter()
+    usage = response.usage
+    output = response.output
+    assert isinstance(output, Generation)
+    return Outcome(
+        content=key[0],
+        occurrence=key[1],
+        settled_at=time.time(),
+        output_text=output.text,
+        details=_details(output),
+        finish_reason=output.finish_reason,
+        request_id=response.request_id,
+        model_id=response.model_id,
+        prompt_tokens=usage.prompt_tokens if usage else None,
+        completion_tokens=usage.completion_tokens if usage else None,
+        total_tokens=usage.total_tokens if usage else None,
+        reasoning_tokens=usage.reasoning_tokens if usage else None,
+        cached_tokens=usage.cached_tokens if usage else None,
+        deployment=trace.deployment,
+        retries=trace.retries,
+        queue_wait_s=trace.queue_wait_s,
+        service_time_s=trace.service_time_s,
+        end_to_end_s=now - trace.started,
+        ttft_s=trace.ttft_s,
+        cost_usd=trace.price.cost_usd(usage) if trace.price and usage else None,
+    )
+
+
+def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
+    """The stored form of a row that failed."""
+    row = error.as_row()
+    return Outcome(
+        content=key[0],
+        occurrence=key[1],
+        settled_at=time.time(),
+        error_type=row["type"],
+        error_message=row["message"],
+        error_status=row["status"],
+        deployment=trace.deployment or None,
+        retries=trace.retries,
+        queue_wait_s=trace.queue_wait_s,
+        service_time_s=trace.service_time_s,
+        end_to_end_s=time.perf_counter() - trace.started,
+        cost_usd=None if isinstance(error, RequestError) and error.billing == "unknown" else 0.0,
+    )
+
+
+async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> None:
+    """Check that the run may go on as ``resume`` says, and write down what it is."""
+    meta = await store.meta()
+    if config.resume is Resume.require and "scorers" not in meta:
+        raise ConfigError(f"resume=require, but {store.path.parent} holds no earlier run: use resume=auto")
+    if meta.get("scorers", workload.scorers.fingerprint) != workload.scorers.fingerprint:
+        await store.forget_scores()
+    await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
+
+
+@asynccontextmanager
+async def _shown(run: Run, config: RunnerConfig, tracker: Tracker) -> AsyncIterator[None]:
+    """Keep progress and the tracker's time series up to date while the run is on."""
+    progress = open_progress(config.name)
+    run.stop.listen(lambda: progress.note(_ending_note(run)))
+    ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
+    try:
+        yield
+    finally:
+        ticker.cancel()
+        await asyncio.wait([ticker])
+        snapshot = run.snapshot()
+        progress.update(snapshot)
+        progress.close()
+        tracker.log(snapshot.as_series())
+
+
+async def _tick(run: Run, progress: Progress, tracker: Tracker, log_every_s: float) -> None:
+    logged = time.monotonic()
+    while True:
+        await asyncio.sleep(_REDRAW_S)
+        snapshot = run.snapshot()
+        progress.update(snapshot)
+        if time.monotonic() - logged >= log_every_s:
+            logged = time.monotonic()
+            tracker.log(snapshot.as_series())
+
+
+def _ending_note(run: Run) -> str:
+    if isinstance(run.stop.reason, Interrupted):
+        return f"{run.stop.reason}: waiting {_GRACE_S:g} s at most for what is in flight; again to end at once"
+    return f"stopping: {run.stop.reason}"
+
+
+async def _conclude(run: Run, store: Store, folder: Path) -> Report:
+    """Write the projections and say how it ended."""
+    reason = run.stop.reason
+    reused = run.snapshot().reused
+    try:
+        await store.flush()
+        await write_jsonl(store, folder / "results.jsonl")
+        summary = await summarize(store)
+        summary |= {"reused": reused, "stopped": reason.reason if reason else None}
+        replace_file(folder / "summary.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
+    except (StoreError, OSError) as error:
+        return Report(exit_code=STOPPED, summary={}, message=f"{folder}: {reason or error}")
+    if isinstance(reason, Interrupted):
+        exit_code = 128 + reason.signum
+    elif reason is not None:
+        exit_code = STOPPED
+    else:
+        exit_code = SOME_FAILED if summary["failed"] else FINISHED
+    return Report(exit_code=exit_code, summary=summary, message=str(reason) if reason else None)
+
+
+def _count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
+    """Count what has just become durable."""
+    for outcome in outcomes:
+        if outcome.error_type is not None:
+            meter.failed(outcome.error_type, retries=outcome.retries)
+            continue
+        usage = None
+        if outcome.total_tokens is not None:
+            usage = TokenUsage(
+                prompt_tokens=outcome.prompt_tokens or 0,
+                completion_tokens=outcome.completion_tokens or 0,
+                total_tokens=outcome.total_tokens,
+                reasoning_tokens=outcome.reasoning_tokens,
+                cached_tokens=outcome.cached_tokens,
+            )
+        meter.answered(
+            usage,
+            cost_usd=outcome.cost_usd,
+            latency_s=outcome.service_time_s,
+            queue_wait_s=outcome.queue_wait_s,
+            retries=outcome.retries,
+        )
+
+
+def _details(output: Generation) -> str | None:
+    """What few answers have, as JSON; None where this one has none of it."""
+    details: dict[str, Any] = {}
+    if output.reasoning:
+        details["reasoning"] = output.reasoning
+    if output.tool_calls:
+        details["tool_calls"] = [asdict(call) for call in output.tool_calls]
+    if output.choices:
+        details["choices"] = output.choices
+    return dump_json(details).decode() if details else None
+
+
+@asynccontextmanager
+async def _closing(client: Client) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await client.aclose()
+
+
+@contextmanager
+def _signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM handled on the event loop; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for signum in signals:
+        loop.add_signal_handler(signum, handle, signum)
+    try:
+        yield
+    finally:
+        for signum in signals:
+            loop.remove_signal_handler(signum)

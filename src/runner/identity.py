@@ -1,0 +1,93 @@
+"""Identities: which run a configuration is, and which item a row of it is.
+
+Both hash *what is asked* and leave out *how fast*: another concurrency, limit, retry or server address resumes the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from runner.config import RunnerConfig, TaskKind, replicas
+
+_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers"})
+"""Request parameters that do not change the answer."""
+
+
+def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> str:
+    """Twelve hex digits that name the run of ``config``.
+
+    Args:
+        swept: In a multirun, the cell's own overrides: cells are always runs of their own.
+    """
+    if config.task.kind is TaskKind.bench:
+        asked: Any = config
+    else:
+        dataset = config.dataset
+        asked = {
+            "model": model_identity(config),
+            "dataset": [
+                dataset.kind.value,
+                str(Path(dataset.path).absolute()) if dataset.path else None,
+                dataset.name,
+                dataset.split,
+                dataset.function,
+                [dataset.shard.index, dataset.shard.count],
+            ],
+            "prompt": [config.prompt, config.system, config.mapper],
+            "endpoint": config.endpoint.value,
+            "request": _asked_parameters(config.request),
+            "response_format": config.response_format,
+            "task": config.task.kind.value,
+        }
+    return _digest([asked, dict(swept or {})], size=6).hex()
+
+
+def model_identity(config: RunnerConfig) -> str:
+    """The logical model: what answers, wherever it is served. For a simulated one, what decides its answers too."""
+    name = ",".join(sorted({deployment.model for deployment in replicas(config).values()}))
+    if "simulated/" in name:
+        simulator = config.simulator
+        name += f"#{simulator.seed},{simulator.accuracy},{simulator.output_tokens},{simulator.answers}"
+    return name
+
+
+class ContentHasher:
+    """Hashes what one item asks: endpoint, model, parameters and schema, which a run has in common, and its input."""
+
+    def __init__(self, config: RunnerConfig) -> None:
+        common = [
+            config.task.kind.value,
+            config.endpoint.value,
+            model_identity(config),
+            _asked_parameters(config.request),
+            config.response_format,
+        ]
+        self._common = hashlib.blake2b(dump_json(common), digest_size=16)
+
+    def __call__(self, asked: Any, sample: int) -> bytes:
+        """16 bytes for the input ``asked`` (JSON-like) and the number of the repeat."""
+        digest = self._common.copy()
+        digest.update(dump_json([asked, sample]))
+        return digest.digest()
+
+
+def _asked_parameters(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in request.items() if key not in _NOT_ASKED}
+
+
+def _digest(value: Any, *, size: int) -> bytes:
+    return hashlib.blake2b(dump_json(value), digest_size=size).digest()
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON with sorted keys, of anything: what JSON does not know is written as its text."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
+    except TypeError:  # lone surrogates, integers beyond 64 bits
+        return json.dumps(value, sort_keys=True, default=str).encode()

@@ -1,0 +1,258 @@
+"""What a run has done so far: counted as it happens, read as a `Snapshot` once in a while.
+
+The progress bar, the tracker's time series and the budget's forecast show the same snapshot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from runner.types import TokenUsage
+
+RECENT_S = 10.0
+"""How far back the recent rates look, in seconds."""
+
+RECENT_ANSWERS = 2_000
+"""How many answers the percentiles look at."""
+
+_TICKS = 20  # in RECENT_S
+_TICK_S = RECENT_S / _TICKS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A run at one moment. Totals are of this process; rates and percentiles are recent."""
+
+    total: int | None  # rows to do; None: unknown
+    done: int  # rows settled: answered, failed or reused
+    failed: int  # of them
+    reused: int  # of them: answers that were there already
+    in_flight: int  # requests
+    window: int  # how many may be in flight now
+    elapsed_s: float
+    requests_per_s: float  # answered or failed, over the last RECENT_S
+    tokens_per_s: float  # prompt and completion, over the last RECENT_S
+    prompt_tokens: int
+    completion_tokens: int  # reasoning included
+    cached_tokens: int  # part of prompt_tokens
+    reasoning_tokens: int  # part of completion_tokens
+    cost_usd: float  # of the answers with a price
+    cost_unknown: int  # answers without one
+    latency_p50_s: float | None  # of the last RECENT_ANSWERS answers; None: no answer yet
+    latency_p95_s: float | None
+    latency_p99_s: float | None
+    queue_wait_p95_s: float | None
+    retries: int
+    errors: dict[str, int]  # failed rows by error class
+    eta_s: float | None  # until the last row; None: unknown
+    scores: dict[str, float]  # means so far
+
+    def as_series(self) -> dict[str, float]:
+        """One point of the tracker's time series, under ``ts/``. What is unknown is left out."""
+        point: dict[str, float | None] = {
+            "elapsed_s": self.elapsed_s,
+            "done": self.done,
+            "failed": self.failed,
+            "reused": self.reused,
+            "in_flight": self.in_flight,
+            "window": self.window,
+            "requests_per_s": self.requests_per_s,
+            "tokens_per_s": self.tokens_per_s,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
+            "cost_usd": self.cost_usd,
+            "latency_p50_s": self.latency_p50_s,
+            "latency_p95_s": self.latency_p95_s,
+            "latency_p99_s": self.latency_p99_s,
+            "queue_wait_p95_s": self.queue_wait_p95_s,
+            "retries": self.retries,
+            **{f"score/{name}": mean for name, mean in self.scores.items()},
+        }
+        return {f"ts/{key}": value for key, value in point.items() if value is not None}
+
+
+class Meter:
+    """Counts what a run does, in constant memory, from one thread.
+
+    Args:
+        clock: Seconds, monotonic. The run begins when the meter is made.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started = clock()
+        self._answered = 0
+        self._failed = 0
+        self._reused = 0
+        self._retries = 0
+        self._prompt_tokens = 0
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._reasoning_tokens = 0
+        self._cost_usd = 0.0
+        self._cost_unknown = 0
+        self._errors: Counter[str] = Counter()
+        self._scores: dict[str, _Mean] = {}
+        self._latencies: deque[float] = deque(maxlen=RECENT_ANSWERS)
+        self._queue_waits: deque[float] = deque(maxlen=RECENT_ANSWERS)
+        self._tick = _Tick()
+        self._ticks: deque[_Tick] = deque([self._tick], maxlen=_TICKS + 1)
+
+    def answered(
+        self,
+        usage: TokenUsage | None,
+        *,
+        cost_usd: float | None,
+        latency_s: float,
+        queue_wait_s: float,
+        retries: int = 0,
+    ) -> None:
+        """A row was answered.
+
+        Args:
+            usage: None where the provider did not say; the row then counts no tokens.
+            cost_usd: None where no price is known.
+            latency_s: What the caller of the run waits for: `RequestMetrics.end_to_end_s` or its service time.
+            queue_wait_s: How long the request waited in this client.
+            retries: Attempts before the one that was answered.
+        """
+        tokens = 0
+        if usage is not None:
+            tokens = usage.prompt_tokens + usage.completion_tokens
+            self._prompt_tokens += usage.prompt_tokens
+            self._completion_tokens += usage.completion_tokens
+            self._cached_tokens += usage.cached_tokens or 0
+            self._reasoning_tokens += usage.reasoning_tokens or 0
+        if cost_usd is None:
+            self._cost_unknown += 1
+        else:
+            self._cost_usd += cost_usd
+        self._answered += 1
+        self._retries += retries
+        self._latencies.append(latency_s)
+        self._queue_waits.append(queue_wait_s)
+        self._settled(tokens)
+
+    def failed(self, error_type: str, *, retries: int = 0) -> None:
+        """A row failed for good, with an error of the class ``error_type``."""
+        self._failed += 1
+        self._errors[error_type] += 1
+        self._retries += retries
+        self._settled(0)
+
+    def reused(self, n: int = 1) -> None:
+        """``n`` rows need not be asked: their answers are known. They count as done, and not for the rates."""
+        self._reused += n
+
+    def scored(self, scores: Mapping[str, float | None]) -> None:
+        """An answer was scored. None is no score: it does not count for the mean."""
+        for name, score in scores.items():
+            if score is None:
+                continue
+            mean = self._scores.get(name)
+            if mean is None:
+                mean = self._scores[name] = _Mean()
+            mean.total += score
+            mean.count += 1
+
+    def snapshot(
+        self, now: float | None = None, *, total: int | None = None, in_flight: int = 0, window: int = 0
+    ) -> Snapshot:
+        """The run at ``now`` (the clock's time; None: this moment). The meter does not know the rest: pass it.
+
+        Costs a sort of the recent latencies: call it about once a second.
+        """
+        elapsed_s = max(0.0, (self._clock() if now is None else now) - self._started)
+        requests_per_s, tokens_per_s = self._recent_rates(elapsed_s)
+        done = self._answered + self._failed + self._reused
+        latencies = sorted(self._latencies)
+        return Snapshot(
+            total=total,
+            done=done,
+            failed=self._failed,
+            reused=self._reused,
+            in_flight=in_flight,
+            window=window,
+            elapsed_s=elapsed_s,
+            requests_per_s=requests_per_s,
+            tokens_per_s=tokens_per_s,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            cached_tokens=self._cached_tokens,
+            reasoning_tokens=self._reasoning_tokens,
+            cost_usd=self._cost_usd,
+            cost_unknown=self._cost_unknown,
+            latency_p50_s=percentile(latencies, 50),
+            latency_p95_s=percentile(latencies, 95),
+            latency_p99_s=percentile(latencies, 99),
+            queue_wait_p95_s=percentile(sorted(self._queue_waits), 95),
+            retries=self._retries,
+            errors=dict(self._errors),
+            eta_s=None if total is None else self._eta_s(max(0, total - done), requests_per_s, elapsed_s),
+            scores={name: mean.total / mean.count for name, mean in self._scores.items()},
+        )
+
+    def _settled(self, tokens: int) -> None:
+        number = int((self._clock() - self._started) / _TICK_S)
+        tick = self._tick
+        if tick.number != number:
+            tick = self._tick = _Tick(number)
+            self._ticks.append(tick)
+        tick.rows += 1
+        tick.tokens += tokens
+
+    def _recent_rates(self, elapsed_s: float) -> tuple[float, float]:
+        """Rows and tokens per second, over whole ticks and the one that has begun: the span is exact."""
+        first = max(0, int(elapsed_s / _TICK_S) - _TICKS)
+        span_s = elapsed_s - first * _TICK_S
+        if span_s <= 0:
+            return 0.0, 0.0
+        recent = [tick for tick in self._ticks if tick.number >= first]
+        return sum(tick.rows for tick in recent) / span_s, sum(tick.tokens for tick in recent) / span_s
+
+    def _eta_s(self, remaining: int, recent_rate: float, elapsed_s: float) -> float | None:
+        if remaining == 0:
+            return 0.0
+        if recent_rate > 0:
+            return remaining / recent_rate
+        asked = self._answered + self._failed  # requests slower than RECENT_S: only the whole run tells
+        return remaining * elapsed_s / asked if asked else None
+
+
+def percentile(sorted_values: Sequence[float], q: float) -> float | None:
+    """The ``q``-th percentile (0 to 100) of ascending values, by linear interpolation as NumPy does; None of nothing.
+
+    Values of ``+inf`` (a failure counted as an answer that never comes) are fine.
+    """
+    if not 0 <= q <= 100:
+        raise ValueError(f"q={q}: a percentile lies between 0 and 100")
+    if not sorted_values:
+        return None
+    position = (len(sorted_values) - 1) * q / 100
+    below = int(position)
+    share = position - below
+    low = sorted_values[below]
+    if share == 0:
+        return low
+    high = sorted_values[below + 1]
+    return low if low == high else min(high, low + (high - low) * share)
+
+
+@dataclass(slots=True)
+class _Tick:
+    """What settled in one slice of time."""
+
+    number: int = 0  # since the start
+    rows: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Mean:
+    total: float = 0.0
+    count: int = 0

@@ -1,0 +1,435 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere, and the closing summary.
+
+Nothing here can stop a run: a terminal that went away is ignored. Texts from models and servers are shown through
+`printable`, so that they can neither move the cursor nor be taken for markup.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
+
+from runner.metrics import Snapshot
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+BAR_COLUMNS = 60
+"""The narrowest terminal, in columns, that gets a bar; below it there are counts only."""
+
+
+class Progress(Protocol):
+    """Shows how far a run is."""
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show ``snapshot``. May be called as often as one likes."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show ``text`` on lines of its own, above the bar."""
+        ...
+
+    def close(self) -> None:
+        """Show the last snapshot for good. Later calls do nothing."""
+        ...
+
+
+def open_progress(
+    title: str,
+    *,
+    stream: TextIO | None = None,
+    interval_s: float = 5.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Progress:
+    """A live bar where ``stream`` is a terminal, otherwise a plain line now and then.
+
+    Args:
+        title: What runs.
+        stream: Where to; ``sys.stderr`` by default.
+        interval_s: Seconds between two plain lines, at least.
+        clock: Seconds, monotonic.
+    """
+    stream = sys.stderr if stream is None else stream
+    console = _terminal(stream)
+    if console is None:
+        return _Lines(title, stream, interval_s, clock)
+    return _LiveBar(title, console, clock)
+
+
+def summary_table(
+    summary: Mapping[str, Any], *, results: str | PathLike[str] | None = None, stream: TextIO | None = None
+) -> None:
+    """Print the closing summary: a table where ``stream`` is a terminal, otherwise aligned text.
+
+    Args:
+        summary: The content of ``summary.json``; what is missing or null there is left out. A score is its mean, or
+            ``{"mean": …, "n": …}``; ``cost_usd_upper_bound`` is the cost if every attempt of unknown cost was charged.
+        results: Where the results are.
+        stream: Where to; ``sys.stdout`` by default.
+    """
+    stream = sys.stdout if stream is None else stream
+    facts = list(_facts(summary))
+    location = None if results is None else printable(str(results))
+    console = _terminal(stream)
+    if console is None:
+        if location is not None:
+            facts.append(_Fact("results", location))
+        width = max((len(fact.label) for fact in facts), default=0)
+        _write(stream, "".join(f"{fact.label:<{width}}  {fact.value}\n" for fact in facts))
+        return
+
+    from rich.box import ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=ROUNDED, show_header=False, border_style="dim")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in facts:
+        table.add_row(Text(fact.label), Text(fact.value, style=fact.style))
+    with suppress(OSError):
+        console.print(table)
+        if location is not None:  # outside the table: a path that is folded cannot be copied
+            console.print(Text(f"results  {location}"), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with everything that could act on a terminal written as an escape (``\\x1b``).
+
+    These are control characters, line breaks, reversals of the writing direction, and lone surrogates.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_NOTE_CHARACTERS = 2_000  # of a note: servers answer with whole pages
+
+
+class _LiveBar:
+    """One line at the bottom of a terminal, redrawn in place."""
+
+    _REDRAW_S = 0.1
+
+    def __init__(self, title: str, console: Console, clock: Callable[[], float]) -> None:
+        from rich.live import Live
+
+        self._title = printable(title)
+        self._console = console
+        self._clock = clock
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            # prints of others go above the bar, but only where they would have met it: a piped stdout stays a pipe
+            redirect_stdout=_is_terminal(sys.stdout),
+            redirect_stderr=_is_terminal(sys.stderr),
+        )
+        self._widths: list[int] = []
+        self._last: Snapshot | None = None
+        self._drawn = float("-inf")
+        self._closed = False
+
+    def update(self, snapshot: Snapshot) -> None:
+        if self._closed:
+            return
+        self._last = snapshot
+        now = self._clock()
+        if now - self._drawn >= self._REDRAW_S:
+            self._drawn = now
+            self._draw(snapshot)
+
+    def note(self, text: str) -> None:
+        from rich.text import Text
+
+        if self._closed:
+            return
+        with suppress(OSError):
+            for line in _note_lines(text):
+                self._console.print(Text(line), soft_wrap=True)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._last is not None:
+            self._draw(self._last, closing=True)
+        with suppress(OSError):
+            self._live.stop()
+
+    def _draw(self, snapshot: Snapshot, *, closing: bool = False) -> None:
+        columns = _columns(snapshot, closing=closing)
+        # a column keeps the width it once had, or the bar would jump with every digit
+        if len(self._widths) != len(columns):
+            self._widths = [0] * len(columns)
+        self._widths = [max(width, len(column.text)) for width, column in zip(self._widths, columns, strict=True)]
+        padded = [column._replace(text=f"{column.text:<{self._widths[i]}}") for i, column in enumerate(columns)]
+        try:
+            self._live.start()
+            self._live.update(_Line(self._title, padded, snapshot.done, snapshot.total), refresh=True)
+        except OSError:  # hung up
+            self._closed = True
+            with suppress(OSError):
+                self._live.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """The bar's line; it fits itself to the width that the terminal has when it is drawn."""
+
+    title: str
+    columns: list[_Column]
+    done: int
+    total: int | None
+
+    _MIN_BAR = 8
+    _MAX_BAR = 40
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.cells import cell_len, set_cell_size
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        width = options.max_width
+        room_for_title = width // 4
+        title = self.title
+        if cell_len(title) > room_for_title:
+            title = set_cell_size(title, room_for_title - 1) + "…"
+        bar = self._MIN_BAR if self.total and width >= BAR_COLUMNS else 0
+        columns = list(self.columns)
+        while (taken := cell_len(title) + sum(2 + len(each.text) for each in columns) + (bar and bar + 2)) > width:
+            if title and len(columns) <= 2:  # how many failed matters more than what they are called
+                title = ""
+            elif len(columns) > 1:
+                columns.remove(min(columns, key=lambda each: each.rank))
+            else:
+                break
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for each in columns:
+            text.append("  " if text else "").append(each.text, style=each.style)
+        cells: list[Any] = [Text(title, style="bold")] if title else []
+        if bar:
+            bar = min(self._MAX_BAR, bar + width - taken)
+            cells.append(ProgressBar(self.total, self.done, width=bar, complete_style="cyan", finished_style="green"))
+        cells.append(text)
+        line = Table.grid(padding=(0, 2), pad_edge=False)
+        for _ in cells:
+            line.add_column(no_wrap=True)
+        line.add_row(*cells)
+        yield line
+
+
+class _Lines:
+    """A line of text now and then, for logs and pipes."""
+
+    def __init__(self, title: str, stream: TextIO | None, interval_s: float, clock: Callable[[], float]) -> None:
+        self._title = printable(title)
+        self._stream = stream
+        self._interval_s = interval_s
+        self._clock = clock
+        self._last: Snapshot | None = None
+        self._written = float("-inf")
+        self._closed = False
+
+    def update(self, snapshot: Snapshot) -> None:
+        if self._closed:
+            return
+        self._last = snapshot
+        now = self._clock()
+        if now - self._written >= self._interval_s:
+            self._written = now
+            self._show(snapshot)
+
+    def note(self, text: str) -> None:
+        if not self._closed:
+            _write(self._stream, "".join(f"{line}\n" for line in _note_lines(text)))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._last is not None:
+            self._show(self._last, closing=True)
+
+    def _show(self, snapshot: Snapshot, *, closing: bool = False) -> None:
+        texts = (column.text for column in _columns(snapshot, closing=closing))
+        _write(self._stream, "  ".join([self._title, *texts]) + "\n")
+
+
+class _Column(NamedTuple):
+    text: str
+    rank: int  # the lowest goes first where there is no room
+    style: str = ""
+
+
+def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
+    """A snapshot in words, in the order they are read. Closing, the time that it took stands for the time left."""
+    columns = [
+        _Column(_rows(snapshot), 9),
+        _Column(f"failed {snapshot.failed:,}", 8, "red" if snapshot.failed else ""),
+    ]
+    if snapshot.reused:
+        columns.append(_Column(f"reused {snapshot.reused:,}", 2))
+    columns += [
+        _Column(f"{_short(snapshot.requests_per_s)} rows/s", 6),
+        _Column(f"{_short(snapshot.tokens_per_s)} tok/s", 4),
+        _Column(_cost(snapshot), 5),
+        _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
+        _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
+    ]
+    if closing:
+        columns.append(_Column(f"in {_duration(snapshot.elapsed_s)}", 7))
+    elif snapshot.total is not None:
+        columns.append(_Column("left ?" if snapshot.eta_s is None else f"left {_duration(snapshot.eta_s)}", 7))
+    return columns
+
+
+def _rows(snapshot: Snapshot) -> str:
+    if snapshot.total is None:
+        return f"{snapshot.done:,} rows"
+    share = int(100 * snapshot.done / snapshot.total) if snapshot.total else 100  # never 100 % before the end
+    return f"{snapshot.done:,}/{snapshot.total:,} ({share}%)"
+
+
+def _cost(snapshot: Snapshot) -> str:
+    if not snapshot.cost_unknown:
+        return _dollars(snapshot.cost_usd)
+    return f"{_dollars(snapshot.cost_usd)} + ?" if snapshot.cost_usd else "cost ?"
+
+
+class _Fact(NamedTuple):
+    """One line of the summary."""
+
+    label: str
+    value: str
+    style: str = ""
+
+
+def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
+    if stopped := summary.get("stopped"):
+        yield _Fact("stopped", printable(str(stopped)), "yellow")
+    for key in ("rows", "succeeded", "reused"):
+        if summary.get(key) is not None:
+            yield _Fact(key, f"{summary[key]:,}")
+    if summary.get("failed") is not None:
+        yield _Fact("failed", f"{summary['failed']:,}", "red" if summary["failed"] else "")
+    errors: Mapping[str, int] = summary.get("errors") or {}
+    for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
+        yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
+    if summary.get("retries") is not None:
+        yield _Fact("retries", f"{summary['retries']:,}")
+    scores: Mapping[str, Any] = summary.get("scores") or {}
+    for name, score in scores.items():
+        yield _Fact(f"score {printable(name)}", _score(score), "bold")
+    if summary.get("elapsed_s") is not None:
+        yield _Fact("elapsed", _duration(summary["elapsed_s"]))
+    rates = [
+        f"{_short(summary[key])} {unit}"
+        for key, unit in (("requests_per_s", "requests/s"), ("tokens_per_s", "tokens/s"))
+        if summary.get(key) is not None
+    ]
+    if rates:
+        yield _Fact("rate", ", ".join(rates))
+    for key, label in (("latency_s", "latency"), ("queue_wait_s", "queue wait")):
+        known = {name: value for name, value in (summary.get(key) or {}).items() if value is not None}
+        if known:
+            yield _Fact(label, ", ".join(f"{name} {_seconds(value)}" for name, value in known.items()))
+    counts = {name: count for name, count in (summary.get("tokens") or {}).items() if count is not None}
+    if counts:
+        yield _Fact("tokens", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if "cost_usd" in summary:
+        yield _Fact("cost", _closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")))
+
+
+def _score(score: float | Mapping[str, Any] | None) -> str:
+    mean, count = (score.get("mean"), score.get("n")) if isinstance(score, Mapping) else (score, None)
+    if mean is None:
+        value = "none"
+    elif 0 <= mean <= 1:
+        value = f"{mean:.1%}"
+    else:
+        value = f"{mean:.4g}"
+    return value if count is None else f"{value} (n = {count:,})"
+
+
+def _closing_cost(known: float | None, upper_bound: float | None) -> str:
+    if known is None:
+        return "unknown"
+    bounded = upper_bound is not None and upper_bound > known
+    return f"{_dollars(known)}, at most {_dollars(upper_bound)}" if bounded and upper_bound else _dollars(known)
+
+
+def _short(value: float) -> str:
+    """Three digits or so: ``0.53``, ``23.1``, ``1.2k``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            scaled = value / size
+            return f"{scaled:.1f}{unit}" if scaled < 99.95 else f"{scaled:.0f}{unit}"
+    if value == 0:
+        return "0"
+    if value < 0.995:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def _dollars(value: float) -> str:
+    if value == 0:
+        return "$0"
+    if value < 0.0001:
+        return f"${value:.6f}" if value >= 0.000001 else "<$0.000001"
+    return f"${value:.4f}" if value < 1 else f"${value:,.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms" if value < 0.9995 else f"{value:.2f} s"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"
+
+
+def _note_lines(text: str) -> list[str]:
+    if len(text) > _NOTE_CHARACTERS:
+        text = text[:_NOTE_CHARACTERS] + "…"
+    return [printable(line) for line in text.splitlines()]
+
+
+def _terminal(stream: TextIO | None) -> Console | None:
+    """A console for ``stream``, if it is a terminal that can redraw a line."""
+    if stream is None or not _is_terminal(stream):
+        return None
+
+    from rich.console import Console
+
+    console = Console(file=stream, markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write and flush. A stream that is closed, full or absent (``pythonw``) is not the run's problem."""
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with suppress(OSError, ValueError):
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()

@@ -1,0 +1,191 @@
+"""What a store says, for people and programs: result rows, the JSONL file, the summary. Nothing here is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from runner.store import Store
+
+_CURRENT = """
+    FROM rows
+    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+"""
+
+
+async def result_rows(store: Store, *, limit: int | None = None) -> AsyncIterator[dict[str, Any]]:
+    """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
+
+    JSON that is stored as such (metadata, scores) is an `orjson.Fragment` here: write it with orjson.
+    """
+    samples = int((await store.meta()).get("samples", "1"))
+    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT} ORDER BY rows.position"
+    if limit is not None:
+        sql += f" LIMIT {limit:d}"
+    async for record in store.query(sql):
+        yield _result_row(record, samples)
+
+
+async def write_jsonl(store: Store, path: Path) -> int:
+    """Write the settled rows to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
+    count = 0
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        async for row in result_rows(store):
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+            count += 1
+    os.replace(partial, path)
+    return count
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+async def summarize(store: Store) -> dict[str, Any]:
+    """The figures of ``summary.json``, from the store alone.
+
+    ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
+    is ``queue_wait_s``, beside it. Rates are answers and tokens per second of all sessions together.
+    """
+    totals = await _one(store, _TOTALS)
+    attempts = await _one(store, _ATTEMPTS)
+    sessions = await _one(store, "SELECT coalesce(sum(last_seen - started_at), 0) AS elapsed_s FROM sessions")
+    rows = await _one(store, "SELECT count(*) AS n FROM rows")
+    elapsed_s = sessions["elapsed_s"]
+    known_cost = totals["cost_usd"] + attempts["cost_usd"]
+    unknown = totals["unknown_costs"] + attempts["unknown_costs"]
+    return {
+        "rows": rows["n"],
+        "succeeded": totals["succeeded"],
+        "failed": totals["failed"],
+        "tokens": {
+            "prompt": totals["prompt"],
+            "completion": totals["completion"],
+            "total": totals["total"],
+            "cached": totals["cached"],
+            "reasoning": totals["reasoning"],
+        },
+        "cost_usd": known_cost if totals["priced"] or not totals["succeeded"] else None,
+        "cost_usd_upper_bound": known_cost + unknown * totals["highest_cost"] if totals["priced"] else None,
+        "attempts_of_unknown_cost": unknown,
+        "elapsed_s": elapsed_s,
+        "requests_per_s": totals["succeeded"] / elapsed_s if elapsed_s else None,
+        "tokens_per_s": totals["total"] / elapsed_s if elapsed_s else None,
+        "latency_s": await _quantiles(store, "service_time_s", totals["succeeded"]),
+        "queue_wait_s": await _quantiles(store, "queue_wait_s", totals["succeeded"]),
+        "retries": totals["retries"],
+        "errors": {row["error_type"]: row["n"] async for row in store.query(_ERRORS)},
+        "scores": await _scores(store),
+    }
+
+
+_TOTALS = f"""
+    SELECT
+        count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
+        count(error_type) AS failed,
+        coalesce(sum(prompt_tokens), 0) AS prompt,
+        coalesce(sum(completion_tokens), 0) AS completion,
+        coalesce(sum(total_tokens), 0) AS total,
+        coalesce(sum(cached_tokens), 0) AS cached,
+        coalesce(sum(reasoning_tokens), 0) AS reasoning,
+        coalesce(sum(cost_usd), 0.0) AS cost_usd,
+        coalesce(max(cost_usd), 0.0) AS highest_cost,
+        count(cost_usd) FILTER (WHERE error_type IS NULL) AS priced,
+        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs,
+        coalesce(sum(retries), 0) AS retries
+    {_CURRENT}
+"""
+
+_ATTEMPTS = """
+    SELECT
+        coalesce(sum(cost_usd), 0.0) AS cost_usd,
+        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs
+    FROM attempts
+"""
+
+_ERRORS = (
+    f"SELECT error_type, count(*) AS n {_CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
+)
+
+
+def _result_row(record: Any, samples: int) -> dict[str, Any]:
+    details = json.loads(record["details"]) if record["details"] else {}
+    row: dict[str, Any] = {"_index": record["position"] // samples}
+    if samples > 1:
+        row["_sample"] = record["position"] % samples
+    row |= {
+        "output_text": record["output_text"],
+        "output_parsed": details.pop("output_parsed", None),
+        "token_usage": _usage(record),
+        "request_id": record["request_id"],
+        "model_id": record["model_id"],
+        "finish_reason": record["finish_reason"],
+        "tool_calls": details.pop("tool_calls", []),
+        **details,
+        "error": _error(record),
+        "metadata": _fragment(record["metadata"]),
+        "scores": _fragment(record["scores"]),
+        "metrics": {
+            "queue_wait_s": record["queue_wait_s"],
+            "service_time_s": record["service_time_s"],
+            "end_to_end_s": record["end_to_end_s"],
+            "deployment": record["deployment"],
+            "retries": record["retries"],
+            "cost_usd": record["cost_usd"],
+            "ttft_s": record["ttft_s"],
+        },
+    }
+    return row
+
+
+def _usage(record: Any) -> dict[str, Any] | None:
+    if record["total_tokens"] is None:
+        return None
+    kinds = ("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens", "cached_tokens")
+    return {kind: record[kind] for kind in kinds}
+
+
+def _error(record: Any) -> dict[str, Any] | None:
+    if record["error_type"] is None:
+        return None
+    return {"type": record["error_type"], "message": record["error_message"], "status": record["error_status"]}
+
+
+def _fragment(text: str | None) -> orjson.Fragment:
+    return orjson.Fragment(text or "{}")
+
+
+async def _one(store: Store, sql: str) -> Any:
+    rows = [row async for row in store.query(sql)]
+    return rows[0]
+
+
+async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
+    """p50, p95 and p99 of a column over the answered rows; SQLite sorts, one row a quantile comes back."""
+    sql = f"SELECT {column} AS value {_CURRENT} WHERE error_type IS NULL ORDER BY {column} LIMIT 1 OFFSET ?"
+    return {
+        f"p{percent}": (await _one(store, sql.replace("?", str(round((count - 1) * percent / 100)))))["value"]
+        if count
+        else None
+        for percent in (50, 95, 99)
+    }
+
+
+async def _scores(store: Store) -> dict[str, dict[str, float]]:
+    """Mean and number of rows by scorer."""
+    sql = """
+        SELECT entry.key AS name, avg(entry.value) AS mean, count(entry.value) AS n
+        FROM rows, json_each(rows.scores) AS entry
+        WHERE rows.scores IS NOT NULL
+        GROUP BY entry.key
+    """
+    return {row["name"]: {"mean": row["mean"], "n": row["n"]} async for row in store.query(sql)}

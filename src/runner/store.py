@@ -1,0 +1,503 @@
+"""The store: a run's SQLite file, the only truth about what was asked and what came of it.
+
+One connection on one thread (aiosqlite's), WAL, group commit: rows are claimed in chunks, outcomes are saved in groups
+that form by themselves while the last group is being committed. What is committed survives the death of the process;
+what is not was in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
+from importlib import resources
+from operator import attrgetter
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import aiosqlite
+
+from runner.errors import StoreError
+from runner.types import Attempt
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
+
+_GROUP_SIZE = 1024
+"""Outcomes that may wait for their commit before savers have to wait too."""
+
+_GROUP_DELAY_S = 0.01
+"""How long a group gathers before it is committed: what a kill can cost, and what a commit is shared by."""
+
+_CHUNK = 1000
+"""Rows read at a time when the store is projected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A row as the dataset has it now, to be looked up and, if it has no answer, taken up."""
+
+    position: int
+    content: bytes
+    metadata: str | None  # JSON
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the store has for a claimed row."""
+
+    occurrence: int  # which of the rows that ask this it is
+    answered: bool  # it has an outcome that is not to be asked for again
+    unscored_text: str | None = None  # of an answer that is to be scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a row: the columns of ``answers``, in their order. See schema.sql."""
+
+    content: bytes
+    occurrence: int
+    settled_at: float
+    output_text: str | None = None
+    details: str | None = None
+    finish_reason: str | None = None
+    request_id: str | None = None
+    model_id: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cached_tokens: int | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    error_status: int | None = None
+    deployment: str | None = None
+    retries: int = 0
+    queue_wait_s: float = 0.0
+    service_time_s: float = 0.0
+    end_to_end_s: float = 0.0
+    ttft_s: float | None = None
+    cost_usd: float | None = None
+
+
+class Store:
+    """One run's database. Open it with `Store.open`; use it as ``async with``.
+
+    Belongs to one event loop. A second process that opens the same file for writing is refused.
+    """
+
+    def __init__(self, database: aiosqlite.Connection, path: Path, lock: IO[str] | None) -> None:
+        self.path = path
+        self._database = database
+        self._lock = lock
+        self._transacting = asyncio.Lock()
+        self._pending: list[tuple[int, Outcome, str | None]] = []
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._writer: asyncio.Task[None] | None = None
+        self._failure: StoreError | None = None
+        self._on_commit: Callable[[Sequence[Outcome]], None] | None = None
+        self._session = 0
+
+    @classmethod
+    async def open(cls, path: Path, *, on_commit: Callable[[Sequence[Outcome]], None] | None = None) -> Store:
+        """Open ``path`` for one run, making it if need be, and enter what the last session lost into the ledger.
+
+        Args:
+            on_commit: Called on the event loop with the outcomes that have just become durable.
+
+        Raises:
+            StoreError: Not ours, of another version, damaged, unwritable, or in use by another process.
+        """
+        lock = _lock(path)
+        try:
+            store = cls(await _connect(path), path, lock)
+            store._on_commit = on_commit
+            async with _translated(path):
+                await store._begin_session()
+        except BaseException:
+            lock.close()
+            raise
+        store._writer = asyncio.create_task(store._write())
+        return store
+
+    @classmethod
+    async def open_readonly(cls, path: Path) -> Store:
+        """Open a run's database to read it, whether it is running or not.
+
+        Raises:
+            StoreError: It does not exist, is not ours, of another version, or damaged.
+        """
+        if not path.is_file():
+            raise StoreError(f"{path}: no such file")
+        return cls(await _connect(path, readonly=True), path, None)
+
+    async def __aenter__(self) -> Store:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Commit what is pending, end the session and close the file."""
+        try:
+            if self._writer is not None:
+                self._writer.cancel()
+                await asyncio.wait([self._writer])
+                async with _translated(self.path):
+                    await self._commit_pending()
+                    await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (time.time(), self._session))
+        finally:
+            await self._database.close()
+            if self._lock is not None:
+                self._lock.close()
+
+    # Asking
+
+    async def claim(self, claims: Sequence[Claim], *, retry_failed: bool, scored: bool) -> list[Known]:
+        """Bring the rows at these consecutive positions up to date, look them up, and take up those without an answer.
+
+        All in one transaction. Chunks come in the dataset's order, from position 0 on.
+
+        Args:
+            claims: Rows in ascending positions.
+            retry_failed: Whether a row that failed is taken up again; its failure then moves to the ledger.
+            scored: Whether answers should have scores: those without get their text back, to be scored.
+        """
+        async with self._transaction():
+            occurrences = await self._occurrences(claims)
+            answers = await self._answers([claim.content for claim in claims])
+            stored = await self._stored(claims[0].position, claims[-1].position)
+            known: list[Known] = []
+            changed: list[tuple[Any, ...]] = []
+            failed: list[tuple[bytes, int]] = []
+            now = time.time()
+            for claim, occurrence in zip(claims, occurrences, strict=True):
+                key = (claim.content, occurrence)
+                error_type = answers.get(key, _NO_ANSWER)
+                if error_type is not None and error_type is not _NO_ANSWER and retry_failed:
+                    failed.append(key)
+                    error_type = _NO_ANSWER
+                answered = error_type is not _NO_ANSWER
+                row = stored.get(claim.position)
+                moved = row is None or (row["content"], row["occurrence"]) != key
+                if moved or not answered:
+                    changed.append((claim.position, *key, claim.metadata, None if answered else now))
+                unscored = scored and answered and error_type is None and (row is None or moved or not row["scores"])
+                text = await self._output_text(key) if unscored else None
+                known.append(Known(occurrence=occurrence, answered=answered, unscored_text=text))
+            await self._database.executemany(_MOVE_FAILURE, failed)
+            await self._database.executemany(_FORGET_FAILURE, failed)
+            await self._database.executemany(_PUT_ROW, changed)
+        return known
+
+    async def forget_scores(self) -> None:
+        """Have every answer scored again: the scorers changed."""
+        await self._execute("UPDATE rows SET scores = NULL WHERE scores IS NOT NULL", ())
+
+    async def put_scores(self, scores: Iterable[tuple[int, str]]) -> None:
+        """Store scores (JSON) by position."""
+        async with self._transaction():
+            await self._database.executemany(_PUT_SCORES, [(text, position) for position, text in scores])
+
+    async def truncate(self, length: int) -> None:
+        """The dataset has ``length`` positions: drop rows beyond, keep their answers."""
+        await self._execute("DELETE FROM rows WHERE position >= ?", (length,))
+
+    # Answering
+
+    async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
+        """Hand in what came of the row at ``position``. It is durable when ``on_commit`` says so.
+
+        Raises:
+            StoreError: The database can no longer be written; what was handed in before is in memory only.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._pending.append((position, outcome, scores))
+        self._wake.set()
+        if len(self._pending) >= _GROUP_SIZE:
+            self._room.clear()
+            await self._room.wait()
+
+    async def note_attempt(self, key: tuple[bytes, int], attempt: Attempt) -> None:
+        """Enter a failed attempt in the ledger, durably, before it is followed by another."""
+        values = (
+            *key,
+            attempt.number,
+            attempt.deployment,
+            attempt.started_at,
+            attempt.service_time_s,
+            attempt.error,
+            attempt.message,
+            attempt.status,
+            attempt.cost_usd,
+        )
+        await self._execute(_PUT_ATTEMPT, values)
+
+    async def note_lost(self, keys: Iterable[tuple[bytes, int]]) -> None:
+        """Enter requests that were cancelled in flight in the ledger: what they cost is unknown."""
+        async with self._transaction():
+            await self._database.executemany(_PUT_LOST, [(*key, time.time()) for key in keys])
+
+    async def flush(self) -> None:
+        """Commit what is pending."""
+        async with _translated(self.path):
+            await self._commit_pending()
+
+    # Facts about the run
+
+    async def meta(self) -> dict[str, str]:
+        async with _translated(self.path), self._database.execute("SELECT name, value FROM meta") as cursor:
+            return {row["name"]: row["value"] async for row in cursor}
+
+    async def put_meta(self, facts: Mapping[str, str]) -> None:
+        async with self._transaction():
+            await self._database.executemany(
+                "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                list(facts.items()),
+            )
+
+    async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+        """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
+        async with _translated(self.path), self._database.execute(sql, parameters) as cursor:
+            while rows := await cursor.fetchmany(_CHUNK):
+                for row in rows:
+                    yield row
+
+    # Transactions
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """All or nothing, one at a time."""
+        async with self._transacting, _translated(self.path):
+            await self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                await self._database.rollback()
+                raise
+            await self._database.commit()
+
+    async def _execute(self, sql: str, parameters: Sequence[Any]) -> None:
+        async with self._transaction():
+            await self._database.execute(sql, parameters)
+
+    async def _begin_session(self) -> None:
+        async with self._transaction():
+            await self._database.execute(_ENTER_LOST)
+            cursor = await self._database.execute(
+                "INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (time.time(),)
+            )
+            self._session = cursor.lastrowid or 0
+
+    async def _write(self) -> None:
+        """Commit in groups: while one is being written, the next one gathers."""
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(_GROUP_DELAY_S)
+            try:
+                async with _translated(self.path):
+                    await self._commit_pending()
+            except StoreError as failure:
+                self._failure = failure
+                self._room.set()
+                return
+
+    async def _commit_pending(self) -> None:
+        self._wake.clear()
+        group = self._pending
+        if not group:
+            return
+        scored = [(scores, position) for position, _, scores in group if scores is not None]
+        async with self._transaction():
+            await self._database.executemany(_PUT_ANSWER, [_COLUMNS_OF(outcome) for _, outcome, _ in group])
+            if scored:
+                await self._database.executemany(_PUT_SCORES, scored)
+            await self._database.execute("UPDATE sessions SET last_seen = ? WHERE id = ?", (time.time(), self._session))
+        self._pending = self._pending[len(group) :]
+        self._room.set()
+        if self._on_commit is not None:
+            self._on_commit([outcome for _, outcome, _ in group])
+
+    # Lookups
+
+    async def _occurrences(self, claims: Sequence[Claim]) -> list[int]:
+        """Which of the rows that ask the same each claim is, counted from the dataset's beginning."""
+        contents = [claim.content for claim in claims]
+        sql = (
+            "SELECT content, count(*) AS n FROM rows WHERE position < ?"
+            f" AND content IN ({_marks(contents)}) GROUP BY content"
+        )
+        seen: dict[bytes, int] = {}
+        async with self._database.execute(sql, (claims[0].position, *contents)) as cursor:
+            seen = {row["content"]: row["n"] async for row in cursor}
+        occurrences = []
+        for content in contents:
+            occurrences.append(seen.get(content, 0))
+            seen[content] = occurrences[-1] + 1
+        return occurrences
+
+    async def _answers(self, contents: Sequence[bytes]) -> dict[tuple[bytes, int], str | None]:
+        """The error class, or None for a success, of the answers there are."""
+        sql = f"SELECT content, occurrence, error_type FROM answers WHERE content IN ({_marks(contents)})"
+        async with self._database.execute(sql, contents) as cursor:
+            return {(row["content"], row["occurrence"]): row["error_type"] for row in await cursor.fetchall()}
+
+    async def _stored(self, first: int, last: int) -> dict[int, sqlite3.Row]:
+        sql = "SELECT position, content, occurrence, scores FROM rows WHERE position BETWEEN ? AND ?"
+        async with self._database.execute(sql, (first, last)) as cursor:
+            return {row["position"]: row for row in await cursor.fetchall()}
+
+    async def _output_text(self, key: tuple[bytes, int]) -> str | None:
+        sql = "SELECT output_text FROM answers WHERE content = ? AND occurrence = ?"
+        async with self._database.execute(sql, key) as cursor:
+            row = await cursor.fetchone()
+        return row["output_text"] if row else None
+
+
+_NO_ANSWER = ""
+"""Stands for the error class of a row that has no answer."""
+
+_COLUMNS = tuple(field.name for field in fields(Outcome))
+_COLUMNS_OF = attrgetter(*_COLUMNS)
+
+_PUT_ANSWER = f"INSERT OR REPLACE INTO answers ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+
+_PUT_ROW = """
+    INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at)
+    VALUES (?, ?, ?, ?, ?)
+"""
+
+_PUT_SCORES = "UPDATE rows SET scores = ? WHERE position = ?"
+
+_PUT_ATTEMPT = """
+    INSERT INTO attempts (
+        content, occurrence, number, deployment, started_at, service_time_s,
+        error_type, error_message, error_status, cost_usd
+    )
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+_PUT_LOST = "INSERT INTO attempts (content, occurrence, started_at, error_type) VALUES (?, ?, ?, 'Lost')"
+
+_MOVE_FAILURE = """
+    INSERT INTO attempts (
+        content, occurrence, number, deployment, started_at, service_time_s,
+        error_type, error_message, error_status, cost_usd
+    )
+    SELECT
+        content, occurrence, retries + 1, deployment, settled_at - service_time_s, service_time_s,
+        error_type, error_message, error_status, cost_usd
+    FROM answers
+    WHERE content = ? AND occurrence = ?
+"""
+
+_FORGET_FAILURE = "DELETE FROM answers WHERE content = ? AND occurrence = ?"
+
+# A session without an end was killed: what it had taken up and not answered may have been asked, and paid for.
+_ENTER_LOST = """
+    INSERT INTO attempts (content, occurrence, started_at, error_type)
+    SELECT rows.content, rows.occurrence, rows.asked_at, 'Lost'
+    FROM rows
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE answers.id IS NULL
+        AND rows.asked_at >= (
+            SELECT started_at FROM sessions
+            WHERE id = (SELECT max(id) FROM sessions) AND ended_at IS NULL
+        )
+"""
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _lock(path: Path) -> IO[str]:
+    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = (path.parent / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path.parent}: cannot write there ({error.strerror}); choose another runs_dir") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise StoreError(
+            f"{path.parent} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
+            " or give this run another name=…"
+        ) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}")
+    file.flush()
+    return file
+
+
+async def _connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connection:
+    """Open the file, check that it is ours, and lay the schema where it is new."""
+    async with _translated(path):
+        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+        database = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        try:
+            database.row_factory = sqlite3.Row
+            await _check_or_create(database, path, readonly=readonly)
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+
+async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
+    application = await _number(database, "PRAGMA application_id")
+    version = await _number(database, "PRAGMA user_version")
+    tables = await _number(database, "SELECT count(*) FROM sqlite_master")
+    if application == 0 and tables == 0 and not readonly:
+        schema = resources.files("runner").joinpath("schema.sql").read_text(encoding="utf-8")
+        await database.execute_fetchall("PRAGMA journal_mode = WAL")
+        await database.executescript(
+            f"BEGIN; {schema} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
+    elif application != APPLICATION_ID:
+        raise StoreError(f"{path} is no results database of runner; nothing was changed in it")
+    elif version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: use the version of"
+            " runner that made it, or start a new run with another name=…"
+        )
+    for pragma in ("synchronous = NORMAL", "cache_size = -65536", "temp_store = MEMORY", "busy_timeout = 10000"):
+        await database.execute_fetchall(f"PRAGMA {pragma}")
+
+
+async def _number(database: aiosqlite.Connection, sql: str) -> int:
+    async with database.execute(sql) as cursor:
+        row = await cursor.fetchone()
+    return int(row[0]) if row else 0
+
+
+@asynccontextmanager
+async def _translated(path: Path) -> AsyncIterator[None]:
+    """SQLite's errors as ours, with the file and the way out."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        if "full" in text:
+            hint = f"the disk that holds {path.parent} is full: make room, and the same command goes on"
+        elif "readonly" in text or "unable to open" in text:
+            hint = f"{path} cannot be opened for writing ({text}): check the folder's permissions"
+        elif "malformed" in text or "not a database" in text:
+            hint = f"{path} is damaged or no database ({text}): move it away to start anew"
+        else:
+            hint = f"{path}: {text}"
+        raise StoreError(hint) from error

@@ -1,0 +1,152 @@
+"""Transports: clients that speak to a provider. `open_transport` chooses the one for a deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from runner.config import DeploymentConfig, SimulatorConfig, TransportKind
+from runner.errors import ConfigError
+from runner.types import Client
+
+DEFAULT_TIMEOUT_S = 600.0
+_CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """A provider whose wire is OpenAI's, unmodified."""
+
+    key_env: str
+    base_env: str
+    base: str | None = None  # None: the user names it
+
+
+DIRECT: Mapping[str, Provider] = {
+    "openai": Provider(key_env="OPENAI_API_KEY", base_env="OPENAI_API_BASE", base="https://api.openai.com/v1"),
+    "hosted_vllm": Provider(key_env="HOSTED_VLLM_API_KEY", base_env="HOSTED_VLLM_API_BASE"),
+    "openai_like": Provider(key_env="OPENAI_LIKE_API_KEY", base_env="OPENAI_LIKE_API_BASE"),
+    "custom_openai": Provider(key_env="CUSTOM_OPENAI_API_KEY", base_env="CUSTOM_OPENAI_API_BASE"),
+    "llamafile": Provider(key_env="LLAMAFILE_API_KEY", base_env="LLAMAFILE_API_BASE", base="http://127.0.0.1:8080/v1"),
+    "lm_studio": Provider(key_env="LM_STUDIO_API_KEY", base_env="LM_STUDIO_API_BASE", base="http://127.0.0.1:1234/v1"),
+    "simulated": Provider(key_env="SIMULATED_API_KEY", base_env="SIMULATED_API_BASE"),
+}
+"""Providers that `DirectTransport` serves, under LiteLLM's names and with the variables that LiteLLM reads."""
+
+
+def open_transport(
+    deployment: DeploymentConfig, *, simulator: SimulatorConfig, timeout_s: float | None = None
+) -> Client:
+    """The client that speaks to ``deployment``. Opens no connection yet.
+
+    Raises:
+        ConfigError: The deployment cannot be served: unknown provider, no address, no key.
+    """
+    timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+    prefix, _, model = deployment.model.partition("/")
+    provider = DIRECT.get(prefix)
+    if prefix == "simulated" and base_of(deployment) is None:
+        from runner.transports.simulated import SimulatedTransport
+
+        return SimulatedTransport(
+            simulator, model=model, api_key=key_of(deployment), params=deployment.extra_kwargs, timeout_s=timeout_s
+        )
+    if deployment.transport is TransportKind.litellm or (
+        deployment.transport is TransportKind.auto and provider is None
+    ):
+        from runner.transports.litellm import LiteLLMTransport
+
+        return LiteLLMTransport(
+            model=deployment.model,
+            api_base=deployment.api_base,
+            api_key=key_of(deployment),
+            params=deployment.extra_kwargs,
+            timeout_s=timeout_s,
+        )
+    if provider is None:
+        raise ConfigError(
+            f"transport=direct does not speak to {prefix!r}: it serves {', '.join(DIRECT)}; use transport=auto"
+        )
+    api_base = base_of(deployment)
+    if api_base is None:
+        raise ConfigError(
+            f"model={deployment.model!r} needs the server's address: api_base=http://HOST:PORT/v1"
+            f" (or the variable {provider.base_env})"
+        )
+    api_key = key_of(deployment)
+    if api_key is None and api_base == provider.base and prefix == "openai":
+        raise ConfigError(
+            f"model={deployment.model!r} needs a key: set {deployment.api_key_env or provider.key_env} in the"
+            " environment or in .env, or name another variable with api_key_env=NAME"
+        )
+    from runner.transports.direct import DirectTransport
+
+    return DirectTransport(
+        model=model, api_base=api_base, api_key=api_key, params=deployment.extra_kwargs, timeout_s=timeout_s
+    )
+
+
+async def check_addresses(deployments: Mapping[str, DeploymentConfig]) -> None:
+    """See whether anybody listens where the deployments are said to be, before the first request.
+
+    Raises:
+        ConfigError: Nobody does, at any of them.
+    """
+    failures = [await _unreachable(base_of(deployment)) for deployment in deployments.values()]
+    if all(failures):
+        raise ConfigError("; ".join(str(failure) for failure in failures))
+
+
+def base_of(deployment: DeploymentConfig) -> str | None:
+    """The address that a direct deployment is served at, or None where nobody named one."""
+    provider = DIRECT.get(deployment.model.partition("/")[0])
+    if deployment.api_base or provider is None:
+        return deployment.api_base
+    return os.environ.get(provider.base_env) or provider.base
+
+
+def key_of(deployment: DeploymentConfig) -> str | None:
+    """The deployment's key: from code, from the variable that it names, or from its provider's usual one.
+
+    Raises:
+        ConfigError: The variable that the deployment names is not set.
+    """
+    if deployment.api_key:
+        return deployment.api_key
+    if deployment.api_key_env:
+        key = os.environ.get(deployment.api_key_env)
+        if not key:
+            raise ConfigError(f"api_key_env={deployment.api_key_env!r}: the environment has no such variable")
+        return key
+    provider = DIRECT.get(deployment.model.partition("/")[0])
+    return os.environ.get(provider.key_env) if provider else None
+
+
+async def _unreachable(api_base: str | None) -> str | None:
+    """Why no connection to ``api_base`` can be made, if that is certain within a few seconds."""
+    if api_base is None:
+        return None
+    url = urlsplit(api_base)
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(url.hostname, port)
+    except TimeoutError:
+        return None
+    except ValueError:
+        return f"api_base={api_base!r} is no URL: write http://HOST:PORT/v1"
+    except socket.gaierror:
+        return f"api_base={api_base}: the host {url.hostname!r} is unknown: check the name"
+    except ConnectionRefusedError:
+        return f"api_base={api_base}: nobody listens there: start the server, or correct the address"
+    except OSError as error:
+        return f"api_base={api_base}: no connection ({error.strerror or error}): check the address"
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return None

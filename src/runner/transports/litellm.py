@@ -1,0 +1,304 @@
+"""The LiteLLM transport: every provider that LiteLLM knows, for about 2.5 ms of CPU a request."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from runner import errors
+from runner.transports import wire
+from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response
+
+if TYPE_CHECKING:
+    import httpx
+
+_BY_NAME: dict[str, type[errors.RequestError]] = {
+    "APIConnectionError": errors.APIConnectionError,
+    "APIResponseValidationError": errors.APIResponseError,
+    "AuthenticationError": errors.AuthenticationError,
+    "BadGatewayError": errors.InternalServerError,
+    "BadRequestError": errors.BadRequestError,
+    "ContentPolicyViolationError": errors.ContentPolicyViolationError,
+    "ContextWindowExceededError": errors.ContextWindowExceededError,
+    "InternalServerError": errors.InternalServerError,
+    "NotFoundError": errors.NotFoundError,
+    "PaymentRequiredError": errors.InsufficientQuotaError,
+    "PermissionDeniedError": errors.PermissionDeniedError,
+    "RateLimitError": errors.RateLimitError,
+    "ServiceUnavailableError": errors.ServiceUnavailableError,
+    "Timeout": errors.Timeout,
+    "UnprocessableEntityError": errors.BadRequestError,
+}
+"""LiteLLM's exceptions, for failures that left no HTTP answer behind; looked up along the class's ancestors."""
+
+_NOISE = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)(?: Error)?(?: - |: ))+")
+"""What LiteLLM puts before a provider's words: ``litellm.RateLimitError: RateLimitError: GroqException - ``."""
+
+_VAGUE = (None, errors.APIConnectionError, errors.InternalServerError)
+"""What LiteLLM's catch-all becomes, which its own trouble with an answer ends in, too."""
+
+_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError)
+
+_PROVIDER_HEADER = "llm_provider-"
+
+
+class LiteLLMTransport:
+    """A `Client` that speaks to a provider through LiteLLM.
+
+    Choose it for providers whose wire is not OpenAI's. Importing LiteLLM takes some five seconds, once per process,
+    when the first such transport is made. Its callbacks and its own retries are off: there is one retry layer, ours.
+
+    Args:
+        model: LiteLLM model string with its provider, ``anthropic/claude-sonnet-4-5``.
+        api_base: Address of the server; None for the provider's own.
+        api_key: The key; None for the environment variable that LiteLLM reads for this provider.
+        params: LiteLLM keyword arguments added to every request, under its own.
+        timeout_s: How long a request may take, from sending to the last byte.
+
+    Raises:
+        ConfigError: There is no such provider, or its key is nowhere to be found.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        api_base: str | None = None,
+        api_key: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._litellm = _import_litellm()
+        self._model = model
+        self._provider = model.partition("/")[0]
+        self._params = {key: value for key, value in (params or {}).items() if key != "timeout"}
+        self._fixed: dict[str, Any] = {"model": model, "max_retries": 0, "num_retries": 0}
+        self._fixed |= {"api_base": api_base} if api_base else {}
+        self._fixed |= {"api_key": api_key} if api_key else {}
+        self._timeout_s = timeout_s
+        self._closed = False
+        _check_provider(self._litellm, model)
+        if not {"api_base", "api_key"} & (self._fixed.keys() | self._params.keys()):
+            _check_key(self._litellm, model)
+        keys = (api_key, self._params.get("api_key"), os.environ.get(f"{self._provider.upper()}_API_KEY"))
+        self._secrets = [key for key in keys if key]
+        _connections.enter(self, self._litellm)
+
+    async def send(self, request: Request) -> Response:
+        if self._closed:
+            raise RuntimeError("the transport is closed")
+        ask, fields = self._call(request)
+        timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
+        options = {**fields, **self._params, **request.params, **self._fixed, "timeout": timeout_s}
+        outer = sys.exception()
+        try:
+            async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer
+                answer = await ask(**options)
+        except Exception as error:
+            raise self._translated(error, list(_causes(error, outer)), timeout_s) from None
+        return wire.response_from(request, _body(answer), _headers(answer))
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await _connections.leave(self, self._litellm)
+
+    def _call(self, request: Request) -> tuple[Callable[..., Awaitable[Any]], dict[str, Any]]:
+        """LiteLLM's function for ``request``, and its arguments that hold the input."""
+        if isinstance(request, EmbeddingRequest):
+            return self._litellm.aembedding, {"input": list(request.texts)}
+        if not isinstance(request, GenerationRequest):
+            raise TypeError(f"{type(request).__name__} is not sent through LiteLLM")
+        functions = {
+            Endpoint.chat_completion: self._litellm.acompletion,
+            Endpoint.text_completion: self._litellm.atext_completion,
+            Endpoint.responses: self._litellm.aresponses,
+        }
+        return functions[request.endpoint], wire.input_fields(request)
+
+    def _translated(
+        self, error: Exception, causes: Sequence[BaseException], timeout_s: float
+    ) -> errors.RequestError | errors.ConfigError:
+        """The error of the tree for whatever LiteLLM raised.
+
+        LiteLLM guesses its exception's class from the words of an answer, and changes the status of some. The answer
+        itself, or what became of the connection, is further down the chain of causes: that decides, where it is there.
+        """
+        import httpx
+
+        where = self._fixed.get("api_base") or self._provider
+        for cause in causes:
+            if isinstance(cause, httpx.HTTPStatusError):
+                return self._refusal(cause.response, _kind_of(error))
+            if isinstance(cause, (TimeoutError, httpx.TimeoutException)):
+                return errors.Timeout(f"no answer from {where} within {timeout_s:g} s")
+            if isinstance(cause, httpx.RequestError):
+                if _never_connected(cause):
+                    return errors.ConnectError(f"cannot connect to {where}: {self._words(cause)}")
+                return errors.APIConnectionError(
+                    f"the connection to {where} broke before the answer was whole ({self._words(cause)})"
+                )
+        kind = _kind_of(error)
+        for cause in causes:
+            if isinstance(cause, ImportError):
+                return errors.ConfigError(f"model={self._model!r}: LiteLLM cannot serve it here: {self._words(cause)}")
+            if type(cause) is Exception and hasattr(cause, "status_code"):  # how LiteLLM raises an error behind a 200
+                return wire.error_from(None, {"error": {"code": cause.status_code, "message": self._words(cause)}}, {})
+            if isinstance(cause, json.JSONDecodeError) or getattr(cause, "status_code", None) == 200:
+                return errors.APIResponseError(f"the server's answer is not JSON: {self._words(error)}", status=200)
+            if isinstance(cause, _UNREADABLE) and kind in _VAGUE:
+                return errors.APIResponseError(f"LiteLLM cannot read the server's answer: {self._words(error)}")
+        return (kind or errors.APIResponseError)(self._words(error))
+
+    def _refusal(self, response: httpx.Response, guess: type[errors.RequestError] | None) -> errors.RequestError:
+        """The error in an HTTP answer. LiteLLM's guess counts where it is a more exact kind of bad request."""
+        payload = response.content
+        for secret in self._secrets:
+            payload = payload.replace(secret.encode(), b"***")
+        refusal = wire.error_from(response.status_code, payload, response.headers)
+        if type(refusal) is errors.BadRequestError and guess is not None and issubclass(guess, errors.BadRequestError):
+            return guess(refusal.message, status=refusal.status, headers=refusal.headers)
+        return refusal
+
+    def _words(self, error: BaseException) -> str:
+        """What ``error`` says, in one line, without LiteLLM's prefixes and without the key."""
+        text = str(getattr(error, "message", "") or error).partition("\nTraceback")[0]
+        text = " ".join(_NOISE.sub("", text).split())[:500] or type(error).__name__
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+class _Connections:
+    """LiteLLM's connections: one pool for the process, whoever uses it. The last transport to leave closes it."""
+
+    def __init__(self) -> None:
+        self._users: weakref.WeakSet[LiteLLMTransport] = weakref.WeakSet()
+        self._session: httpx.AsyncClient | None = None
+
+    def enter(self, user: LiteLLMTransport, litellm: Any) -> None:
+        self._users.add(user)
+        if litellm.aclient_session is None:
+            # For the providers that LiteLLM reaches through OpenAI's SDK. Without a session of ours it opens a new
+            # connection for each text completion, and leaves it open.
+            handler = importlib.import_module("litellm.llms.custom_httpx.http_handler").AsyncHTTPHandler()
+            self._session = litellm.aclient_session = handler.client
+            self._session.follow_redirects = False
+
+    async def leave(self, user: LiteLLMTransport, litellm: Any) -> None:
+        self._users.discard(user)
+        if self._users:
+            return
+        if self._session is not None:
+            await self._session.aclose()
+            self._session = litellm.aclient_session = None
+        await litellm.close_litellm_async_clients()
+        litellm.in_memory_llm_clients_cache.flush_cache()
+
+
+_connections = _Connections()
+
+
+def _import_litellm() -> Any:
+    """LiteLLM, with its network look-ups, prints, connection limits and background logging off."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it fetches the price map on import
+    os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", "0")  # connections follow from the concurrency above
+    os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")
+    litellm: Any = importlib.import_module("litellm")
+    litellm.suppress_debug_info = True
+    worker = importlib.import_module("litellm.litellm_core_utils.logging_worker").GLOBAL_LOGGING_WORKER
+    worker.ensure_initialized_and_enqueue = _discard
+    if importlib.util.find_spec("mcp") is None:
+        # LiteLLM imports its MCP gateway for every call of the Responses API, and that needs a package it does not
+        # install. No tool of ours lives in that gateway.
+        name = "litellm.responses.mcp.litellm_proxy_mcp_handler"
+        gateway = SimpleNamespace(should_use_litellm_mcp_gateway=lambda tools: False)
+        stub = ModuleType(name)
+        stub.__dict__["LiteLLM_Proxy_MCP_Handler"] = gateway
+        sys.modules.setdefault(name, stub)
+    return litellm
+
+
+def _discard(async_coroutine: Coroutine[Any, Any, Any]) -> None:
+    """In place of LiteLLM's logging queue, which grows without bound in long runs and holds up the exit."""
+    async_coroutine.close()
+
+
+def _check_provider(litellm: Any, model: str) -> None:
+    provider = model.partition("/")[0]
+    known = [str(getattr(name, "value", name)) for name in litellm.provider_list]
+    if provider in known:
+        return
+    try:
+        litellm.get_llm_provider(model)  # providers that are registered elsewhere, and models that need no prefix
+    except Exception:
+        near = difflib.get_close_matches(provider, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else " See https://docs.litellm.ai/docs/providers."
+        raise errors.ConfigError(f"unknown provider {provider!r} in model={model!r}.{hint}") from None
+
+
+def _check_key(litellm: Any, model: str) -> None:
+    """Providers whose credentials are no key (a cloud's roles and profiles, a local server) pass."""
+    missing = litellm.validate_environment(model)["missing_keys"]
+    if any(name.endswith("_API_KEY") for name in missing):
+        raise errors.ConfigError(
+            f"model={model!r} needs a key: set {' or '.join(missing)} in the environment or in .env, or name another"
+            " variable with api_key_env=NAME"
+        )
+
+
+def _causes(error: BaseException | None, outer: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and what led to it, up to ``outer``, which was being handled before the request began."""
+    while error is not None and error is not outer:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _kind_of(error: BaseException) -> type[errors.RequestError] | None:
+    names = (ancestor.__name__ for ancestor in type(error).__mro__)
+    return next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
+
+
+def _never_connected(error: httpx.RequestError) -> bool:
+    """Whether ``error`` means that nothing was sent. LiteLLM takes a reset of an open connection for the same."""
+    import aiohttp
+    import httpx
+
+    reason = error.__cause__
+    return isinstance(error, httpx.ConnectError) and (
+        isinstance(reason, aiohttp.ClientConnectorError)
+        or not isinstance(reason, (aiohttp.ClientError, asyncio.CancelledError))
+    )
+
+
+def _body(answer: Any) -> Any:
+    """LiteLLM's answer in the shape of OpenAI's, as a server would have sent it."""
+    body = answer.model_dump(warnings=False) if hasattr(answer, "model_dump") else answer
+    for choice in body.get("choices") or ():
+        message = choice.get("message")
+        if message and message.get("provider_specific_fields"):  # fields that LiteLLM does not know by name
+            choice["message"] = {**message.pop("provider_specific_fields"), **message}
+    return body
+
+
+def _headers(answer: Any) -> dict[str, str]:
+    """The provider's headers, where LiteLLM passes them on."""
+    hidden = getattr(answer, "_hidden_params", None) or {}
+    headers = hidden.get("headers")
+    if headers is None:
+        passed_on = hidden.get("additional_headers") or {}
+        headers = {
+            name.removeprefix(_PROVIDER_HEADER): value
+            for name, value in passed_on.items()
+            if name.startswith(_PROVIDER_HEADER)
+        }
+    return {name.lower(): str(value) for name, value in headers.items()}

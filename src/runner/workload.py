@@ -1,0 +1,111 @@
+"""The workload: a dataset's rows, each turned into what is asked for it and given its identity."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from runner.config import RunnerConfig
+from runner.dataset import Row, count_rows, open_dataset
+from runner.errors import RowError
+from runner.identity import ContentHasher, dump_json
+from runner.prompt import PromptBuilder
+from runner.scoring import Scorers
+from runner.types import Attempt, GenerateInput, GenerationRequest, Trace
+
+_PEEK = 10
+"""Rows that are looked at before anything is sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One thing to ask: a row, or one of its repeats."""
+
+    position: int  # dataset index × samples + sample
+    fields: Mapping[str, Any]  # the row's
+    content: bytes  # identity of what is asked
+    metadata: str  # JSON
+    input: GenerateInput | None  # None: there is an error
+    error: RowError | None = None
+
+
+class Workload:
+    """What an experiment asks, read lazily and as often as wanted.
+
+    Raises:
+        ConfigError: The templates, the mapper or the scorers cannot be used.
+    """
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self.scorers = Scorers(config.scorers)
+        self.samples = config.samples
+        self._dataset = config.dataset
+        self._endpoint = config.endpoint
+        self._params = {key: value for key, value in config.request.items() if key != "timeout"}
+        self._build = PromptBuilder(
+            prompt=config.prompt, system=config.system, mapper=config.mapper, endpoint=config.endpoint
+        )
+        self._hash = ContentHasher(config)
+
+    def check(self) -> None:
+        """Look at the first rows.
+
+        Raises:
+            DatasetError: The dataset cannot be read.
+            ConfigError: A template or a scorer names a field that none of the first rows has.
+        """
+        rows = list(islice(open_dataset(self._dataset), _PEEK))
+        self._build.check(rows)
+        self.scorers.check({name for row in rows for name in row.fields})
+
+    def count(self) -> int | None:
+        """How many items there are, where that is quickly known."""
+        rows = count_rows(self._dataset)
+        return None if rows is None else rows * self.samples
+
+    def items(self) -> Iterator[Item]:
+        """The items in the dataset's order."""
+        for row in open_dataset(self._dataset):
+            yield from self._items_of(row)
+
+    def request(self, item: Item, on_failure: Callable[[Attempt], Awaitable[None]]) -> GenerationRequest:
+        """The request of ``item``, with a fresh trace.
+
+        Raises:
+            RowError: The row cannot be asked.
+        """
+        if item.error is not None:
+            raise item.error
+        assert item.input is not None
+        return GenerationRequest(
+            input=item.input, endpoint=self._endpoint, params=self._params, trace=Trace(on_failure=on_failure)
+        )
+
+    def _items_of(self, row: Row) -> Iterator[Item]:
+        error = row.error
+        asked, metadata = None, {}
+        if error is None:
+            try:
+                ask = self._build(row)
+            except RowError as failure:
+                error = failure
+                metadata = row.fields
+            else:
+                asked, metadata = ask.input, ask.metadata
+        identity = asked if error is None else ["unusable", str(error)]
+        for sample in range(self.samples):
+            yield Item(
+                position=row.index * self.samples + sample,
+                fields=row.fields,
+                content=self._hash(identity, sample),
+                metadata=dump_json(metadata).decode(),
+                input=asked,
+                error=error,
+            )
+
+
+def claimed_chunk_size(slots: int) -> int:
+    """How many items to claim at once: enough to share a transaction, few enough to be in flight soon."""
+    return max(16, min(256, 2 * slots))

@@ -1,0 +1,469 @@
+from __future__ import annotations
+
+import errno
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.metrics import Snapshot
+from runner.progress import open_progress, printable, summary_table
+
+HALF_WAY = Snapshot(
+    total=240,
+    done=120,
+    failed=0,
+    reused=0,
+    in_flight=32,
+    window=32,
+    elapsed_s=5.2,
+    requests_per_s=23.1,
+    tokens_per_s=1_234.0,
+    prompt_tokens=100,
+    completion_tokens=50,
+    cached_tokens=0,
+    reasoning_tokens=0,
+    cost_usd=0.0031,
+    cost_unknown=0,
+    latency_p50_s=0.1,
+    latency_p95_s=0.2,
+    latency_p99_s=0.3,
+    queue_wait_p95_s=0.0,
+    retries=0,
+    errors={},
+    eta_s=5.19,
+    scores={},
+)
+
+SUMMARY: dict[str, Any] = {
+    "rows": 1_240,
+    "succeeded": 1_237,
+    "failed": 3,
+    "reused": 0,
+    "tokens": {"prompt": 9_400, "completion": 5_640, "total": 15_040, "cached": None, "reasoning": None},
+    "cost_usd": 0.0031,
+    "cost_usd_upper_bound": 0.0052,
+    "elapsed_s": 75.0,
+    "requests_per_s": 21.4,
+    "tokens_per_s": 1_234.0,
+    "latency_s": {"p50": 0.143, "p95": 1.5, "p99": None},
+    "queue_wait_s": {"p50": 0.0, "p95": 0.0, "p99": None},
+    "retries": 12,
+    "errors": {"RowError": 1, "Timeout": 2},
+    "scores": {"exact": {"mean": 0.8333, "n": 1_200}, "words": 37.5, "empty": {"mean": None, "n": 0}},
+    "stopped": None,
+}
+
+HOSTILE = "[bold red]x[/] \x1b[2J\x1b]0;title\x07 \x9b31m \u202eabc \ud800 [/nothing]"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What was drawn, without styles: every frame of the bar is one line."""
+        return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue())) if line]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "140")
+    return Terminal()
+
+
+def final_line(terminal: Terminal, snapshot: Snapshot, title: str = "quickstart") -> str:
+    progress = open_progress(title, stream=terminal)
+    progress.update(snapshot)
+    progress.close()
+    return terminal.lines()[-1].rstrip()
+
+
+# Plain lines
+
+
+def test_a_pipe_gets_one_plain_line(clock: Clock) -> None:
+    stream = io.StringIO()
+    open_progress("quickstart", stream=stream, clock=clock).update(HALF_WAY)
+    assert stream.getvalue() == (
+        "quickstart  120/240 (50%)  failed 0  23.1 rows/s  1.2k tok/s  $0.0031  in flight 32/32  retries 0  left 5s\n"
+    )
+
+
+def test_plain_lines_keep_their_distance(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = open_progress("quickstart", stream=stream, interval_s=5.0, clock=clock)
+    for _ in range(100):
+        progress.update(HALF_WAY)
+        clock.now += 0.125
+    assert len(stream.getvalue().splitlines()) == 3
+
+
+def test_closing_writes_the_last_snapshot_once_and_ends_the_output(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = open_progress("quickstart", stream=stream, clock=clock)
+    progress.update(HALF_WAY)
+    progress.update(replace(HALF_WAY, done=240, eta_s=0.0, elapsed_s=11.4))
+    progress.close()
+    progress.close()
+    progress.update(HALF_WAY)
+    progress.note("too late")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("quickstart  240/240 (100%)")
+    assert lines[1].endswith("in 11s")
+
+
+def test_closing_before_the_first_update_writes_nothing(terminal: Terminal) -> None:
+    stream = io.StringIO()
+    open_progress("quickstart", stream=stream).close()
+    open_progress("quickstart", stream=terminal).close()
+    assert stream.getvalue() == terminal.getvalue() == ""
+
+
+def test_it_is_100_percent_only_at_the_end(clock: Clock) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, total=1_000, done=999))
+    assert "999/1,000 (99%)" in stream.getvalue()
+
+
+def test_without_a_total_there_are_counts_and_no_percentage(clock: Clock) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, total=None, eta_s=None))
+    assert "x  120 rows  failed 0" in stream.getvalue()
+    assert "%" not in stream.getvalue()
+    assert "left" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown", "shown"),
+    [
+        (0.0, 0, "$0"),
+        (0.0, 3, "cost ?"),
+        (0.0031, 3, "$0.0031 + ?"),
+        (0.000013, 0, "$0.000013"),
+        (1_234.5, 0, "$1,234.50"),
+    ],
+)
+def test_the_cost_says_what_is_not_known(clock: Clock, known: float, unknown: int, shown: str) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, cost_usd=known, cost_unknown=unknown))
+    assert f"  {shown}  " in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("eta_s", "shown"),
+    [
+        (0.2, "left 0s"),
+        (59.7, "left 1m 00s"),
+        (125, "left 2m 05s"),
+        (3_780, "left 1h 03m"),
+        (200_000, "left 2d 07h"),
+        (None, "left ?"),
+    ],
+)
+def test_the_time_left_is_readable_at_every_scale(clock: Clock, eta_s: float | None, shown: str) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, eta_s=eta_s))
+    assert stream.getvalue().rstrip().endswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(0, "0"), (0.0461, "0.05"), (0.999, "1.0"), (9.96, "10.0"), (99.96, "100"), (999.7, "1.0k"), (1.5e6, "1.5M")],
+)
+def test_rates_are_short(clock: Clock, rate: float, shown: str) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, requests_per_s=rate))
+    assert f"  {shown} rows/s  " in stream.getvalue()
+
+
+def test_reused_rows_are_mentioned_where_there_are_some(clock: Clock) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, reused=64))
+    assert "reused 64" in stream.getvalue()
+
+
+# A terminal
+
+
+def test_a_terminal_gets_a_bar_that_is_redrawn_in_place(terminal: Terminal, clock: Clock) -> None:
+    progress = open_progress("quickstart", stream=terminal, clock=clock)
+    for done in (60, 120, 240):
+        progress.update(replace(HALF_WAY, done=done))
+        clock.now += 1
+    assert "\n" not in terminal.getvalue()
+    progress.close()
+    assert terminal.getvalue().count("\n") == 1
+    last = terminal.lines()[-1]
+    assert "━━━━" in last
+    assert "240/240 (100%)" in last
+    assert "in 5s" in last
+
+
+def test_a_terminal_is_redrawn_ten_times_a_second_at_most(terminal: Terminal, clock: Clock) -> None:
+    progress = open_progress("quickstart", stream=terminal, clock=clock)
+    for _ in range(1_024):
+        progress.update(HALF_WAY)
+        clock.now += 1 / 1_024
+    assert len([line for line in terminal.lines() if "120/240" in line]) <= 10
+
+
+def test_the_bar_leaves_the_cursor_visible(terminal: Terminal) -> None:
+    final_line(terminal, HALF_WAY)
+    assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")
+
+
+@pytest.mark.parametrize("columns", [20, 30, 45, 59, 60, 80, 100, 120, 200])
+@pytest.mark.parametrize("title", ["quickstart", "a-very-long-name-" * 6, "実験" * 20], ids=["short", "long", "wide"])
+def test_the_line_fits_the_terminal(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int, title: str
+) -> None:
+    from rich.cells import cell_len
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    snapshot = replace(HALF_WAY, total=1_000_000, done=999_999, failed=1_234, retries=5_678, cost_usd=1_234.5)
+    line = final_line(terminal, snapshot, title)
+    assert cell_len(line) <= columns
+    assert terminal.getvalue().count("\n") == 1
+    assert "999,999/" in line
+    if columns >= 80:
+        assert line.startswith(title[:5])
+        assert "failed 1,234  " in line
+
+
+def test_columns_are_dropped_from_the_least_to_the_most_important(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = final_line(terminal, HALF_WAY)
+    assert "━" in line
+    assert "failed 0  23.1 rows/s" in line
+    assert "in 5s" in line
+    assert "retries" not in line
+    assert "in flight" not in line
+
+
+def test_a_narrow_terminal_gets_counts_and_no_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "59")
+    line = final_line(terminal, HALF_WAY)
+    assert "━" not in line
+    assert line.startswith("quickstart  120/240 (50%)  failed 0")
+
+
+def test_a_terminal_without_a_total_gets_counts_and_no_bar(terminal: Terminal) -> None:
+    line = final_line(terminal, replace(HALF_WAY, total=None, eta_s=None))
+    assert "━" not in line
+    assert line.startswith("quickstart  120 rows  failed 0")
+
+
+def test_failures_are_red_and_their_absence_is_not(terminal: Terminal) -> None:
+    final_line(terminal, HALF_WAY)
+    assert "\x1b[31m" not in terminal.getvalue()
+    final_line(terminal, replace(HALF_WAY, failed=2))
+    assert re.search(r"\x1b\[31mfailed 2", terminal.getvalue())
+
+
+def test_no_color_is_obeyed(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    final_line(terminal, replace(HALF_WAY, failed=2))
+    summary_table(SUMMARY, stream=terminal)
+    assert not re.search(r"\x1b\[[0-9;]*[34]\d[;m]", terminal.getvalue())
+
+
+def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    final_line(terminal, HALF_WAY)
+    assert terminal.getvalue().count("\n") == 2
+    summary_table(SUMMARY, stream=terminal)
+    assert "\x1b" not in terminal.getvalue()
+
+
+def test_prints_of_others_reach_a_piped_stdout_and_not_the_bar(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = open_progress("quickstart", stream=terminal)
+    progress.update(HALF_WAY)
+    print("a result")
+    progress.close()
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in terminal.getvalue()
+
+
+# Notes
+
+
+def test_a_note_stands_above_the_bar(terminal: Terminal, clock: Clock) -> None:
+    progress = open_progress("quickstart", stream=terminal, clock=clock)
+    progress.update(HALF_WAY)
+    progress.note("two\nlines")
+    progress.close()
+    drawn = [line.split("  ")[0].rstrip() for line in terminal.lines()]
+    assert drawn[-2:] != ["two", "lines"]
+    assert [line for line in drawn if line in ("two", "lines")] == ["two", "lines"]
+    assert drawn[-1] == "quickstart"
+
+
+def test_a_note_cannot_act_on_the_terminal(terminal: Terminal) -> None:
+    plain = io.StringIO()
+    for stream in (plain, terminal):
+        progress = open_progress(HOSTILE, stream=stream)
+        progress.note(HOSTILE)
+        progress.update(HALF_WAY)
+        progress.close()
+        written = stream.getvalue()
+        assert r"[bold red]x[/] \x1b[2J\x1b]0;title\x07 \x9b31m \u202eabc \ud800 [/nothing]" in written
+        assert not set("\x07\x9b\u202e\ud800") & set(written)
+        assert "\x1b[2J" not in written
+        assert "\x1b]" not in written
+
+
+def test_a_page_of_a_note_is_cut(clock: Clock) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock).note("<html>" * 100_000)
+    assert len(stream.getvalue()) < 3_000
+
+
+def test_printable_keeps_ordinary_text() -> None:
+    text = "Größe: 3 × 4 – “ok” 日本語 👩‍🔬 [x]"
+    assert printable(text) == text
+    assert printable("a\tb\r\nc") == r"a\tb\r\nc"
+
+
+# Streams that fail
+
+
+class Gone(io.StringIO):
+    """A terminal or pipe whose other end went away."""
+
+    tty = False
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO if self.tty else errno.EPIPE, "gone")
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_a_stream_that_went_away_does_not_stop_the_run(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str], tty: bool
+) -> None:
+    stream = Gone()
+    stream.tty = tty
+    progress = open_progress("quickstart", stream=stream)
+    progress.update(HALF_WAY)
+    progress.note("hello")
+    progress.close()
+    summary_table(SUMMARY, stream=stream)
+    print("still here")
+    assert capsys.readouterr().out == "still here\n"
+
+
+def test_a_closed_or_absent_stream_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", None)
+    for stream in (closed, None):
+        progress = open_progress("quickstart", stream=stream)
+        progress.update(HALF_WAY)
+        progress.close()
+
+
+def test_a_stream_of_another_encoding_gets_escapes(terminal: Terminal) -> None:
+    raw = io.BytesIO()
+    progress = open_progress("Größe", stream=io.TextIOWrapper(raw, encoding="ascii"))
+    progress.update(HALF_WAY)
+    assert raw.getvalue().startswith(rb"Gr\xf6\xdfe  120/240")
+
+
+# The summary
+
+
+def test_the_summary_is_aligned_text_in_a_pipe() -> None:
+    stream = io.StringIO()
+    summary_table(SUMMARY, results=Path("runs/quickstart/abc/results.jsonl"), stream=stream)
+    assert stream.getvalue().splitlines() == [
+        "rows         1,240",
+        "succeeded    1,237",
+        "reused       0",
+        "failed       3",
+        "  Timeout    2",
+        "  RowError   1",
+        "retries      12",
+        "score exact  83.3% (n = 1,200)",
+        "score words  37.5",
+        "score empty  none (n = 0)",
+        "elapsed      1m 15s",
+        "rate         21.4 requests/s, 1.2k tokens/s",
+        "latency      p50 143 ms, p95 1.50 s",
+        "queue wait   p50 0 ms, p95 0 ms",
+        "tokens       prompt 9,400, completion 5,640, total 15,040",
+        "cost         $0.0031, at most $0.0052",
+        "results      runs/quickstart/abc/results.jsonl",
+    ]
+
+
+def test_the_summary_is_a_table_on_a_terminal(terminal: Terminal) -> None:
+    summary_table(SUMMARY, results="runs/quickstart/abc/results.jsonl", stream=terminal)
+    text = "\n".join(terminal.lines())
+    assert "│ score exact │ 83.3% (n = 1,200)" in text
+    assert "results  runs/quickstart/abc/results.jsonl" in text
+
+
+def test_the_path_of_the_results_is_never_folded(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "runs/" + "a" * 100 + "/results.jsonl"
+    summary_table(SUMMARY, results=path, stream=terminal)
+    assert path in terminal.getvalue()
+
+
+def test_a_stopped_run_says_so_first() -> None:
+    stream = io.StringIO()
+    summary_table({**SUMMARY, "stopped": "budget"}, stream=stream)
+    assert stream.getvalue().startswith("stopped      budget\n")
+
+
+def test_what_a_summary_does_not_know_is_left_out() -> None:
+    stream = io.StringIO()
+    summary_table({"rows": 1, "succeeded": 1, "failed": 0, "cost_usd": None, "tokens": None}, stream=stream)
+    assert stream.getvalue().splitlines() == [
+        "rows       1",
+        "succeeded  1",
+        "failed     0",
+        "cost       unknown",
+    ]
+
+
+def test_names_in_the_summary_are_data(terminal: Terminal) -> None:
+    summary_table({"errors": {HOSTILE: 1}, "scores": {HOSTILE: 1.0}}, results=HOSTILE, stream=terminal)
+    assert "\x1b[2J" not in terminal.getvalue()
+    assert "\x1b]" not in terminal.getvalue()
+    assert terminal.getvalue().count(r"[bold red]x[/] \x1b[2J") == 3
+
+
+def test_rich_is_not_imported_before_it_is_needed() -> None:
+    code = "import sys, runner.progress; sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,614 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Protocol
+
+import pytest
+from aiohttp import web
+
+from runner import errors
+from runner.config import DeploymentConfig, FaultsConfig, SimulatorConfig, TransportKind
+from runner.simulator import Simulator
+from runner.transports import open_transport
+from runner.transports.direct import DirectTransport
+from runner.transports.litellm import LiteLLMTransport
+from runner.types import (
+    Client,
+    EmbeddingRequest,
+    Embeddings,
+    Endpoint,
+    Generation,
+    GenerationRequest,
+    Request,
+    Response,
+    TokenUsage,
+)
+
+KEY = "sk-a-key-that-nobody-may-see"
+CHAT = GenerationRequest(input="Tell me something.")
+ENDPOINTS = list(Endpoint)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Serve = Callable[[Handler], Awaitable[str]]
+
+
+class Connect(Protocol):
+    def __call__(self, api_base: str, **options: Any) -> Client: ...
+
+
+def direct(api_base: str, **options: Any) -> DirectTransport:
+    return DirectTransport(model="m", api_base=api_base, **options)
+
+
+def litellm(api_base: str, **options: Any) -> LiteLLMTransport:
+    return LiteLLMTransport(**{"model": "hosted_vllm/m", "api_base": api_base, **options})
+
+
+@pytest.fixture(params=[direct, litellm], ids=["direct", "litellm"])
+async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
+    """Opens the transport under test, and closes it in the end."""
+    opened: list[Client] = []
+
+    def open_it(api_base: str, **options: Any) -> Client:
+        opened.append(request.param(api_base, **{"api_key": KEY, "timeout_s": 10, **options}))
+        return opened[-1]
+
+    yield open_it
+    for client in opened:
+        await client.aclose()
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator(SimulatorConfig(latency_s=0.002, api_key=KEY)) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Starts servers that answer every request as a test wants; their base URL ends in ``/v1``."""
+    runners: list[web.AppRunner] = []
+
+    async def start(handler: Handler) -> str:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        runners.append(runner)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import os
+
+    for name in os.environ:
+        if name.endswith(("_API_KEY", "_API_BASE")):
+            monkeypatch.delenv(name)
+    yield
+
+
+def answering(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Handler:
+    """A server that always answers the same: JSON, or bytes as they are."""
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    async def handler(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(status=status, body=payload, content_type="application/json", headers=headers)
+
+    return handler
+
+
+class Recorder:
+    """A server that answers well, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[web.BaseRequest] = []
+        self.bodies: list[Any] = []
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        self.requests.append(request)
+        self.bodies.append(await request.json())
+        return web.json_response(chat_body())
+
+
+def chat_body(**changes: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "Hello."}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], **changes}
+
+
+async def failure(client: Client, request: Request = CHAT) -> errors.RequestError:
+    with pytest.raises(errors.RequestError) as caught:
+        await client.send(request)
+    return caught.value
+
+
+def generation(response: Response) -> Generation:
+    assert isinstance(response.output, Generation)
+    return response.output
+
+
+# Answers
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_a_prompt_is_answered(connect: Connect, simulator: Simulator, endpoint: Endpoint) -> None:
+    response = await connect(simulator.url).send(GenerationRequest(input="Tell me something.", endpoint=endpoint))
+    output = generation(response)
+    assert len(output.text) > 20
+    assert output.finish_reason == "stop"
+    assert output.tool_calls == output.choices == ()
+    assert response.model_id == "m"
+    assert response.request_id
+    usage = response.usage
+    assert usage is not None
+    assert usage.prompt_tokens > 0
+    assert usage.completion_tokens > 10
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.reasoning_tokens == usage.cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        CHAT,
+        GenerationRequest(input=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]),
+        GenerationRequest(input="Hi.", endpoint=Endpoint.text_completion),
+        GenerationRequest(input={"input": "Hi.", "instructions": "Be brief."}, endpoint=Endpoint.responses),
+        GenerationRequest(input="Hi.", params={"response_format": {"type": "json_object"}}),
+        EmbeddingRequest(texts=["a", "b"]),
+    ],
+    ids=["chat", "system", "text", "responses", "json", "embed"],
+)
+async def test_both_transports_give_the_same_answer(simulator: Simulator, request_: Request) -> None:
+    clients = direct(simulator.url, api_key=KEY), litellm(simulator.url, api_key=KEY)
+    one, other = [await client.send(request_) for client in clients]
+    for client in clients:
+        await client.aclose()
+    assert one.output == other.output
+    assert one.usage == other.usage
+    assert one.model_id == other.model_id
+
+
+async def test_details_of_an_answer_arrive(connect: Connect, serve: Serve) -> None:
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 7,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 5},
+    }
+    message = {"role": "assistant", "content": "Hello.", "reasoning_content": "Greeting."}
+    body = chat_body(choices=[{"index": 0, "message": message, "finish_reason": "length"}], usage=usage)
+    headers = {"X-Request-ID": "req_7", "x-ratelimit-remaining-tokens": "99"}
+    response = await connect(await serve(answering(body, headers=headers))).send(CHAT)
+    assert generation(response).reasoning == "Greeting."
+    assert generation(response).finish_reason == "length"
+    assert response.request_id == "req_7"
+    assert response.usage == TokenUsage(
+        prompt_tokens=9, completion_tokens=7, total_tokens=16, reasoning_tokens=5, cached_tokens=4
+    )
+    assert {"x-request-id": "req_7", "x-ratelimit-remaining-tokens": "99"}.items() <= dict(response.headers).items()
+
+
+async def test_a_refusal_is_the_text_where_there_is_no_other(connect: Connect, serve: Serve) -> None:
+    message = {"role": "assistant", "content": None, "refusal": "I cannot."}
+    body = chat_body(choices=[{"index": 0, "message": message, "finish_reason": "stop"}])
+    assert generation(await connect(await serve(answering(body))).send(CHAT)).text == "I cannot."
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name"),
+    [
+        (Endpoint.chat_completion, "max_tokens"),
+        (Endpoint.text_completion, "max_tokens"),
+        (Endpoint.responses, "max_output_tokens"),
+    ],
+)
+async def test_a_cut_answer_says_so(connect: Connect, simulator: Simulator, endpoint: Endpoint, name: str) -> None:
+    request = GenerationRequest(input="Tell me something.", endpoint=endpoint, params={name: 3})
+    response = await connect(simulator.url).send(request)
+    assert generation(response).finish_reason == "length"
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 3
+
+
+async def test_several_choices_are_all_returned(connect: Connect, simulator: Simulator) -> None:
+    request = GenerationRequest(input="Tell me something.", params={"n": 2})
+    output = generation(await connect(simulator.url).send(request))
+    texts = [choice["message"]["content"] for choice in output.choices]
+    assert texts[0] == output.text
+    assert len(set(texts)) == 2
+
+
+async def test_tool_calls_are_returned(connect: Connect, simulator: Simulator) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    request = GenerationRequest(input="Rain?", params={"tools": [tool], "tool_choice": "required"})
+    output = generation(await connect(simulator.url).send(request))
+    (call,) = output.tool_calls
+    assert call.id
+    assert call.name == "weather"
+    assert json.loads(call.arguments or "").keys() == {"city"}
+    assert output.finish_reason == "tool_calls"
+
+
+async def test_texts_are_embedded_in_their_order(connect: Connect, simulator: Simulator) -> None:
+    client = connect(simulator.url)
+    response = await client.send(EmbeddingRequest(texts=["a", "b", "c"]))
+    alone = await client.send(EmbeddingRequest(texts=["c"]))
+    assert isinstance(response.output, Embeddings)
+    assert isinstance(alone.output, Embeddings)
+    assert [len(vector) for vector in response.output.vectors] == [16, 16, 16]
+    assert response.output.vectors[2] == pytest.approx(alone.output.vectors[0])
+    assert response.usage == TokenUsage(prompt_tokens=3, total_tokens=3)
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.chat_completion, Endpoint.responses])
+async def test_the_providers_quota_is_reported(connect: Connect, simulator: Simulator, endpoint: Endpoint) -> None:
+    simulator.configure({"rpm": 100})
+    response = await connect(simulator.url).send(GenerationRequest(input="Hi.", endpoint=endpoint))
+    assert response.headers["x-ratelimit-limit-requests"] == "100"
+    assert response.headers["x-ratelimit-remaining-requests"] == "99"
+
+
+# Requests
+
+
+async def test_parameters_headers_and_the_key_reach_the_server(connect: Connect, serve: Serve) -> None:
+    recorder = Recorder()
+    params = {"temperature": 0.25, "seed": 7, "extra_body": {"guided_choice": ["a"]}, "extra_headers": {"X-Team": "t"}}
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    await connect(await serve(recorder)).send(GenerationRequest(input=conversation, params=params))
+    assert recorder.bodies == [
+        {"model": "m", "messages": conversation, "temperature": 0.25, "seed": 7, "guided_choice": ["a"]}
+    ]
+    headers = recorder.requests[0].headers
+    assert recorder.requests[0].path == "/v1/chat/completions"
+    assert headers["x-team"] == "t"
+    assert headers["authorization"] == f"Bearer {KEY}"
+
+
+async def test_a_requests_parameters_go_before_the_deployments(connect: Connect, serve: Serve) -> None:
+    recorder = Recorder()
+    client = connect(await serve(recorder), params={"temperature": 0.1, "seed": 1})
+    await client.send(GenerationRequest(input="Hi.", params={"temperature": 0.9}))
+    assert recorder.bodies[0]["temperature"] == 0.9
+    assert recorder.bodies[0]["seed"] == 1
+
+
+async def test_a_failed_request_is_sent_once(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"faults": {"http_500": 1.0}})
+    client = connect(simulator.url, params={"max_retries": 5, "num_retries": 5})
+    for endpoint in ENDPOINTS:
+        await failure(client, GenerationRequest(input="Hi.", endpoint=endpoint))
+    await failure(client, EmbeddingRequest(texts=["a"]))
+    assert (await ledger(simulator))["requests"] == 4
+
+
+async def test_nothing_but_the_caller_bounds_the_requests_in_flight(connect: Connect, serve: Serve) -> None:
+    arrived, many = 0, 150
+    everyone = asyncio.Event()
+
+    async def wait_for_everyone(request: web.Request) -> web.Response:
+        nonlocal arrived
+        arrived += 1
+        if arrived == many:
+            everyone.set()
+        await everyone.wait()
+        return web.json_response(chat_body())
+
+    client = connect(await serve(wait_for_everyone))
+    assert len(await asyncio.gather(*(client.send(CHAT) for _ in range(many)))) == many
+
+
+# Failures
+
+
+FAULTS = [
+    ("http_429", errors.RateLimitError, 429),
+    ("http_500", errors.InternalServerError, 500),
+    ("http_502", errors.InternalServerError, 502),
+    ("http_503", errors.ServiceUnavailableError, 503),
+    ("http_529", errors.ServiceUnavailableError, 529),
+    ("reset", errors.APIConnectionError, None),
+    ("truncated", errors.APIConnectionError, None),
+    ("invalid_json", errors.APIResponseError, 200),
+    ("error_200", errors.APIResponseError, None),
+]
+
+
+@pytest.mark.parametrize(("fault", "kind", "status"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_each_fault_has_its_class_and_status(
+    connect: Connect,
+    simulator: Simulator,
+    fault: str,
+    kind: type[errors.RequestError],
+    status: int | None,
+    endpoint: Endpoint,
+) -> None:
+    simulator.configure({"faults": {fault: 1.0}})
+    error = await failure(connect(simulator.url), GenerationRequest(input="Hi.", endpoint=endpoint))
+    assert type(error) is kind
+    assert error.status == status
+    assert error.retry_after_s == (0.02 if fault == "http_429" else None)
+    assert_presentable(error)
+
+
+@pytest.mark.parametrize(("fault", "kind", "status"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
+async def test_embeddings_meet_the_same_faults(
+    connect: Connect, simulator: Simulator, fault: str, kind: type[errors.RequestError], status: int | None
+) -> None:
+    simulator.configure({"faults": {fault: 1.0}})
+    error = await failure(connect(simulator.url), EmbeddingRequest(texts=["a"]))
+    assert type(error) is kind
+    assert error.status == status
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "kind"),
+    [
+        (400, {}, errors.BadRequestError),
+        (400, {"message": "rate limit of 429 words"}, errors.BadRequestError),
+        (400, {"code": "context_length_exceeded"}, errors.ContextWindowExceededError),
+        (400, {"message": "This model's maximum context length is 9 tokens."}, errors.ContextWindowExceededError),
+        (400, {"code": "content_filter"}, errors.ContentPolicyViolationError),
+        (401, {}, errors.AuthenticationError),
+        (402, {}, errors.InsufficientQuotaError),
+        (403, {}, errors.PermissionDeniedError),
+        (404, {"code": "model_not_found", "type": "invalid_request_error"}, errors.NotFoundError),
+        (408, {}, errors.Timeout),
+        (409, {}, errors.BadRequestError),
+        (413, {}, errors.RequestTooLargeError),
+        (422, {}, errors.BadRequestError),
+        (429, {"code": "insufficient_quota"}, errors.InsufficientQuotaError),
+        (504, {}, errors.InternalServerError),
+    ],
+)
+async def test_each_refusal_has_its_class_and_keeps_its_words(
+    connect: Connect, serve: Serve, status: int, detail: dict[str, str], kind: type[errors.RequestError]
+) -> None:
+    body = {"error": {"message": "The server says no.", "type": "some_error", "param": None, "code": None} | detail}
+    headers = {"Retry-After": "1.5", "x-request-id": "req_7"}
+    error = await failure(connect(await serve(answering(body, status=status, headers=headers))))
+    assert type(error) is kind
+    assert error.status == status
+    assert error.retry_after_s == 1.5
+    assert error.headers["x-request-id"] == "req_7"
+    assert str(error) == f"HTTP {status}: {body['error']['message']}"
+
+
+async def test_a_wrong_key_is_refused_and_not_repeated(connect: Connect, simulator: Simulator) -> None:
+    error = await failure(connect(simulator.url, api_key="sk-wrong-key"))
+    assert type(error) is errors.AuthenticationError
+    assert error.status == 401
+    assert "sk-wrong-key" not in str(error)
+
+
+async def test_a_key_that_the_server_repeats_is_blotted_out(connect: Connect, serve: Serve) -> None:
+    async def repeat(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": f"no {request.headers['authorization']} here"}}, status=401)
+
+    assert str(await failure(connect(await serve(repeat)))) == "HTTP 401: no Bearer *** here"
+
+
+async def test_an_unknown_path_is_not_found(connect: Connect, simulator: Simulator) -> None:
+    error = await failure(connect(simulator.url + "/nowhere"))
+    assert type(error) is errors.NotFoundError
+    assert error.status == 404
+
+
+async def test_silence_is_a_timeout(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"faults": {"hang": 1.0}})
+    error = await failure(connect(simulator.url, timeout_s=0.05))
+    assert type(error) is errors.Timeout
+    assert str(error) == f"no answer from {simulator.url} within 0.05 s"
+
+
+async def test_a_requests_own_timeout_counts(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"faults": {"hang": 1.0}})
+    error = await failure(connect(simulator.url), GenerationRequest(input="Hi.", timeout_s=0.05))
+    assert type(error) is errors.Timeout
+
+
+async def test_a_trickle_is_no_answer_in_time(connect: Connect, serve: Serve) -> None:
+    async def trickle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(request)
+        while True:
+            await response.write(b" ")
+            await asyncio.sleep(0.01)
+
+    error = await failure(connect(await serve(trickle), timeout_s=0.1))
+    assert type(error) is errors.Timeout
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_where_nobody_listens_nothing_is_sent(connect: Connect, unused_tcp_port: int, endpoint: Endpoint) -> None:
+    url = f"http://127.0.0.1:{unused_tcp_port}/v1"
+    error = await failure(connect(url), GenerationRequest(input="Hi.", endpoint=endpoint))
+    assert type(error) is errors.ConnectError
+    assert url in str(error)
+
+
+async def test_a_server_without_tls_is_no_connection(connect: Connect, simulator: Simulator) -> None:
+    error = await failure(connect(simulator.url.replace("http:", "https:")))
+    assert isinstance(error, errors.APIConnectionError)
+
+
+async def test_a_cancelled_request_leaves_nothing_behind(connect: Connect, serve: Serve) -> None:
+    arrived, over = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: web.Request) -> web.Response:
+        arrived.set()
+        await over.wait()
+        return web.Response()
+
+    client = connect(await serve(hang))
+    before = clients_tasks()
+    task = asyncio.create_task(client.send(CHAT))
+    await arrived.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert clients_tasks() <= before
+    over.set()
+
+
+async def test_an_answered_request_leaves_no_task_behind(connect: Connect, simulator: Simulator) -> None:
+    client = connect(simulator.url)
+    before = clients_tasks()
+    for endpoint in ENDPOINTS:
+        await client.send(GenerationRequest(input="Hi.", endpoint=endpoint))
+    await asyncio.sleep(0.01)
+    assert clients_tasks() <= before
+
+
+async def test_an_error_from_before_is_not_taken_for_this_one(connect: Connect, simulator: Simulator) -> None:
+    client = connect(simulator.url)
+    simulator.configure({"faults": {"http_503": 1.0}})
+    try:
+        await client.send(CHAT)
+    except errors.ServiceUnavailableError:
+        simulator.configure({"faults": {"invalid_json": 1.0}})
+        assert type(await failure(client)) is errors.APIResponseError
+
+
+async def test_a_redirect_takes_no_key_to_another_host(connect: Connect, serve: Serve) -> None:
+    elsewhere = Recorder()
+    other = await serve(elsewhere)
+
+    async def redirect(request: web.Request) -> web.Response:
+        raise web.HTTPTemporaryRedirect(other + "/chat/completions")
+
+    client = connect(await serve(redirect))
+    try:
+        await client.send(CHAT)
+    except errors.RequestError as error:
+        assert_presentable(error)
+    assert not any(KEY in value for request in elsewhere.requests for value in request.headers.values())
+
+
+async def test_a_closed_transport_sends_nothing(connect: Connect, simulator: Simulator) -> None:
+    client = connect(simulator.url)
+    await client.aclose()
+    with pytest.raises(RuntimeError):
+        await client.send(CHAT)
+
+
+# Hostile answers: a correct result or an error of the tree, and never anything else
+
+
+def hostile() -> Iterator[tuple[str, bytes]]:
+    yield "nothing", b""
+    yield "no JSON", b"<html>Bad gateway</html>"
+    yield "half JSON", b'{"choices": [{"message": {"content": "Hel'
+    yield "null", b"null"
+    yield "list", b"[1]"
+    yield "string", b'"Hello."'
+    yield "invalid UTF-8", json.dumps(chat_body()).encode().replace(b"Hello", b"Hell\xff")
+    yield "lone surrogate", json.dumps(chat_body()).encode().replace(b"Hello", rb"Hell\ud800")
+    yield "no choices", json.dumps(chat_body(choices=[])).encode()
+    yield "null choices", json.dumps(chat_body(choices=None)).encode()
+    yield "null choice", json.dumps(chat_body(choices=[None])).encode()
+    yield "null message", json.dumps(chat_body(choices=[{"index": 0, "message": None}])).encode()
+    yield "null content", json.dumps(chat_body(choices=[{"index": 0, "message": {"content": None}}])).encode()
+    yield "odd content", json.dumps(chat_body(choices=[{"index": 0, "message": {"content": {"a": [1]}}}])).encode()
+    yield "odd tool calls", json.dumps(chat_body(choices=[{"message": {"tool_calls": [{"function": 3}]}}])).encode()
+    yield "odd finish", json.dumps(chat_body(choices=[{"message": {"content": "a"}, "finish_reason": [1]}])).encode()
+    yield "odd model", json.dumps(chat_body(model={"a": 1}, id=[])).encode()
+    yield "no totals", json.dumps(chat_body(usage={"prompt_tokens": 3})).encode()
+    yield "string counts", json.dumps(chat_body(usage={"prompt_tokens": "3", "completion_tokens": "x"})).encode()
+    yield "negative counts", json.dumps(chat_body(usage={"prompt_tokens": -3, "completion_tokens": -1})).encode()
+    yield "huge counts", json.dumps(chat_body(usage={"prompt_tokens": 10**30, "total_tokens": 1e300})).encode()
+    yield "NaN counts", json.dumps(chat_body(usage={"prompt_tokens": float("nan")})).encode()
+    yield "odd usage", json.dumps(chat_body(usage=[3])).encode()
+    yield "deep array", b"[" * 100_000 + b"]" * 100_000
+    yield "deep object", b'{"choices":' * 900 + b"1" + b"}" * 900
+
+
+@pytest.mark.parametrize("payload", [pytest.param(payload, id=name) for name, payload in hostile()])
+async def test_a_hostile_answer_is_read_or_refused(connect: Connect, serve: Serve, payload: bytes) -> None:
+    try:
+        response = await connect(await serve(answering(payload))).send(CHAT)
+    except errors.RequestError as error:
+        assert_presentable(error)
+    else:
+        assert isinstance(generation(response).text, str)
+        usage = response.usage or TokenUsage()
+        assert 0 <= usage.prompt_tokens < 2**53
+        assert 0 <= usage.total_tokens < 2**53
+
+
+@pytest.mark.parametrize("status", [200, 429, 500])
+async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve, status: int) -> None:
+    headers = {
+        "retry-after": "soon",
+        "retry-after-ms": "NaN",
+        "x-ratelimit-remaining-requests": "-1",
+        "x-ratelimit-limit-requests": "∞",
+        "x-ratelimit-reset-requests": "0s0s0q",
+        "x-ratelimit-remaining-tokens": "0",
+        "x-ratelimit-reset-tokens": "99999999999999999999d",
+        "x-request-id": "\u00ff",
+    }
+    client = connect(await serve(answering(chat_body(), status=status, headers=headers)))
+    try:
+        response = await client.send(CHAT)
+    except errors.RequestError as error:
+        assert error.status == status
+        assert error.retry_after_s is None
+    else:
+        assert generation(response).text == "Hello."
+        assert status == 200
+
+
+async def test_an_oversized_answer_is_refused(serve: Serve) -> None:
+    body = chat_body(padding="x" * 300_000)
+
+    async def chunked(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(json.dumps(body).encode())
+        return response
+
+    for handler in (answering(body), chunked):
+        client = direct(await serve(handler), max_response_bytes=100_000)
+        error = await failure(client)
+        assert type(error) is errors.APIResponseError
+        assert "larger than 100,000 bytes" in str(error)
+        await client.aclose()
+
+
+async def test_a_compressed_answer_is_read(serve: Serve) -> None:
+    payload = gzip.compress(json.dumps(chat_body()).encode())
+    client = direct(await serve(answering(payload, headers={"content-encoding": "gzip"})))
+    assert generation(await client.send(CHAT)).text == "Hello."
+    await client.aclose()
+
+
+async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(serve: Serve) -> None:
+    bomb = gzip.compress(bytes(100 * 2**20), compresslevel=1)
+    client = direct(await serve(answering(bomb, headers={"content-encoding": "gzip"})), max_response_bytes=2**20)
+    await failure(client)  # warm
+    tracemalloc.start()
+    error = await failure(client)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(error, errors.APIResponseError | errors.APIConnectionError)
+    assert peak < 50 * 2**20
+    await client.aclose()
