@@ -379,8 +379,9 @@ async def test_the_environment_is_left_as_it_was(folder: Path, monkeypatch: pyte
     assert dict(os.environ) == before
 
 
-def test_wandb_prints_nothing_takes_no_output_and_lets_the_process_exit(folder: Path) -> None:
-    code = """
+def test_wandb_prints_nothing_takes_no_output_and_lets_the_process_exit(tmp_path: Path, folder: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""
 import asyncio, sys, time
 from pathlib import Path
 from runner.config import TrackerConfig
@@ -393,9 +394,9 @@ for _ in range(20):
     print(sys.argv[3])
 asyncio.run(tracker.finish(Outcome(summary={"rows": 1}, exit_code=0)))
 Path(sys.argv[1], "finished").write_text(str(time.time()))
-"""
+""")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), "--api-key", CANARY], capture_output=True, text=True
+        [sys.executable, str(program), str(folder), "--api-key", CANARY], capture_output=True, text=True
     )
 
     exited_after_s = time.time() - float((folder / "finished").read_text())

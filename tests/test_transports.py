@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from runner import errors
-from runner.config import DeploymentConfig, FaultsConfig, SimulatorConfig, TransportKind
+from runner.config import DeploymentConfig, SimulatorConfig, TransportKind
 from runner.simulator import Simulator
 from runner.transports import open_transport
 from runner.transports.direct import DirectTransport
@@ -91,13 +95,10 @@ async def serve() -> AsyncIterator[Serve]:
 
 
 @pytest.fixture
-def no_keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import os
-
-    for name in os.environ:
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
         if name.endswith(("_API_KEY", "_API_BASE")):
             monkeypatch.delenv(name)
-    yield
 
 
 def answering(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Handler:
@@ -118,7 +119,7 @@ class Recorder:
         self.requests: list[web.BaseRequest] = []
         self.bodies: list[Any] = []
 
-    async def __call__(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.Response:
         self.requests.append(request)
         self.bodies.append(await request.json())
         return web.json_response(chat_body())
@@ -136,6 +137,28 @@ async def failure(client: Client, request: Request = CHAT) -> errors.RequestErro
     return caught.value
 
 
+def assert_presentable(error: errors.RequestError) -> None:
+    """One line of prose: no key, no traceback, none of LiteLLM's prefixes."""
+    assert len(str(error).splitlines()) == 1
+    assert KEY not in str(error)
+    assert not re.search(r"litellm\.\w+Error|Exception - |Traceback", str(error))
+
+
+async def ledger(simulator: Simulator) -> dict[str, Any]:
+    url = simulator.url.removesuffix("/v1") + "/ledger"
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        totals: dict[str, Any] = await answer.json()
+        return totals
+
+
+def clients_tasks() -> set[asyncio.Task[Any]]:
+    """Every task but those of the servers in this process."""
+    servers = ("RequestHandler.", "BaseRequestHandler.")
+    return {
+        task for task in asyncio.all_tasks() if not getattr(task.get_coro(), "__qualname__", "").startswith(servers)
+    }
+
+
 def generation(response: Response) -> Generation:
     assert isinstance(response.output, Generation)
     return response.output
@@ -150,7 +173,8 @@ async def test_a_prompt_is_answered(connect: Connect, simulator: Simulator, endp
     output = generation(response)
     assert len(output.text) > 20
     assert output.finish_reason == "stop"
-    assert output.tool_calls == output.choices == ()
+    assert not output.tool_calls
+    assert not output.choices
     assert response.model_id == "m"
     assert response.request_id
     usage = response.usage
@@ -219,11 +243,11 @@ async def test_a_refusal_is_the_text_where_there_is_no_other(connect: Connect, s
     ],
 )
 async def test_a_cut_answer_says_so(connect: Connect, simulator: Simulator, endpoint: Endpoint, name: str) -> None:
-    request = GenerationRequest(input="Tell me something.", endpoint=endpoint, params={name: 3})
+    request = GenerationRequest(input="Tell me something.", endpoint=endpoint, params={name: 16})
     response = await connect(simulator.url).send(request)
     assert generation(response).finish_reason == "length"
     assert response.usage is not None
-    assert response.usage.completion_tokens == 3
+    assert response.usage.completion_tokens == 16
 
 
 async def test_several_choices_are_all_returned(connect: Connect, simulator: Simulator) -> None:
@@ -272,7 +296,7 @@ async def test_parameters_headers_and_the_key_reach_the_server(connect: Connect,
     recorder = Recorder()
     params = {"temperature": 0.25, "seed": 7, "extra_body": {"guided_choice": ["a"]}, "extra_headers": {"X-Team": "t"}}
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
-    await connect(await serve(recorder)).send(GenerationRequest(input=conversation, params=params))
+    await connect(await serve(recorder.answer)).send(GenerationRequest(input=conversation, params=params))
     assert recorder.bodies == [
         {"model": "m", "messages": conversation, "temperature": 0.25, "seed": 7, "guided_choice": ["a"]}
     ]
@@ -284,7 +308,7 @@ async def test_parameters_headers_and_the_key_reach_the_server(connect: Connect,
 
 async def test_a_requests_parameters_go_before_the_deployments(connect: Connect, serve: Serve) -> None:
     recorder = Recorder()
-    client = connect(await serve(recorder), params={"temperature": 0.1, "seed": 1})
+    client = connect(await serve(recorder.answer), params={"temperature": 0.1, "seed": 1})
     await client.send(GenerationRequest(input="Hi.", params={"temperature": 0.9}))
     assert recorder.bodies[0]["temperature"] == 0.9
     assert recorder.bodies[0]["seed"] == 1
@@ -300,7 +324,7 @@ async def test_a_failed_request_is_sent_once(connect: Connect, simulator: Simula
 
 
 async def test_nothing_but_the_caller_bounds_the_requests_in_flight(connect: Connect, serve: Serve) -> None:
-    arrived, many = 0, 150
+    arrived, many = 0, 120  # more than the pools of aiohttp and httpx hold
     everyone = asyncio.Event()
 
     async def wait_for_everyone(request: web.Request) -> web.Response:
@@ -438,9 +462,11 @@ async def test_a_trickle_is_no_answer_in_time(connect: Connect, serve: Serve) ->
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_where_nobody_listens_nothing_is_sent(connect: Connect, unused_tcp_port: int, endpoint: Endpoint) -> None:
-    url = f"http://127.0.0.1:{unused_tcp_port}/v1"
-    error = await failure(connect(url), GenerationRequest(input="Hi.", endpoint=endpoint))
+async def test_where_nobody_listens_nothing_is_sent(connect: Connect, endpoint: Endpoint) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        error = await failure(connect(url), GenerationRequest(input="Hi.", endpoint=endpoint))
     assert type(error) is errors.ConnectError
     assert url in str(error)
 
@@ -484,22 +510,20 @@ async def test_an_error_from_before_is_not_taken_for_this_one(connect: Connect, 
     try:
         await client.send(CHAT)
     except errors.ServiceUnavailableError:
-        simulator.configure({"faults": {"invalid_json": 1.0}})
+        simulator.configure({"faults": {"http_503": 0.0, "invalid_json": 1.0}})
         assert type(await failure(client)) is errors.APIResponseError
 
 
 async def test_a_redirect_takes_no_key_to_another_host(connect: Connect, serve: Serve) -> None:
     elsewhere = Recorder()
-    other = await serve(elsewhere)
+    other = await serve(elsewhere.answer)
 
     async def redirect(request: web.Request) -> web.Response:
         raise web.HTTPTemporaryRedirect(other + "/chat/completions")
 
     client = connect(await serve(redirect))
-    try:
+    with contextlib.suppress(errors.RequestError):
         await client.send(CHAT)
-    except errors.RequestError as error:
-        assert_presentable(error)
     assert not any(KEY in value for request in elsewhere.requests for value in request.headers.values())
 
 
@@ -560,21 +584,31 @@ async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve
         "retry-after": "soon",
         "retry-after-ms": "NaN",
         "x-ratelimit-remaining-requests": "-1",
-        "x-ratelimit-limit-requests": "∞",
         "x-ratelimit-reset-requests": "0s0s0q",
         "x-ratelimit-remaining-tokens": "0",
         "x-ratelimit-reset-tokens": "99999999999999999999d",
-        "x-request-id": "\u00ff",
     }
     client = connect(await serve(answering(chat_body(), status=status, headers=headers)))
-    try:
-        response = await client.send(CHAT)
-    except errors.RequestError as error:
+    if status == 200:
+        assert generation(await client.send(CHAT)).text == "Hello."
+    else:
+        error = await failure(client)
         assert error.status == status
         assert error.retry_after_s is None
-    else:
-        assert generation(response).text == "Hello."
-        assert status == 200
+
+
+async def test_headers_outside_ascii_break_nothing(connect: Connect, serve: Serve) -> None:
+    headers = {"x-ratelimit-limit-requests": "∞", "x-request-id": "\u00ff"}
+    client = connect(await serve(answering(chat_body(), headers=headers)))
+    with contextlib.suppress(errors.RequestError):
+        assert generation(await client.send(CHAT)).text == "Hello."
+
+
+async def test_a_redirect_is_an_error(serve: Serve) -> None:
+    client = direct(await serve(answering(b"", status=307, headers={"location": "http://127.0.0.1:1/"})))
+    error = await failure(client)
+    assert error.status == 307
+    await client.aclose()
 
 
 async def test_an_oversized_answer_is_refused(serve: Serve) -> None:
@@ -612,3 +646,191 @@ async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(serve: Serve) 
     assert isinstance(error, errors.APIResponseError | errors.APIConnectionError)
     assert peak < 50 * 2**20
     await client.aclose()
+
+
+# LiteLLM's own
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [("opnai/gpt", "Did you mean 'openai'?"), ("qqqq/gpt", "https://docs.litellm.ai/docs/providers")],
+)
+def test_an_unknown_provider_is_refused_with_the_nearest_name(model: str, hint: str) -> None:
+    with pytest.raises(errors.ConfigError) as caught:
+        LiteLLMTransport(model=model, api_key=KEY)
+    provider = model.partition("/")[0]
+    assert str(caught.value).startswith(f"unknown provider {provider!r} in model={model!r}.")
+    assert hint in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(
+    ("model", "variable"),
+    [
+        ("anthropic/claude", "ANTHROPIC_API_KEY"),
+        ("gemini/gemini-2.5-pro", "GEMINI_API_KEY"),
+        ("groq/x", "GROQ_API_KEY"),
+    ],
+)
+def test_a_missing_key_is_named(model: str, variable: str) -> None:
+    with pytest.raises(errors.ConfigError, match=variable) as caught:
+        LiteLLMTransport(model=model)
+    assert repr(model) in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "anthropic/claude", "api_key": KEY},
+        {"model": "anthropic/claude", "api_base": "http://localhost"},
+        {"model": "anthropic/claude", "params": {"api_key": KEY}},
+        {"model": "bedrock/anthropic.claude"},
+        {"model": "vertex_ai/gemini-2.5-pro"},
+        {"model": "ollama/llama3"},
+        {"model": "hosted_vllm/m"},
+    ],
+    ids=str,
+)
+def test_other_credentials_than_a_key_in_the_environment_suffice(options: dict[str, Any]) -> None:
+    LiteLLMTransport(**options)
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_a_key_in_the_environment_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    LiteLLMTransport(model="anthropic/claude")
+
+
+async def test_another_providers_wire_ends_in_the_same_response(serve: Serve) -> None:
+    answer = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-x",
+        "content": [{"type": "text", "text": "Hello."}],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 5, "cache_read_input_tokens": 4, "output_tokens": 2},
+    }
+    headers = {"request-id": "req_9", "anthropic-ratelimit-requests-remaining": "12"}
+    url = await serve(answering(answer, headers=headers))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    response = await client.send(CHAT)
+    assert generation(response) == Generation(text="Hello.", finish_reason="stop")
+    assert response.usage is not None
+    assert (response.usage.prompt_tokens, response.usage.cached_tokens) == (9, 4)
+    assert response.headers["anthropic-ratelimit-requests-remaining"] == "12"
+    assert response.model_id == "claude-x"
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, errors.BadRequestError),
+        (413, errors.RequestTooLargeError),
+        (529, errors.ServiceUnavailableError),
+    ],
+)
+async def test_another_providers_errors_keep_their_status(
+    serve: Serve, status: int, kind: type[errors.RequestError]
+) -> None:
+    body = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    url = await serve(answering(body, status=status, headers={"retry-after": "4"}))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    error = await failure(client)
+    assert type(error) is kind
+    assert error.status == status
+    assert error.retry_after_s == 4.0
+    assert str(error) == f"HTTP {status}: Overloaded"
+    await client.aclose()
+
+
+async def test_openais_sdk_below_litellm_behaves_no_differently(simulator: Simulator) -> None:
+    client = litellm(simulator.url, model="openai/m", api_key=KEY)
+    for endpoint in ENDPOINTS:
+        assert generation(await client.send(GenerationRequest(input="Hi.", endpoint=endpoint))).text
+    for fault, kind, status in FAULTS:
+        simulator.configure({"faults": {**{name: 0.0 for name, _, _ in FAULTS}, fault: 1.0}})
+        before = (await ledger(simulator))["requests"]
+        error = await failure(client)
+        assert (type(error), error.status) == (kind, status)
+        assert (await ledger(simulator))["requests"] == before + 1
+    await client.aclose()
+
+
+async def test_a_parameter_that_the_provider_does_not_take_is_a_bad_request(simulator: Simulator) -> None:
+    client = litellm(simulator.url, model="openai/m", api_key=KEY)
+    error = await failure(client, EmbeddingRequest(texts=["a"], params={"dimensions": 2}))
+    assert type(error) is errors.BadRequestError
+    assert "dimensions" in str(error)
+    assert_presentable(error)
+    await client.aclose()
+
+
+async def test_closing_one_transport_leaves_the_others_open(simulator: Simulator) -> None:
+    one, other = litellm(simulator.url, api_key=KEY), litellm(simulator.url, api_key=KEY)
+    await asyncio.gather(one.send(CHAT), other.send(CHAT))
+    under_way = asyncio.create_task(other.send(CHAT))
+    await one.aclose()
+    assert generation(await under_way).text
+    await other.aclose()
+
+
+# Choosing a transport
+
+
+def opened(model: str, **options: Any) -> Client:
+    return open_transport(DeploymentConfig(model=model, **options), simulator=SimulatorConfig())
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"model": "hosted_vllm/m", "api_base": "http://localhost:8000/v1"}, DirectTransport),
+        ({"model": "openai/m", "api_key": KEY}, DirectTransport),
+        ({"model": "openai/m", "api_base": "http://localhost:8000/v1"}, DirectTransport),
+        ({"model": "llamafile/m"}, DirectTransport),
+        ({"model": "openai/m", "api_key": KEY, "transport": TransportKind.litellm}, LiteLLMTransport),
+        ({"model": "anthropic/claude", "api_key": KEY}, LiteLLMTransport),
+    ],
+    ids=str,
+)
+def test_the_provider_decides_the_transport(options: dict[str, Any], kind: type) -> None:
+    assert isinstance(opened(**options), kind)
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "hosted_vllm/m"}, "HOSTED_VLLM_API_BASE"),
+        ({"model": "openai/m"}, "OPENAI_API_KEY"),
+        ({"model": "openai/m", "api_key_env": "MY_KEY"}, "MY_KEY"),
+        ({"model": "anthropic/m", "transport": TransportKind.direct}, "transport=direct"),
+        ({"model": "opnai/m"}, "Did you mean 'openai'?"),
+    ],
+    ids=str,
+)
+def test_a_deployment_that_cannot_be_served_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(errors.ConfigError, match=re.escape(message)):
+        opened(**options)
+
+
+async def test_the_simulated_provider_needs_no_server() -> None:
+    client = opened("simulated/echo")
+    first, second = await asyncio.gather(client.send(CHAT), client.send(CHAT))
+    assert generation(first).text == generation(second).text == "echo: Tell me something."
+    await client.aclose()
+
+
+def test_the_direct_path_never_imports_litellm() -> None:
+    code = (
+        "import sys, runner.transports.direct, runner.transports.litellm, runner.transports as transports;"
+        "from runner.config import DeploymentConfig, SimulatorConfig;"
+        "deployment = DeploymentConfig(model='hosted_vllm/m', api_base='http://h/v1');"
+        "transports.open_transport(deployment, simulator=SimulatorConfig());"
+        "assert not {'litellm', 'openai', 'httpx'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

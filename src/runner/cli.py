@@ -105,8 +105,7 @@ def typed(composed: DictConfig) -> RunnerConfig:
     Raises:
         ConfigError: A key is unknown, or a value is missing.
     """
-    content = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(content, dict)
+    content = _plain(composed)
     content.pop("hydra", None)
     for path in schema.unknown_keys(content):
         raise ConfigError(schema.unknown_key_message(path))
@@ -184,14 +183,19 @@ def _run(composed: DictConfig, folder: Path) -> tuple[int, str | None]:
     from runner.experiment import run_experiment
     from runner.progress import summary_table
 
-    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(settings, dict)
-    report = asyncio.run(run_experiment(config, folder, settings=settings))
+    report = asyncio.run(run_experiment(config, folder, settings=_plain(OmegaConf.structured(config))))
     if report.summary:
         summary_table({**report.summary, "name": config.name}, results=folder / "results.jsonl")
     if report.message:
         print(f"{report.message}\nThe same command goes on from here.", file=sys.stderr)
     return report.exit_code, report.message
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain data, nothing resolved."""
+    content = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def _load_environment(path: str) -> None:

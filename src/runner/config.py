@@ -321,80 +321,114 @@ def check(config: RunnerConfig) -> None:
     Raises:
         ConfigError: The first problem found, naming its key.
     """
-    _check_limits("limits", config.limits)
-    _check_model(config)
+    _check_secrets("request", config.request)
+    for label, deployment in config.deployments.items():
+        if deployment.api_key:
+            raise ConfigError(_no_place_for_a_key(f"deployments.{label}.api_key"))
+        check_deployment(f"deployments.{label}", deployment)
+    if not config.deployments:
+        check_deployment("", replicas(config)[config.model])
+    check_limits("limits", config.limits)
+    check_routing(config.routing)
+    _check_dataset(config.dataset)
     _at_least("retry.max_retries", config.retry.max_retries, 0)
+    _at_least("retry.base_s", config.retry.base_s, 0)
     _at_least("samples", config.samples, 1)
-    _at_least("dataset.limit", config.dataset.limit, 0)
-    _at_least("dataset.shard.count", config.dataset.shard.count, 1)
-    if config.dataset.kind in (DatasetKind.jsonl, DatasetKind.csv) and not config.dataset.path:
-        raise ConfigError(f"dataset.path must be set: dataset={config.dataset.kind.value} dataset.path=FILE")
-    if not 0 <= config.dataset.shard.index < config.dataset.shard.count:
-        raise ConfigError(
-            f"dataset.shard.index={config.dataset.shard.index} is outside 0 to {config.dataset.shard.count - 1}"
-            " (dataset.shard.count - 1)"
-        )
-    if config.routing.strategy not in STRATEGIES:
-        raise ConfigError(f"routing.strategy={config.routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
     for key, rate in vars(config.simulator.faults).items():
         if not 0 <= rate <= 1:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
     if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
-
     _reject_unavailable(config)
 
 
-def _reject_unavailable(config: RunnerConfig) -> None:
-    """Keys of the design whose capability this version does not have: better an error than a key without effect."""
-    asked_for = {
-        "limits.concurrency=auto": config.limits.concurrency == "auto",
-        "limits.header_bucket_scope": config.limits.header_bucket_scope is not Scope.auto,
-        f"limits.shared={config.limits.shared.value}": config.limits.shared is not Shared.none,
-        f"routing.strategy={config.routing.strategy}": config.routing.strategy != STRATEGIES[0],
-        f"task={config.task.kind.value}": config.task.kind is not TaskKind.generate,
-        "response_format": config.response_format is not None,
-        "budget": any(value is not None for value in vars(config.budget).values()),
-        "reuse=true": config.reuse,
-        "plan=true": config.plan,
-        "request.stream=true": bool(config.request.get("stream")),
-    }
-    for key, wanted in asked_for.items():
-        if wanted:
-            raise ConfigError(f"{key} is not available in this version: leave it out")
+def check_deployment(where: str, deployment: DeploymentConfig) -> None:
+    """Check one deployment; ``where`` is the path of its keys, empty for the root."""
+    prefix = f"{where}." if where else ""
+    if "/" not in deployment.model.strip("/"):
+        raise ConfigError(
+            f"{prefix}model={deployment.model!r} has no provider: write provider/model, for example"
+            f" openai/{deployment.model}, or hosted_vllm/{deployment.model} with api_base=http://HOST:PORT/v1"
+        )
+    base = deployment.api_base
+    if base is not None and not base.startswith(("http://", "https://")):
+        raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
+    if deployment.limits is not None:
+        check_limits(f"{prefix}limits", deployment.limits)
+    _check_secrets(f"{prefix}extra_kwargs", deployment.extra_kwargs or {})
 
 
-def _check_model(config: RunnerConfig) -> None:
-    for label, deployment in config.deployments.items():
-        if deployment.api_key:
-            raise ConfigError(
-                f"deployments.{label}.api_key: configurations are stored with the run, so a key has no place in them."
-                f" Put it in the environment and name the variable: deployments.{label}.api_key_env=MY_KEY"
-            )
-        if deployment.limits is not None:
-            _check_limits(f"deployments.{label}.limits", deployment.limits)
-    for label, deployment in replicas(config).items():
-        where = f"deployments.{label}.model" if config.deployments else "model"
-        if "/" not in deployment.model.strip("/"):
-            raise ConfigError(
-                f"{where}={deployment.model!r} has no provider: write provider/model, for example"
-                f" openai/{deployment.model}, or hosted_vllm/{deployment.model} with api_base=http://HOST:PORT/v1"
-            )
-        base = deployment.api_base
-        if base is not None and not base.startswith(("http://", "https://")):
-            raise ConfigError(f"{where.replace('model', 'api_base')}={base!r}: a URL begins with http:// or https://")
-
-
-def _check_limits(where: str, limits: LimitsConfig) -> None:
+def check_limits(where: str, limits: LimitsConfig) -> None:
+    """Check limits whose keys are below ``where``."""
     concurrency = limits.concurrency
-    if concurrency != "auto" and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
+    if concurrency == "auto":
+        raise ConfigError(f"{where}.concurrency=auto {_NOT_AVAILABLE}: give a number")
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
         raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1")
     for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst"):
         value = getattr(limits, key)
         if value is not None and not value > 0:
             raise ConfigError(f"{where}.{key}={value}: a number above 0, or null for no limit")
     _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
+    if limits.header_bucket_scope is not Scope.auto:
+        raise ConfigError(f"{where}.header_bucket_scope={limits.header_bucket_scope.value} {_NOT_AVAILABLE}")
+    if limits.shared is not Shared.none:
+        raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
+
+
+def check_routing(routing: RoutingConfig) -> None:
+    """Check the strategy."""
+    if routing.strategy not in STRATEGIES:
+        raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    if routing.strategy != "simple-shuffle":
+        raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
+
+
+_NOT_AVAILABLE = "is not available in this version"
+
+
+def _reject_unavailable(config: RunnerConfig) -> None:
+    """Keys whose capability this version does not have: better an error than a key without effect."""
+    wanted = {
+        f"task={config.task.kind.value}": config.task.kind is not TaskKind.generate,
+        "response_format": config.response_format is not None,
+        "budget": any(value is not None for value in vars(config.budget).values()),
+        "resume=fresh": config.resume is Resume.fresh,
+        "reuse=true": config.reuse,
+        "plan=true": config.plan,
+        "request.stream=true": bool(config.request.get("stream")),
+    }
+    for key, is_wanted in wanted.items():
+        if is_wanted:
+            raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    if dataset.kind in (DatasetKind.jsonl, DatasetKind.csv) and not dataset.path:
+        raise ConfigError(f"dataset.path must be set: dataset={dataset.kind.value} dataset.path=FILE")
+    _at_least("dataset.limit", dataset.limit, 0)
+    _at_least("dataset.shard.count", dataset.shard.count, 1)
+    if not 0 <= dataset.shard.index < dataset.shard.count:
+        raise ConfigError(
+            f"dataset.shard.index={dataset.shard.index} is outside 0 to {dataset.shard.count - 1}"
+            " (dataset.shard.count - 1)"
+        )
+
+
+def _check_secrets(where: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if any(part in str(key).lower().replace("-", "_") for part in SECRET_KEYS):
+            raise ConfigError(_no_place_for_a_key(f"{where}.{key}"))
+        if isinstance(value, Mapping):
+            _check_secrets(f"{where}.{key}", value)
+
+
+def _no_place_for_a_key(path: str) -> str:
+    return (
+        f"{path}: configurations are stored with the run, so a key has no place in them. Put it in the environment or"
+        " in .env, and name the variable: api_key_env=NAME, or deployments.LABEL.api_key_env=NAME"
+    )
 
 
 def _at_least(key: str, value: float | None, least: float) -> None:

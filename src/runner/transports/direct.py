@@ -52,6 +52,7 @@ class DirectTransport:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._max_response_bytes = max_response_bytes
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def send(self, request: Request) -> Response:
         params = {**self._params, **request.params} if self._params else request.params
@@ -66,6 +67,7 @@ class DirectTransport:
         return wire.decode(request, payload, {name.lower(): value for name, value in answer_headers.items()})
 
     async def aclose(self) -> None:
+        self._closed = True
         if self._session is not None:
             await self._session.close()
 
@@ -113,6 +115,8 @@ class DirectTransport:
         return payload.replace(self._api_key.encode(), b"***") if self._api_key else payload
 
     def _connect(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise RuntimeError("the transport is closed")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
             read_bufsize=_READ_BUFFER,

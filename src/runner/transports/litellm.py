@@ -44,6 +44,9 @@ _BY_NAME: dict[str, type[errors.RequestError]] = {
 _NOISE = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Exception|Timeout)(?: Error)?(?: - |: ))+")
 """What LiteLLM puts before a provider's words: ``litellm.RateLimitError: RateLimitError: GroqException - ``."""
 
+_EXACT = (errors.ContextWindowExceededError, errors.ContentPolicyViolationError)
+"""Kinds of bad requests that LiteLLM knows from more providers' words than `wire` does."""
+
 _VAGUE = (None, errors.APIConnectionError, errors.InternalServerError)
 """What LiteLLM's catch-all becomes, which its own trouble with an answer ends in, too."""
 
@@ -154,9 +157,10 @@ class LiteLLMTransport:
             if type(cause) is Exception and hasattr(cause, "status_code"):  # how LiteLLM raises an error behind a 200
                 return wire.error_from(None, {"error": {"code": cause.status_code, "message": self._words(cause)}}, {})
             if isinstance(cause, json.JSONDecodeError) or getattr(cause, "status_code", None) == 200:
-                return errors.APIResponseError(f"the server's answer is not JSON: {self._words(error)}", status=200)
-            if isinstance(cause, _UNREADABLE) and kind in _VAGUE:
-                return errors.APIResponseError(f"LiteLLM cannot read the server's answer: {self._words(error)}")
+                return self._no_answer(cause)
+            if kind in _VAGUE and (isinstance(cause, _UNREADABLE) or type(cause) is Exception):
+                words = f"{type(cause).__name__}: {self._words(cause)}"
+                return errors.APIResponseError(f"LiteLLM cannot read the server's answer ({words})")
         return (kind or errors.APIResponseError)(self._words(error))
 
     def _refusal(self, response: httpx.Response, guess: type[errors.RequestError] | None) -> errors.RequestError:
@@ -165,13 +169,29 @@ class LiteLLMTransport:
         for secret in self._secrets:
             payload = payload.replace(secret.encode(), b"***")
         refusal = wire.error_from(response.status_code, payload, response.headers)
-        if type(refusal) is errors.BadRequestError and guess is not None and issubclass(guess, errors.BadRequestError):
-            return guess(refusal.message, status=refusal.status, headers=refusal.headers)
+        if type(refusal) is errors.BadRequestError and guess in _EXACT:
+            return guess(
+                refusal.message,
+                status=refusal.status,
+                retry_after_s=refusal.retry_after_s,
+                headers=refusal.headers,
+            )
         return refusal
+
+    def _no_answer(self, cause: BaseException) -> errors.RequestError:
+        """The error in a 200 that LiteLLM could not read, whose body it keeps in its message."""
+        words = self._words(cause)
+        try:
+            body = wire.parse_json(words.encode())
+        except ValueError:
+            body = None
+        if isinstance(body, dict):
+            return wire.error_from(None, body, {})
+        return errors.APIResponseError(f"the server's answer is not JSON: {words}", status=200)
 
     def _words(self, error: BaseException) -> str:
         """What ``error`` says, in one line, without LiteLLM's prefixes and without the key."""
-        text = str(getattr(error, "message", "") or error).partition("\nTraceback")[0]
+        text = str(getattr(error, "message", "") or error).partition("Traceback (most recent call last)")[0]
         text = " ".join(_NOISE.sub("", text).split())[:500] or type(error).__name__
         for secret in self._secrets:
             text = text.replace(secret, "***")
@@ -211,8 +231,8 @@ _connections = _Connections()
 def _import_litellm() -> Any:
     """LiteLLM, with its network look-ups, prints, connection limits and background logging off."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it fetches the price map on import
-    os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", "0")  # connections follow from the concurrency above
-    os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")
+    os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", "1000000")  # connections follow from the concurrency above;
+    os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")  # a 0 in the former would mean aiohttp's 100
     litellm: Any = importlib.import_module("litellm")
     litellm.suppress_debug_info = True
     worker = importlib.import_module("litellm.litellm_core_utils.logging_worker").GLOBAL_LOGGING_WORKER
