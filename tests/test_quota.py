@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.quota import duration_s, retry_after_s
@@ -58,18 +58,21 @@ def test_a_date_without_a_zone_is_utc() -> None:
     assert duration_s("2026-03-01T12:00:05", now=NOW) == 5.0
 
 
+@settings(deadline=None)
 @given(text=st.text() | st.floats() | st.integers() | st.binary() | st.lists(st.integers(), max_size=2))
 def test_anything_is_a_wait_of_at_least_nothing_or_no_hint(text: Any) -> None:
     seconds = duration_s(text, now=NOW)
     assert seconds is None or 0 <= seconds < math.inf
 
 
+@settings(deadline=None)
 @given(text=st.from_regex(r"[\d.]{1,20}(ms|s|m|h|d)([\d.]{1,20}(ms|s|m|h|d))?", fullmatch=True))
 def test_any_sum_of_units_is_finite_or_no_hint(text: str) -> None:
     seconds = duration_s(text, now=NOW)
     assert seconds is None or 0 <= seconds < math.inf
 
 
+@settings(deadline=None)
 @given(text=st.datetimes(timezones=st.timezones()).map(datetime.isoformat))
 def test_any_point_in_time_is_a_wait(text: str) -> None:
     seconds = duration_s(text, now=NOW)
@@ -138,6 +141,7 @@ NAMES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(headers=st.dictionaries(NAMES, st.text(max_size=12) | st.sampled_from(["0", "-1", "1e308", "nan", "9d9d"])))
 def test_nonsense_headers_never_break_an_answer(headers: dict[str, str]) -> None:
     seconds = hint(headers)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import importlib
 import json
 import os
 import re
@@ -339,6 +340,29 @@ async def test_nothing_but_the_caller_bounds_the_requests_in_flight(connect: Con
     assert len(await asyncio.gather(*(client.send(CHAT) for _ in range(many)))) == many
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        (Endpoint.chat_completion, chat_body()),
+        (Endpoint.text_completion, {"id": "c", "model": "m", "choices": [{"index": 0, "text": "Hello."}]}),
+    ],
+)
+async def test_one_connection_serves_one_request_after_the_other(
+    connect: Connect, serve: Serve, endpoint: Endpoint, body: dict[str, Any]
+) -> None:
+    peers = set()
+
+    async def note(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        return web.json_response(body)
+
+    client = connect(await serve(note))
+    for _ in range(3):
+        await client.send(GenerationRequest(input="Hi.", endpoint=endpoint))
+    assert len(peers) == 1
+
+
 # Failures
 
 
@@ -428,6 +452,13 @@ async def test_a_key_that_the_server_repeats_is_blotted_out(connect: Connect, se
         return web.json_response({"error": {"message": f"no {request.headers['authorization']} here"}}, status=401)
 
     assert str(await failure(connect(await serve(repeat)))) == "HTTP 401: no Bearer *** here"
+
+
+async def test_a_placeholder_for_a_key_spoils_no_message(connect: Connect, serve: Serve) -> None:
+    body = {"error": {"message": "none of these", "code": "insufficient_quota"}}
+    error = await failure(connect(await serve(answering(body, status=429)), api_key="none"))
+    assert type(error) is errors.InsufficientQuotaError
+    assert str(error) == "HTTP 429: none of these"
 
 
 async def test_an_unknown_path_is_not_found(connect: Connect, simulator: Simulator) -> None:
@@ -721,6 +752,7 @@ async def test_another_providers_wire_ends_in_the_same_response(serve: Serve) ->
     assert (response.usage.prompt_tokens, response.usage.cached_tokens) == (9, 4)
     assert response.headers["anthropic-ratelimit-requests-remaining"] == "12"
     assert response.model_id == "claude-x"
+    assert response.request_id == "req_9"
     await client.aclose()
 
 
@@ -765,6 +797,53 @@ async def test_a_parameter_that_the_provider_does_not_take_is_a_bad_request(simu
     assert type(error) is errors.BadRequestError
     assert "dimensions" in str(error)
     assert_presentable(error)
+    await client.aclose()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "headers", "kind"),
+    [
+        ("RateLimitError", 429, {"retry-after": "3"}, errors.RateLimitError),
+        ("ServiceUnavailableError", 503, {"retry-after": "3"}, errors.ServiceUnavailableError),
+        ("ContextWindowExceededError", None, {}, errors.ContextWindowExceededError),
+        ("AuthenticationError", None, {}, errors.AuthenticationError),
+        ("BadGatewayError", None, {}, errors.InternalServerError),
+        ("Timeout", None, {}, errors.Timeout),
+        ("APIConnectionError", None, {}, errors.APIConnectionError),
+    ],
+)
+async def test_exceptions_without_an_http_answer_are_told_by_their_names(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    status: int | None,
+    headers: dict[str, str],
+    kind: type[errors.RequestError],
+) -> None:
+    module = importlib.import_module("litellm")
+
+    async def fail(**_: Any) -> None:
+        error = getattr(module, name)(f"AcmeException - No {KEY}.", model="m", llm_provider="acme")
+        error.litellm_response_headers = headers
+        raise error
+
+    client = LiteLLMTransport(model="hosted_vllm/m", api_key=KEY)
+    monkeypatch.setattr(module, "acompletion", fail)
+    error = await failure(client)
+    assert type(error) is kind
+    assert error.status == status
+    assert error.retry_after_s == (3.0 if headers else None)
+    assert str(error) == "No ***."
+    await client.aclose()
+
+
+async def test_a_package_that_the_provider_needs_is_a_matter_of_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(**_: Any) -> None:
+        raise ImportError("Missing boto3 to call bedrock. Run 'pip install boto3'.", name="boto3")
+
+    client = LiteLLMTransport(model="bedrock/m")
+    monkeypatch.setattr(importlib.import_module("litellm"), "acompletion", fail)
+    with pytest.raises(errors.ConfigError, match="pip install boto3"):
+        await client.send(CHAT)
     await client.aclose()
 
 

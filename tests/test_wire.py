@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner import errors
@@ -414,6 +414,7 @@ BODY = shaped(
 )
 
 
+@settings(deadline=None)
 @given(request=st.sampled_from([CHAT, TEXT, RESPONSES, EMBED]), body=JSON | BODY)
 def test_any_body_is_a_response_or_an_error_of_the_tree(request: Request, body: Any) -> None:
     try:
@@ -436,6 +437,7 @@ def test_any_body_is_a_response_or_an_error_of_the_tree(request: Request, body: 
     assert all(0 <= count < 2**63 for count in counts)
 
 
+@settings(deadline=None)
 @given(
     status=st.none() | st.integers(100, 999),
     body=JSON | BODY | st.binary(max_size=40),
@@ -448,6 +450,7 @@ def test_any_failure_has_a_place_in_the_tree(status: int | None, body: Any, head
     assert error.retry_after_s is None or 0 <= error.retry_after_s < math.inf
 
 
+@settings(deadline=None)
 @given(payload=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_json_or_a_value_error(payload: bytes) -> None:
     try:

@@ -44,7 +44,7 @@ class DirectTransport:
         self._model = model
         self._base = api_base.rstrip("/")
         self._headers = {"content-type": "application/json", "accept-encoding": "gzip, identity"}
-        self._api_key = api_key
+        self._secrets = [api_key] if api_key else []
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._params = dict(params or {})
@@ -63,7 +63,7 @@ class DirectTransport:
             headers = {**headers, **{name.lower(): str(value) for name, value in extra.items()}}
         status, payload, answer_headers = await self._post(path, body, headers, request.timeout_s)
         if status != 200:
-            raise wire.error_from(status, self._redacted(payload), answer_headers)
+            raise wire.error_from(status, wire.redacted(payload, self._secrets), answer_headers)
         return wire.decode(request, payload, {name.lower(): value for name, value in answer_headers.items()})
 
     async def aclose(self) -> None:
@@ -109,10 +109,6 @@ class DirectTransport:
                 )
             parts.append(part)
         return b"".join(parts)
-
-    def _redacted(self, payload: bytes) -> bytes:
-        """``payload`` without the key, which some servers repeat in their refusals."""
-        return payload.replace(self._api_key.encode(), b"***") if self._api_key else payload
 
     def _connect(self) -> aiohttp.ClientSession:
         if self._closed:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
@@ -161,13 +162,22 @@ class LiteLLMTransport:
             if kind in _VAGUE and (isinstance(cause, _UNREADABLE) or type(cause) is Exception):
                 words = f"{type(cause).__name__}: {self._words(cause)}"
                 return errors.APIResponseError(f"LiteLLM cannot read the server's answer ({words})")
-        return (kind or errors.APIResponseError)(self._words(error))
+        # A provider with an SDK of its own, or LiteLLM itself before it sent anything.
+        headers = getattr(error, "litellm_response_headers", None) or {}
+        status = getattr(error, "status_code", None) if headers else None
+        words = self._words(error)
+        plain = wire.error_from(status, words, headers)
+        kind = kind or type(plain)
+        return kind(words, status=status, retry_after_s=plain.retry_after_s, headers=plain.headers)
 
     def _refusal(self, response: httpx.Response, guess: type[errors.RequestError] | None) -> errors.RequestError:
         """The error in an HTTP answer. LiteLLM's guess counts where it is a more exact kind of bad request."""
-        payload = response.content
-        for secret in self._secrets:
-            payload = payload.replace(secret.encode(), b"***")
+        import httpx
+
+        try:
+            payload = wire.redacted(response.content, self._secrets)
+        except httpx.StreamError:
+            payload = b""  # LiteLLM did not read it
         refusal = wire.error_from(response.status_code, payload, response.headers)
         if type(refusal) is errors.BadRequestError and guess in _EXACT:
             return guess(
@@ -193,9 +203,7 @@ class LiteLLMTransport:
         """What ``error`` says, in one line, without LiteLLM's prefixes and without the key."""
         text = str(getattr(error, "message", "") or error).partition("Traceback (most recent call last)")[0]
         text = " ".join(_NOISE.sub("", text).split())[:500] or type(error).__name__
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return wire.redacted(text.encode("utf-8", "replace"), self._secrets).decode("utf-8", "replace")
 
 
 class _Connections:
@@ -235,6 +243,8 @@ def _import_litellm() -> Any:
     os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")  # a 0 in the former would mean aiohttp's 100
     litellm: Any = importlib.import_module("litellm")
     litellm.suppress_debug_info = True
+    # A request that is cancelled while a thread prepares it leaves a coroutine that was not begun. Nothing is lost.
+    warnings.filterwarnings("ignore", r"coroutine '\w+\.\w*completion\w*' was never awaited", RuntimeWarning)
     worker = importlib.import_module("litellm.litellm_core_utils.logging_worker").GLOBAL_LOGGING_WORKER
     worker.ensure_initialized_and_enqueue = _discard
     if importlib.util.find_spec("mcp") is None:
@@ -302,7 +312,9 @@ def _never_connected(error: httpx.RequestError) -> bool:
 
 def _body(answer: Any) -> Any:
     """LiteLLM's answer in the shape of OpenAI's, as a server would have sent it."""
-    body = answer.model_dump(warnings=False) if hasattr(answer, "model_dump") else answer
+    if not hasattr(answer, "model_dump"):  # a stream
+        return answer
+    body = answer.model_dump(warnings=False)
     for choice in body.get("choices") or ():
         message = choice.get("message")
         if message and message.get("provider_specific_fields"):  # fields that LiteLLM does not know by name

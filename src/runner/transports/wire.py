@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -85,6 +85,7 @@ _LARGEST_COUNT = 2**48
 """A larger number of tokens is nonsense, and larger than a database's integers before long."""
 
 _LONGEST_MESSAGE = 2000
+_SHORTEST_SECRET = 12
 
 
 def encode(request: Request, model: str, params: Mapping[str, Any]) -> tuple[str, bytes]:
@@ -137,7 +138,9 @@ def response_from(request: Request, body: Any, headers: Mapping[str, str]) -> Re
     return Response(
         output=output,
         model_id=_text(body.get("model")),
-        request_id=_printable(headers.get("x-request-id")) or _text(body.get("id")) or None,
+        request_id=_printable(headers.get("x-request-id") or headers.get("request-id"))
+        or _text(body.get("id"))
+        or None,
         usage=usage_from(body.get("usage")),
         headers=headers,
     )
@@ -180,6 +183,14 @@ def parse_json(payload: bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return orjson.loads(text.encode("utf-8", "replace"))
+
+
+def redacted(payload: bytes, secrets: Iterable[str]) -> bytes:
+    """``payload`` without the keys that some servers repeat in their refusals. Placeholders such as ``none`` stay."""
+    for secret in secrets:
+        if len(secret) >= _SHORTEST_SECRET:
+            payload = payload.replace(secret.encode(), b"***")
+    return payload
 
 
 def usage_from(usage: Any) -> TokenUsage | None:

@@ -1,0 +1,52 @@
+"""Every example of the README runs, in its order, in one folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (TOP / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """A server for the examples that speak to localhost:8000 or to OpenAI."""
+    command = [sys.executable, "-m", "runner.simulator", "--port", "0", "--latency-s", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[-1]
+        server.terminate()
+
+
+def test_the_first_block_is_the_two_commands() -> None:
+    language, commands = BLOCKS[0]
+
+    assert language == "bash"
+    assert commands.split("\n")[:-1] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
+
+
+@pytest.mark.timeout(180)
+def test_every_further_example_runs(tmp_path: Path, server_url: str) -> None:
+    (tmp_path / "scripts").symlink_to(TOP / "scripts")
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "OPENAI_API_BASE": server_url,
+        "WANDB_MODE": "offline",
+    }
+    failures = []
+    for language, block in BLOCKS[1:]:
+        code = re.sub(r"http://localhost:800\d/v1", server_url, block)
+        command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0 or "Traceback" in done.stderr:
+            failures.append(f"{block}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+
+    assert not failures, "\n\n".join(failures)
