@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def typed(composed: DictConfig) -> RunnerConfig:
     missing = sorted(OmegaConf.missing_keys(OmegaConf.create(content)))
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be set: {missing[0]}=…")
-    config = OmegaConf.to_object(OmegaConf.merge(RunnerConfig, content))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(RunnerConfig, content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from None
     assert isinstance(config, RunnerConfig)
     return config
 
@@ -135,9 +139,17 @@ class UserConf(SearchPathPlugin):
             search_path.append(provider="user", path=f"file://{own}")
 
 
+@dataclass
+class _Composed(RunnerConfig):
+    """What Hydra composes into. Entries under names of the user's own get their types in `typed`."""
+
+    deployments: dict[str, Any] = field(default_factory=dict)  # type: ignore[assignment]
+    scorers: dict[str, Any] = field(default_factory=dict)  # type: ignore[assignment]
+
+
 def _register() -> None:
     Plugins.instance().register(UserConf)
-    ConfigStore.instance().store(name="schema", node=RunnerConfig)
+    ConfigStore.instance().store(name="schema", node=_Composed)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
     OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
 
@@ -262,8 +274,8 @@ def _explain(error: BaseException) -> str:
             return explain(found)
     telling = (cause for cause in causes if isinstance(cause, YAMLError) or "full_key" in str(cause))
     message = str(next(telling, causes[-1]))
-    lines = (line.strip() for line in message.splitlines() if "object_type" not in line)
-    return re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines))
+    lines = (line.strip() for line in message.splitlines() if not re.search("object_type|reference_type", line))
+    return re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines)).strip()
 
 
 def _unknown_option(found: re.Match[str]) -> str:

@@ -298,15 +298,21 @@ def unknown_keys(node: Mapping[str, Any], schema: type = RunnerConfig, prefix: s
 def nearest_key(path: str) -> str | None:
     """The key that ``path`` was most likely meant to be."""
     known = list(_paths(RunnerConfig))
+    group, _, last = path.rpartition(".")
+    entry = _ENTRIES.get(path.partition(".")[0])
+    if entry is not None and path.count(".") > 1:  # below a label of the user's own
+        known += [f"{group}.{each.name}" for each in fields(entry)]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close:  # the right name in the wrong place: rpm for limits.rpm
-        last = path.rsplit(".", 1)[-1]
         tails: dict[str, str] = {}
         for candidate in known:
-            tails.setdefault(candidate.rsplit(".", 1)[-1], candidate)
+            tails.setdefault(candidate.rpartition(".")[2], candidate)
         near = difflib.get_close_matches(last, tails, n=1, cutoff=0.75)
         close = [tails[near[0]]] if near else []
     return close[0] if close else None
+
+
+_ENTRIES = {"deployments": DeploymentConfig, "scorers": ScorerConfig}
 
 
 def unknown_key_message(path: str) -> str:

@@ -313,17 +313,20 @@ class Store:
                 return
 
     async def _commit_pending(self) -> None:
+        """Commit all that was handed in. What could not be committed stays pending."""
         self._wake.clear()
-        group = self._pending
+        group, self._pending = self._pending, []
         if not group:
             return
         scored = [(scores, position) for position, _, scores in group if scores is not None]
-        async with self._transaction():
-            await self._database.executemany(_PUT_ANSWER, [_COLUMNS_OF(outcome) for _, outcome, _ in group])
-            if scored:
+        try:
+            async with self._transaction():
+                await self._database.executemany(_PUT_ANSWER, [_COLUMNS_OF(outcome) for _, outcome, _ in group])
                 await self._database.executemany(_PUT_SCORES, scored)
-            await self._database.execute("UPDATE sessions SET last_seen = ? WHERE id = ?", (time.time(), self._session))
-        self._pending = self._pending[len(group) :]
+                await self._database.execute(_SEEN, (time.time(), self._session))
+        except BaseException:
+            self._pending = group + self._pending
+            raise
         self._room.set()
         if self._on_commit is not None:
             self._on_commit([outcome for _, outcome, _ in group])
@@ -376,6 +379,8 @@ _PUT_ROW = """
     INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at)
     VALUES (?, ?, ?, ?, ?)
 """
+
+_SEEN = "UPDATE sessions SET last_seen = ? WHERE id = ?"
 
 _PUT_SCORES = "UPDATE rows SET scores = ? WHERE position = ?"
 
