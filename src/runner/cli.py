@@ -143,8 +143,8 @@ class UserConf(SearchPathPlugin):
 class _Composed(RunnerConfig):
     """What Hydra composes into. Entries under names of the user's own get their types in `typed`."""
 
-    deployments: dict[str, Any] = field(default_factory=dict)  # type: ignore[assignment]
-    scorers: dict[str, Any] = field(default_factory=dict)  # type: ignore[assignment]
+    deployments: dict[str, Any] = field(default_factory=dict)
+    scorers: dict[str, Any] = field(default_factory=dict)
 
 
 def _register() -> None:
