@@ -226,9 +226,10 @@ def wire(job: Job) -> Timing:
     async def send(messages: Sequence[bytes]) -> int:
         loop = asyncio.get_running_loop()
         waiting = iter(messages)
-        senders = [Sender(waiting) for _ in range(job.concurrency)]
-        for sender in senders:
-            await loop.create_connection(lambda sender=sender: sender, url.hostname, url.port or 80)  # type: ignore[misc]
+        senders = []
+        for _ in range(job.concurrency):
+            _, sender = await loop.create_connection(lambda: Sender(waiting), url.hostname or "", url.port or 80)
+            senders.append(sender)
         with stopwatch:
             for sender in senders:
                 sender.send_next()
@@ -472,7 +473,9 @@ def server_at(url: str | None) -> Iterator[str]:
         [sys.executable, __file__, "server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as stub:
         assert stub.stdout is not None
-        yield stub.stdout.readline().strip()
+        address = stub.stdout.readline().strip()
+        require(bool(address), "the stub server did not start")
+        yield address
 
 
 async def serve() -> None:

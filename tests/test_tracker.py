@@ -367,7 +367,9 @@ async def test_a_resumed_run_keeps_its_identity(folder: Path) -> None:
     assert [run.id for run in offline_runs(folder)] == ["cell-1-rate-2", "cell-1-rate-2"]
 
 
-async def test_the_environment_is_left_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_environment_and_home_are_left_as_they_were(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/gone")
@@ -377,6 +379,7 @@ async def test_the_environment_is_left_as_it_was(folder: Path, monkeypatch: pyte
 
     assert len(offline_runs(folder)) == 1
     assert dict(os.environ) == before
+    assert list((tmp_path / "home").iterdir()) == []
 
 
 def test_wandb_prints_nothing_takes_no_output_and_lets_the_process_exit(tmp_path: Path, folder: Path) -> None:

@@ -480,16 +480,19 @@ async def test_a_requests_own_timeout_counts(connect: Connect, simulator: Simula
     assert type(error) is errors.Timeout
 
 
-async def test_a_trickle_is_no_answer_in_time(connect: Connect, serve: Serve) -> None:
-    async def trickle(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "application/json"})
-        await response.prepare(request)
-        while True:
-            await response.write(b" ")
-            await asyncio.sleep(0.01)
+async def trickle(request: web.Request) -> web.StreamResponse:
+    """A server that goes on and on, and never comes to the point."""
+    response = web.StreamResponse(headers={"content-type": "application/json"})
+    await response.prepare(request)
+    while True:
+        await response.write(b" ")
+        await asyncio.sleep(0.01)
 
-    error = await failure(connect(await serve(trickle), timeout_s=0.1))
-    assert type(error) is errors.Timeout
+
+async def test_a_trickle_is_no_answer_in_time(connect: Connect, serve: Serve) -> None:
+    client = connect(await serve(trickle), timeout_s=0.1)
+    async with asyncio.timeout(5):
+        assert type(await failure(client)) is errors.Timeout
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
@@ -788,6 +791,22 @@ async def test_openais_sdk_below_litellm_behaves_no_differently(simulator: Simul
         error = await failure(client)
         assert (type(error), error.status) == (kind, status)
         assert (await ledger(simulator))["requests"] == before + 1
+    await client.aclose()
+
+
+async def test_a_trickle_through_openais_sdk_is_no_answer_in_time(serve: Serve) -> None:
+    client = litellm(await serve(trickle), model="openai/m", api_key=KEY, timeout_s=0.1)
+    async with asyncio.timeout(5):
+        assert type(await failure(client)) is errors.Timeout
+    await client.aclose()
+
+
+async def test_litellm_knows_more_providers_words_for_a_full_context(serve: Serve) -> None:
+    body = {"error": {"message": "The input token count (9) exceeds the maximum number of tokens allowed (8)."}}
+    client = litellm(await serve(answering(body, status=400, headers={"retry-after": "1"})))
+    error = await failure(client)
+    assert type(error) is errors.ContextWindowExceededError
+    assert (error.status, error.retry_after_s) == (400, 1.0)
     await client.aclose()
 
 

@@ -45,7 +45,10 @@ async def run_batch(
 
     Workers take an item when they are free, so nothing waits in a queue, and at most two chunks are held.
     ``work`` treats the failure of an item as a value; whatever it raises is a bug or the end of the run: the other
-    workers are cancelled and the exception goes on to the caller. Cancelling this call cancels all work.
+    workers are cancelled and the exception goes on to the caller. An error of ``chunks`` does so too, once the items
+    before it are taken. Cancelling this call cancels all work.
+
+    Batches that share a window make progress side by side: one that has no slot waits in line for its first.
 
     Args:
         chunks: The items in order, in chunks of the caller's choice, read one chunk ahead.
@@ -53,35 +56,7 @@ async def run_batch(
         window: Holds one slot for each item at work.
         stop: Ends the batch early once it is called.
     """
-    source = _Source(chunks)
-    if stop is not None:
-        stop.listen(source.end)
-    try:
-        async with asyncio.TaskGroup() as workers:
-
-            async def worker() -> None:
-                try:
-                    while not window.crowded:
-                        await work(await source.take())
-                except _Exhausted:
-                    pass
-                finally:
-                    window.leave()
-
-            def fill() -> None:
-                while not source.ended.is_set() and window.try_enter():
-                    workers.create_task(worker())
-
-            window.add_filler(fill)
-            try:
-                fill()
-                await source.ended.wait()
-            finally:
-                window.remove_filler(fill)
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
-    finally:
-        await source.aclose()
+    await _Batch(chunks, work, window).run(stop)
 
 
 async def chunked(items: Iterable[T] | AsyncIterable[T], size: int) -> AsyncIterator[Sequence[T]]:
@@ -101,46 +76,100 @@ async def chunked(items: Iterable[T] | AsyncIterable[T], size: int) -> AsyncIter
         yield chunk
 
 
-class _Exhausted(Exception):
-    """The source has no further item."""
+class _Batch(Generic[T]):
+    """A batch at work: a feeder reads chunk after chunk, workers take the items of the last one."""
 
-
-class _Source(Generic[T]):
-    """Hands items out one by one to many takers, and reads the next chunk while they are at work."""
-
-    def __init__(self, chunks: AsyncIterator[Sequence[T]]) -> None:
-        self.ended = asyncio.Event()
+    def __init__(
+        self, chunks: AsyncIterator[Sequence[T]], work: Callable[[T], Awaitable[None]], window: Window
+    ) -> None:
         self._chunks = chunks
-        self._buffer: deque[T] = deque()
-        self._reading: asyncio.Task[Sequence[T] | None] | None = None
+        self._work = work
+        self._window = window
+        self._items: deque[T] = deque()
+        self._workers = 0
+        self._starting = 0  # workers that have not taken their first item yet
+        self._ended = False
+        self._feeder_needed = asyncio.Event()
 
-    async def take(self) -> T:
-        while not self._buffer:
-            if self.ended.is_set():
-                raise _Exhausted
-            if self._reading is None:
-                self._reading = asyncio.create_task(self._read())
-            reading = self._reading
-            chunk = await asyncio.shield(reading)
-            if reading is not self._reading:
-                continue  # another taker was first to see this chunk
-            if chunk is None:
-                self.end()
+    async def run(self, stop: Stop | None) -> None:
+        self._window.add_filler(self._fill)
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._feeder = self._tasks.create_task(self._feed())
+                if stop is not None:
+                    stop.listen(self._end)
+                try:
+                    await asyncio.wait([self._feeder])
+                except asyncio.CancelledError:
+                    self._end()
+                    raise
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._window.remove_filler(self._fill)
+            if isinstance(self._chunks, AsyncGenerator):
+                await self._chunks.aclose()
+
+    def _end(self) -> None:
+        """Let no further item be taken."""
+        self._ended = True
+        self._items.clear()
+        self._feeder.cancel()
+
+    async def _feed(self) -> None:
+        try:
+            async for chunk in self._chunks:
+                await self._all_taken()
+                if self._ended:  # by the source itself, which is not interrupted in its own step
+                    return
+                self._items.extend(chunk)
+                self._fill()
+        finally:
+            await self._all_taken()
+
+    async def _all_taken(self) -> None:
+        """Wait until the last chunk is used up; while the batch has no slot, wait in line for one."""
+        while self._items:
+            if self._workers:
+                self._feeder_needed.clear()
+                await self._feeder_needed.wait()
             else:
-                self._buffer.extend(chunk)
-                self._reading = asyncio.create_task(self._read())
-        return self._buffer.popleft()
+                await self._window.enter()
+                self._start_worker()
 
-    def end(self) -> None:
-        self._buffer.clear()
-        self.ended.set()
+    def _fill(self) -> None:
+        while self._starting < len(self._items) and self._window.try_enter():
+            self._start_worker()
 
-    async def aclose(self) -> None:
-        if self._reading is not None and not self._reading.done():
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
-        if isinstance(self._chunks, AsyncGenerator):
-            await self._chunks.aclose()
+    def _start_worker(self) -> None:
+        """Have a worker use the slot that was just entered."""
+        self._workers += 1
+        self._starting += 1
+        # A callback and no `finally`, which a task that is cancelled before its first step would not come to.
+        self._tasks.create_task(self._take_items()).add_done_callback(self._worker_ended)
 
-    async def _read(self) -> Sequence[T] | None:
-        return await anext(self._chunks, None)
+    async def _take_items(self) -> None:
+        self._starting -= 1
+        try:
+            while self._items:
+                item = self._items.popleft()
+                if not self._items:
+                    self._feeder_needed.set()
+                await self._work(item)
+                if self._window.crowded:
+                    return
+        except asyncio.CancelledError as error:
+            self._end()
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                raise RuntimeError("something that work awaited was cancelled") from error
+            raise
+        except BaseException:
+            self._end()
+            raise
+
+    def _worker_ended(self, worker: asyncio.Task[None]) -> None:
+        self._workers -= 1
+        if not self._workers:
+            self._feeder_needed.set()
+        self._window.leave()

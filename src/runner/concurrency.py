@@ -24,6 +24,7 @@ class Window:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._active = 0
+        self._returning: deque[asyncio.Future[None]] = deque()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._fillers: list[Callable[[], None]] = []
 
@@ -44,31 +45,29 @@ class Window:
     @property
     def crowded(self) -> bool:
         """Whether somebody waits for a slot, or more are taken than there should be."""
-        return bool(self._waiting) or self._active > self._limit
+        return self._awaited or self._active > self._limit
 
     def try_enter(self) -> bool:
         """Take a slot if one is free and nobody was first."""
-        if self._waiting or self._active >= self._limit:
+        if self._awaited or self._active >= self._limit:
             return False
         self._active += 1
         return True
 
     async def enter(self, *, first: bool = False) -> None:
-        """Take a slot, waiting for one; ``first`` goes before all others that wait."""
+        """Take a slot, waiting for one; those with ``first`` go before all others that wait."""
         if self.try_enter():
             return
         turn = asyncio.get_running_loop().create_future()
-        if first:
-            self._waiting.appendleft(turn)
-        else:
-            self._waiting.append(turn)
+        queue = self._returning if first else self._waiting
+        queue.append(turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # the slot came in the same moment
+            if not turn.cancelled():  # the slot came in the same moment
                 self.leave()
-            else:
-                self._waiting.remove(turn)
+            elif turn in queue:  # it is not, if a slot has come back since the cancellation
+                queue.remove(turn)
             raise
 
     def leave(self) -> None:
@@ -78,12 +77,17 @@ class Window:
 
     @asynccontextmanager
     async def aside(self) -> AsyncIterator[None]:
-        """Give the slot back for a while, and take one again before going on."""
+        """Give the slot back for a while, and take one again before going on.
+
+        An error, or a cancellation, goes on at once: its slot counts as taken until the holder leaves, free or not.
+        """
         self.leave()
         try:
             yield
-        finally:
             await self.enter(first=True)
+        except BaseException:
+            self._active += 1
+            raise
 
     def add_filler(self, fill: Callable[[], None]) -> None:
         """Have ``fill`` called whenever a slot is free and nobody waits for it."""
@@ -100,9 +104,13 @@ class Window:
     ) -> None:
         self.leave()
 
+    @property
+    def _awaited(self) -> bool:
+        return bool(self._returning or self._waiting)
+
     def _hand_over(self) -> None:
-        while self._waiting and self._active < self._limit:
-            turn = self._waiting.popleft()
+        while self._awaited and self._active < self._limit:
+            turn = (self._returning or self._waiting).popleft()
             if not turn.done():
                 self._active += 1
                 turn.set_result(None)

@@ -17,12 +17,16 @@ import orjson
 
 from runner.batch import Stop, chunked, run_batch
 from runner.concurrency import SoftStart, Window
-from runner.config import Resume, RunnerConfig, check, replicas
+from runner.config import DeploymentConfig, Resume, RunnerConfig, check, replicas
 from runner.errors import (
+    AuthenticationError,
     ConfigError,
     ConnectError,
+    InsufficientQuotaError,
     Interrupted,
     ItemError,
+    NotFoundError,
+    PermissionDeniedError,
     RequestError,
     RowError,
     StoreError,
@@ -37,7 +41,7 @@ from runner.stack import open_stack
 from runner.store import Claim, Outcome, Store
 from runner.tracker import Outcome as Ending
 from runner.tracker import Tracker, open_tracker
-from runner.transports import check_addresses
+from runner.transports import DIRECT, check_addresses
 from runner.types import Client, Generation, Response, TokenUsage, Trace
 from runner.workload import Item, Workload, claimed_chunk_size
 
@@ -132,6 +136,7 @@ class Run:
         self._in_flight: set[tuple[bytes, int]] = set()
         self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
         self._asked_anything = False
+        self._any_answer = False
         self._total = workload.count()
 
     async def until_done(self) -> None:
@@ -165,7 +170,7 @@ class Run:
 
     async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
         """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
-        async for chunk in chunked(self._workload.items(), claimed_chunk_size(self._window.limit)):
+        async for chunk in chunked(self._workload.items(), claimed_chunk_size(self._config.limits.concurrency)):
             claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
             known = await self._store.claim(
                 claims, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
@@ -210,6 +215,7 @@ class Run:
 
     async def _answered(self, claimed: Claimed, trace: Trace, response: Response) -> None:
         item, occurrence = claimed
+        self._any_answer = True
         self._soft_start.open()
         if self._suspects:
             await self._clear_suspects()
@@ -225,27 +231,32 @@ class Run:
             await self._store.save(item.position, failure((item.content, occurrence), trace, error))
             return
         self._suspects.append((claimed, trace, error))
-        if len(self._suspects) >= patience:
-            self._give_up(error)
+        if len(self._suspects) >= patience and self.stop.reason is None:
+            self._give_up(trace, error)
 
-    def _give_up(self, error: RequestError) -> None:
-        self.stop(SystemicError(f"{type(error).__name__} on one row after the other: {error}"))
+    def _give_up(self, trace: Trace, error: RequestError) -> None:
+        way_out = _way_out(error, replicas(self._config).get(trace.deployment))
+        self.stop(
+            SystemicError(f"{type(error).__name__} on one row after the other: {str(error).rstrip('.')}. {way_out}.")
+        )
 
     async def _clear_suspects(self) -> None:
-        """A row was answered: what looked systemic was the rows' own failure."""
+        """Rows are answered: what looked systemic was the suspects' own failure."""
         suspects, self._suspects = self._suspects, []
         for (item, occurrence), trace, error in suspects:
             await self._store.save(item.position, failure((item.content, occurrence), trace, error))
 
     async def _keep_ledger(self) -> None:
         """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
+        if self._suspects and self.stop.reason is None and not self._any_answer:
+            self._give_up(*self._suspects[0][1:])
         with suppress(StoreError):
+            if self.stop.reason is None:
+                await self._clear_suspects()
             await self._store.flush()
             await self._store.note_lost(self._in_flight)
             for (item, occurrence), trace, error in self._suspects:
                 await self._store.note_attempt((item.content, occurrence), failed_attempt(trace, error))
-        if self._suspects and not self.stop.reason:
-            self._give_up(self._suspects[0][2])
 
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)
@@ -320,6 +331,20 @@ async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> No
     await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
 
 
+def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
+    """What to do about an error that every row meets."""
+    match error:
+        case AuthenticationError() | PermissionDeniedError() if deployment is not None:
+            provider = DIRECT.get(deployment.model.partition("/")[0])
+            variable = deployment.api_key_env or (provider.key_env if provider else "the provider's variable")
+            return f"Check the key in {variable}"
+        case NotFoundError() if deployment is not None:
+            return f"Check model={deployment.model} and api_base"
+        case InsufficientQuotaError():
+            return "Check the account's balance and limits"
+    return "Check the server"
+
+
 @asynccontextmanager
 async def _shown(run: Run, config: RunnerConfig, tracker: Tracker) -> AsyncIterator[None]:
     """Keep progress and the tracker's time series up to date while the run is on."""
@@ -351,7 +376,7 @@ async def _tick(run: Run, progress: Progress, tracker: Tracker, log_every_s: flo
 def _ending_note(run: Run) -> str:
     if isinstance(run.stop.reason, Interrupted):
         return f"{run.stop.reason}: waiting {_GRACE_S:g} s at most for what is in flight; again to end at once"
-    return f"stopping: {run.stop.reason}"
+    return "stopping: waiting for what is in flight"
 
 
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:

@@ -35,6 +35,9 @@ _GROUP_SIZE = 1024
 _GROUP_DELAY_S = 0.01
 """How long a group gathers before it is committed: what a kill can cost, and what a commit is shared by."""
 
+_BLOCK = 64
+"""Rows in one INSERT."""
+
 _CHUNK = 1000
 """Rows read at a time when the store is projected."""
 
@@ -173,9 +176,9 @@ class Store:
             scored: Whether answers should have scores: those without get their text back, to be scored.
         """
         async with self._transaction():
-            occurrences = await self._occurrences(claims)
-            answers = await self._answers([claim.content for claim in claims])
-            stored = await self._stored(claims[0].position, claims[-1].position)
+            occurrences, answers, stored = await asyncio.gather(  # one wait for the database's thread, not three
+                self._occurrences(claims), self._answers(claims), self._stored(claims)
+            )
             known: list[Known] = []
             changed: list[tuple[Any, ...]] = []
             failed: list[tuple[bytes, int]] = []
@@ -188,15 +191,17 @@ class Store:
                     error_type = _NO_ANSWER
                 answered = error_type is not _NO_ANSWER
                 row = stored.get(claim.position)
-                moved = row is None or (row["content"], row["occurrence"]) != key
+                moved = row is None or row[:3] != (*key, claim.metadata)
                 if moved or not answered:
                     changed.append((claim.position, *key, claim.metadata, None if answered else now))
-                unscored = scored and answered and error_type is None and (row is None or moved or not row["scores"])
+                unscored = scored and answered and error_type is None and (row is None or moved or not row[3])
                 text = await self._output_text(key) if unscored else None
                 known.append(Known(occurrence=occurrence, answered=answered, unscored_text=text))
-            await self._database.executemany(_MOVE_FAILURE, failed)
-            await self._database.executemany(_FORGET_FAILURE, failed)
-            await self._database.executemany(_PUT_ROW, changed)
+            if failed:
+                await self._database.executemany(_MOVE_FAILURE, failed)
+                await self._database.executemany(_FORGET_FAILURE, failed)
+            if changed:
+                await self._insert(_ROWS, changed)
         return known
 
     async def forget_scores(self) -> None:
@@ -279,13 +284,24 @@ class Store:
     async def _transaction(self) -> AsyncIterator[None]:
         """All or nothing, one at a time."""
         async with self._transacting, _translated(self.path):
-            await self._database.execute("BEGIN IMMEDIATE")
             try:
-                yield
+                yield  # the first write begins the transaction
             except BaseException:
                 await self._database.rollback()
                 raise
-            await self._database.commit()
+            if self._database.in_transaction:
+                await self._database.commit()
+
+    async def _insert(self, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
+        whole = len(rows) - len(rows) % _BLOCK
+        mark = f"({_marks(rows[0])})"
+        block_sql = f"{into} VALUES {', '.join([mark] * _BLOCK)}"
+        blocks = [
+            self._database.execute(block_sql, [value for row in rows[start : start + _BLOCK] for value in row])
+            for start in range(0, whole, _BLOCK)
+        ]
+        await asyncio.gather(*blocks, self._database.executemany(f"{into} VALUES {mark}", rows[whole:]))
 
     async def _execute(self, sql: str, parameters: Sequence[Any]) -> None:
         async with self._transaction():
@@ -321,8 +337,9 @@ class Store:
         scored = [(scores, position) for position, _, scores in group if scores is not None]
         try:
             async with self._transaction():
-                await self._database.executemany(_PUT_ANSWER, [_COLUMNS_OF(outcome) for _, outcome, _ in group])
-                await self._database.executemany(_PUT_SCORES, scored)
+                await self._insert(_ANSWERS, [_COLUMNS_OF(outcome) for _, outcome, _ in group])
+                if scored:
+                    await self._database.executemany(_PUT_SCORES, scored)
                 await self._database.execute(_SEEN, (time.time(), self._session))
         except BaseException:
             self._pending = group + self._pending
@@ -336,35 +353,38 @@ class Store:
     async def _occurrences(self, claims: Sequence[Claim]) -> list[int]:
         """Which of the rows that ask the same each claim is, counted from the dataset's beginning."""
         contents = [claim.content for claim in claims]
-        sql = (
-            "SELECT content, count(*) AS n FROM rows WHERE position < ?"
-            f" AND content IN ({_marks(contents)}) GROUP BY content"
-        )
-        seen: dict[bytes, int] = {}
-        async with self._database.execute(sql, (claims[0].position, *contents)) as cursor:
-            seen = {row["content"]: row["n"] async for row in cursor}
+        sql = f"""
+            SELECT content, count(*)
+            FROM rows
+            WHERE content IN ({_marks(contents)}) AND position < ?
+            GROUP BY content
+        """
+        seen = {row[0]: row[1] for row in await self._fetch(sql, (*contents, claims[0].position))}
         occurrences = []
         for content in contents:
             occurrences.append(seen.get(content, 0))
             seen[content] = occurrences[-1] + 1
         return occurrences
 
-    async def _answers(self, contents: Sequence[bytes]) -> dict[tuple[bytes, int], str | None]:
+    async def _answers(self, claims: Sequence[Claim]) -> dict[tuple[bytes, int], str | None]:
         """The error class, or None for a success, of the answers there are."""
+        contents = [claim.content for claim in claims]
         sql = f"SELECT content, occurrence, error_type FROM answers WHERE content IN ({_marks(contents)})"
-        async with self._database.execute(sql, contents) as cursor:
-            return {(row["content"], row["occurrence"]): row["error_type"] for row in await cursor.fetchall()}
+        return {
+            (content, occurrence): error_type for content, occurrence, error_type in await self._fetch(sql, contents)
+        }
 
-    async def _stored(self, first: int, last: int) -> dict[int, sqlite3.Row]:
-        sql = "SELECT position, content, occurrence, scores FROM rows WHERE position BETWEEN ? AND ?"
-        async with self._database.execute(sql, (first, last)) as cursor:
-            return {row["position"]: row for row in await cursor.fetchall()}
+    async def _stored(self, claims: Sequence[Claim]) -> dict[int, tuple[Any, ...]]:
+        """Content, occurrence, metadata and scores of the rows that are at these positions."""
+        sql = "SELECT position, content, occurrence, metadata, scores FROM rows WHERE position BETWEEN ? AND ?"
+        return {row[0]: tuple(row[1:]) for row in await self._fetch(sql, (claims[0].position, claims[-1].position))}
+
+    async def _fetch(self, sql: str, parameters: Sequence[Any]) -> Iterable[sqlite3.Row]:
+        return await self._database.execute_fetchall(sql, parameters)
 
     async def _output_text(self, key: tuple[bytes, int]) -> str | None:
         sql = "SELECT output_text FROM answers WHERE content = ? AND occurrence = ?"
-        async with self._database.execute(sql, key) as cursor:
-            row = await cursor.fetchone()
-        return row["output_text"] if row else None
+        return next((text for (text,) in await self._fetch(sql, key)), None)
 
 
 _NO_ANSWER = ""
@@ -373,12 +393,9 @@ _NO_ANSWER = ""
 _COLUMNS = tuple(field.name for field in fields(Outcome))
 _COLUMNS_OF = attrgetter(*_COLUMNS)
 
-_PUT_ANSWER = f"INSERT OR REPLACE INTO answers ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_ANSWERS = f"INSERT OR REPLACE INTO answers ({', '.join(_COLUMNS)})"
 
-_PUT_ROW = """
-    INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at)
-    VALUES (?, ?, ?, ?, ?)
-"""
+_ROWS = "INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at)"
 
 _SEEN = "UPDATE sessions SET last_seen = ? WHERE id = ?"
 
@@ -453,7 +470,7 @@ async def _connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connectio
     """Open the file, check that it is ours, and lay the schema where it is new."""
     async with _translated(path):
         uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        database = await aiosqlite.connect(uri, uri=True, isolation_level=None)
+        database = await aiosqlite.connect(uri, uri=True, isolation_level="IMMEDIATE")
         try:
             database.row_factory = sqlite3.Row
             await _check_or_create(database, path, readonly=readonly)
@@ -480,7 +497,7 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: use the version of"
             " runner that made it, or start a new run with another name=…"
         )
-    for pragma in ("synchronous = NORMAL", "cache_size = -65536", "temp_store = MEMORY", "busy_timeout = 10000"):
+    for pragma in ("synchronous = NORMAL", "cache_size = -16384", "temp_store = MEMORY", "busy_timeout = 10000"):
         await database.execute_fetchall(f"PRAGMA {pragma}")
 
 

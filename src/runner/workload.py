@@ -108,4 +108,4 @@ class Workload:
 
 def claimed_chunk_size(slots: int) -> int:
     """How many items to claim at once: enough to share a transaction, few enough to be in flight soon."""
-    return max(16, min(256, 2 * slots))
+    return max(16, min(256, 4 * slots))

@@ -1,0 +1,207 @@
+"""Kills a run again and again, lets it finish, and checks that nothing was lost, doubled or asked in vain.
+
+    python scripts/kill.py --kills 20 --rows 5000
+
+Each session is ended with SIGKILL once the server has seen a random number of its requests, and followed by the same
+command. Prints one JSON line; exits with 1 if a promise was broken:
+
+- every row stands in results.jsonl once, in order, with its own answer;
+- no row that results.sqlite held as answered at a kill is asked again;
+- a kill costs no more answers than twice those in flight;
+- no prompt was asked more often than the run's books have entries for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+FAULTS = {"http_429": 0.02, "http_500": 0.02, "reset": 0.01, "truncated": 0.01, "invalid_json": 0.01}
+"""What the server of our own does to this share of the requests."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill a run again and again, and check what is left.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--latency-s", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--server", help="URL of a simulator that nobody else uses; default: one of our own")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="runner-kill-") as folder, serving(options) as url:
+        found = Trial(Path(folder), url, options).run()
+    print(json.dumps(found))
+    return 1 if found["violations"] else 0
+
+
+class Trial:
+    """One dataset and one run folder, many sessions."""
+
+    def __init__(self, folder: Path, url: str, options: argparse.Namespace) -> None:
+        self._folder = folder
+        self._server = url.removesuffix("/v1")
+        self._kills = options.kills
+        self._concurrency = options.concurrency
+        self._random = random.Random(options.seed)
+        self._prompts = [f"question {options.seed}-{number}" for number in range(options.rows)]
+        self._held: dict[str, int] = {}  # prompts with a stored answer: how often they had been asked by then
+        self._lost: set[str] = set()  # prompts with an answer that was not stored
+        self._violations: list[str] = []
+        self._command = [
+            *(sys.executable, "-m", "runner", "model=openai_like/echo", f"api_base={url}"),
+            *("dataset=jsonl", "dataset.path=rows.jsonl", "name=kill", "tracker=none"),
+            *(f"limits.concurrency={options.concurrency}", "retry.base_s=0.02"),
+        ]
+        rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in self._prompts)
+        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+
+    def run(self) -> dict[str, Any]:
+        started = time.monotonic()
+        held_at_kills: list[int] = []
+        while (left := self._kills - len(held_at_kills)) and self._killed(left):
+            self._check_books()
+            held_at_kills.append(len(self._held))
+        sessions = 0
+        exit_code = 3
+        while exit_code == 3 and sessions < 5:  # rows that met a fault at every attempt
+            exit_code = self._session().wait()
+            sessions += 1
+        self._check_books()
+        self._check_results(exit_code)
+        asked = self._asked()
+        return {
+            "kills": len(held_at_kills),
+            "rows": len(self._prompts),
+            "answers_held_at_kills": held_at_kills,
+            "requests": sum(count["asked"] for count in asked.values()),
+            "answers_lost": len(self._lost),
+            "finishing_sessions": sessions,
+            "seconds": round(time.monotonic() - started, 1),
+            "violations": self._violations,
+        }
+
+    def _killed(self, kills_left: int) -> bool:
+        """Begin a session and kill it. False: it came to its end before."""
+        before = self._requests()
+        share = (len(self._prompts) - len(self._held)) / (kills_left + 1)
+        requests = self._random.randint(0, int(1.5 * share))
+        session = self._session()
+        if requests == 0:
+            time.sleep(self._random.uniform(0, 1.5))  # while it starts
+        while session.poll() is None and self._requests() - before < requests:
+            time.sleep(0.005)
+        time.sleep(self._random.uniform(0, 0.05))
+        session.kill()
+        return session.wait() < 0
+
+    def _session(self) -> subprocess.Popen[bytes]:
+        with (self._folder / "terminal.txt").open("ab") as terminal:
+            return subprocess.Popen(self._command, cwd=self._folder, stdout=terminal, stderr=terminal)
+
+    def _check_books(self) -> None:
+        """Compare what the run has stored with what the server has seen."""
+        asked = self._asked()
+        booked: dict[str, int] = {}
+        for position, answers, attempts in self._stored():
+            prompt = self._prompts[position]
+            booked[prompt] = answers + attempts
+            if prompt in self._held and asked[prompt]["asked"] > self._held[prompt]:
+                self._violations.append(f"{prompt} has an answer and was asked again")
+            if answers:
+                self._held.setdefault(prompt, asked[prompt]["asked"])
+        for prompt, count in asked.items():
+            if count["asked"] > booked.get(prompt, 0):
+                self._violations.append(f"{prompt} was asked {count['asked']} times, booked {booked.get(prompt, 0)}")
+        for prompt in self._held.keys() - booked.keys():
+            self._violations.append(f"{prompt} had an answer and lost it")
+        lost = {prompt for prompt, count in asked.items() if count["answered"]} - self._held.keys()
+        if len(lost - self._lost) > 2 * self._concurrency:
+            self._violations.append(f"a kill cost {len(lost - self._lost)} answers")
+        self._lost |= lost
+
+    def _check_results(self, exit_code: int) -> None:
+        if exit_code != 0:
+            self._violations.append(f"the last session ended with {exit_code}")
+        [path] = self._folder.glob("runs/kill/*/results.jsonl")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if [row["_index"] for row in rows] != list(range(len(self._prompts))):
+            self._violations.append("results.jsonl does not hold every row once, in order")
+        for row in rows:
+            if row["output_text"] != f"echo: {self._prompts[row['_index']]}":
+                self._violations.append(f"row {row['_index']} has the answer {row['output_text']!r}")
+
+    def _stored(self) -> list[tuple[int, int, int]]:
+        """Position, answers and other attempts of each row, in results.sqlite as the last session left it.
+
+        What a killed session had taken up and not answered counts as one attempt, as the next session will book it.
+        """
+        with tempfile.TemporaryDirectory() as aside:  # to open the original would tidy it up
+            for path in self._folder.glob("runs/kill/*/results.sqlite*"):
+                shutil.copy(path, aside)
+            with closing(sqlite3.connect(Path(aside, "results.sqlite"))) as database:
+                return database.execute(_STORED).fetchall() if database.execute(_LAID).fetchone() else []
+
+    def _asked(self) -> dict[str, dict[str, int]]:
+        """Counts by prompt, once the server has noticed that nobody waits for it any more."""
+        while self._get("/ledger")["in_flight"]:
+            time.sleep(0.01)
+        return defaultdict(lambda: {"asked": 0, "answered": 0}, self._get("/ledger/prompts"))
+
+    def _requests(self) -> int:
+        return int(self._get("/ledger")["requests"])
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(self._server + path) as response:
+            return json.load(response)
+
+
+_LAID = "SELECT 1 FROM sqlite_master WHERE name = 'attempts'"
+
+_STORED = """
+    SELECT
+        rows.position,
+        (SELECT count(*) FROM answers
+            WHERE answers.content = rows.content AND answers.error_type IS NULL),
+        (SELECT count(*) FROM answers
+            WHERE answers.content = rows.content AND answers.error_type IS NOT NULL)
+        + (SELECT count(*) FROM attempts WHERE attempts.content = rows.content)
+        + (
+            rows.asked_at >= (SELECT max(started_at) FROM sessions WHERE ended_at IS NULL)
+            AND NOT EXISTS (SELECT 1 FROM answers WHERE answers.content = rows.content)
+        )
+    FROM rows
+"""
+
+
+@contextmanager
+def serving(options: argparse.Namespace) -> Iterator[str]:
+    """The URL of the server that was named, or of a new one."""
+    if options.server:
+        yield options.server
+        return
+    faults = [f"--faults.{name.replace('_', '-')}={share}" for name, share in FAULTS.items()]
+    command = [sys.executable, "-m", "runner.simulator", "--port=0", f"--latency-s={options.latency_s}", *faults]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().split()[-1]
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What the acceptance tests share: the command in a clean environment, and a provider that does as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from aiohttp import ClientSession, web
+
+SOURCES = Path(__file__).resolve().parents[1] / "src"
+
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """How a command ended. A negative exit code is the signal that killed it."""
+
+    exit_code: int
+    out: str
+    err: str
+
+
+class Command:
+    """``python -m runner`` in a folder of its own, with nothing of ours in its environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "PYTHONPATH": str(SOURCES),
+            "PYTHONWARNINGS": "error::ResourceWarning",
+            "COLUMNS": "120",
+        }
+
+    async def __call__(self, *arguments: str, **environment: str) -> Finished:
+        """Run it to its end."""
+        async with self.running(*arguments, **environment) as process:
+            async with asyncio.timeout(60):
+                out, err = await process.communicate()
+        assert process.returncode is not None
+        return Finished(exit_code=process.returncode, out=out.decode(), err=err.decode())
+
+    @asynccontextmanager
+    async def running(self, *arguments: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Start it; kill it if it is left running."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "runner",
+            *arguments,
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGKILL)
+                await process.communicate()
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def write_rows(self, name: str, rows: Iterable[Any]) -> Path:
+        return self.write(name, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def runs(self) -> list[Path]:
+        """The run folders that were made."""
+        return sorted(path.parent for path in self.folder.glob("runs/*/*/runner.log"))
+
+    def run(self) -> Path:
+        """The only one."""
+        [folder] = self.runs()
+        return folder
+
+
+def read_rows(folder: Path) -> list[Json]:
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_summary(folder: Path) -> Json:
+    summary: Json = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request as a provider got it."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: Json
+
+    @property
+    def text(self) -> str:
+        """The last message, or the input as it is."""
+        messages = self.body.get("messages")
+        asked = messages[-1]["content"] if messages else self.body.get("prompt", self.body.get("input"))
+        return str(asked)
+
+
+@dataclass(slots=True)
+class Provider:
+    """An OpenAI-compatible server that answers as ``answer`` says and remembers what it was asked."""
+
+    answer: Callable[[Asked], web.Response]
+    requests: list[Asked] = field(default_factory=list)
+    url: str = ""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        asked = Asked(path=request.path, headers=request.headers, body=json.loads(await request.read()))
+        self.requests.append(asked)
+        await asyncio.sleep(0.001 * (len(self.requests) * 7 % 5))  # answers overtake each other
+        return self.answer(asked)
+
+
+def shout(asked: Asked) -> web.Response:
+    """The answer to anything: the same in capitals."""
+    text = asked.text.upper()
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    if asked.path == "/v1/responses":
+        message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+        counts = {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+        return web.json_response(
+            {"id": "resp_1", "model": "m-1", "status": "completed", "output": [message], "usage": counts}
+        )
+    if asked.path == "/v1/completions":
+        choice: Json = {"index": 0, "text": text, "finish_reason": "stop"}
+    else:
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return web.json_response({"id": "chat-1", "model": "m-1", "choices": [choice], "usage": usage})
+
+
+def refusal(status: int, code: str, message: str = "no") -> web.Response:
+    """An error in OpenAI's form."""
+    return web.json_response({"error": {"message": message, "type": "error", "code": code}}, status=status)
+
+
+@asynccontextmanager
+async def serving(answer: Callable[[Asked], web.Response] = shout) -> AsyncIterator[Provider]:
+    """A provider that listens on a free port of this host."""
+    provider = Provider(answer)
+    server = web.Server(provider.handle, access_log=None)
+    listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    provider.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+    try:
+        yield provider
+    finally:
+        listener.close()
+        await server.shutdown(timeout=0.1)
+        await listener.wait_closed()
+
+
+async def get(url: str) -> Json:
+    """The JSON at ``url``."""
+    async with ClientSession() as session, session.get(url) as response:
+        document: Json = await response.json()
+        return document

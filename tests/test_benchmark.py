@@ -1,0 +1,69 @@
+"""The benchmark script: what it prints, never how fast anything was."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/benchmark.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def lines_of(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_each_contender_gets_a_line_and_the_last_line_compares_them() -> None:
+    *contenders, last = lines_of(benchmark("--requests", "60", "--concurrency", "4", "--repeats", "1"))
+
+    assert [line["name"] for line in contenders] == ["wire", "raw", "generate_batch", "experiment"]
+    for line in contenders:
+        assert set(line) == {"name", "requests_per_s", "cpu_ms_per_request", "peak_rss_mb", "runs"}
+        [run] = line["runs"]
+        assert run["requests"] == 60
+        assert line["peak_rss_mb"] == run["peak_rss_mb"] > 1
+        assert line["requests_per_s"] is None or line["requests_per_s"] > 0
+    assert {"wall_s", "startup_s", "requests_per_s_by_summary"} <= set(contenders[-1]["runs"][0])
+    assert set(last) == {"ratios"}
+    assert {"wire/raw", "generate_batch/raw"} <= set(last["ratios"])
+
+
+def test_only_the_named_contenders_run_as_often_as_asked() -> None:
+    [line, last] = lines_of(benchmark("throughput", "--only", "raw", "--rows", "8", "--repeats", "2"))
+
+    assert line["name"] == "raw"
+    assert len(line["runs"]) == 2
+    assert last == {"ratios": {}}
+
+
+def test_requests_that_fail_are_not_measured() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        ended = benchmark("--server", url, "--only", "raw", "--requests", "4", "--repeats", "1")
+
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    assert "refused" in ended.stderr.lower() or "cannot connect" in ended.stderr.lower()
+
+
+def test_a_contender_that_needs_another_interpreter_asks_for_it() -> None:
+    ended = benchmark("--only", "infermesh_cli")
+
+    assert ended.returncode != 0
+    assert "--infermesh" in ended.stderr

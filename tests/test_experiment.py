@@ -1,0 +1,199 @@
+"""Experiments in process: what is asked, what is kept, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, web
+from harness import Asked, Json, Provider, read_rows, read_summary, refusal, serving, shout
+
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    LimitsConfig,
+    RetryConfig,
+    RunnerConfig,
+    ScorerConfig,
+    SimulatorConfig,
+    TrackerConfig,
+    TrackerKind,
+)
+from runner.errors import ConfigError
+from runner.experiment import Report, run_experiment
+from runner.simulator import Simulator
+from runner.types import Endpoint
+
+KEY = "OPENAI_LIKE_API_KEY"
+
+
+class Experiment:
+    """A configuration that is run again and again in one folder, with changes."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder / "run"
+        self._rows = folder / "rows.jsonl"
+        self._settings = settings
+
+    async def __call__(self, rows: list[Json] | None = None, **changes: Any) -> Report:
+        if rows is not None:
+            self._rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        settings: dict[str, Any] = {
+            "model": "openai_like/m",
+            "dataset": DatasetConfig(kind=DatasetKind.jsonl, path=str(self._rows)),
+            "tracker": TrackerConfig(kind=TrackerKind.none),
+            "retry": RetryConfig(base_s=0.01),
+        }
+        return await run_experiment(RunnerConfig(**{**settings, **self._settings, **changes}), self.folder)
+
+    def texts(self) -> list[str | None]:
+        return [row["output_text"] for row in read_rows(self.folder)]
+
+
+def numbered(count: int) -> list[Json]:
+    return [{"prompt": f"row {index}"} for index in range(count)]
+
+
+async def test_templates_are_filled_from_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('name,note\nAda,"a, b"\nBo,\n', encoding="utf-8")
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        report = await experiment(
+            dataset=DatasetConfig(kind=DatasetKind.csv, path=str(tmp_path / "rows.csv")),
+            prompt="Greet {{ name }} ({{ note }})",
+            system="You know {{ name }}.",
+            request={"temperature": 0, "timeout": 30},
+        )
+
+    assert report.exit_code == 0
+    assert experiment.texts() == ["GREET ADA (A, B)", "GREET BO ()"]
+    assert [row["metadata"] for row in read_rows(experiment.folder)] == [
+        {"name": "Ada", "note": "a, b"},
+        {"name": "Bo", "note": ""},
+    ]
+    bodies = sorted((asked.body for asked in provider.requests), key=str)
+    assert bodies[0] == {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "You know Ada."},
+            {"role": "user", "content": "Greet Ada (a, b)"},
+        ],
+        "temperature": 0,
+    }
+
+
+async def test_each_sample_is_asked_and_stands_beside_its_row(tmp_path: Path) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, samples=3)
+        await experiment(numbered(4))
+
+    results = read_rows(experiment.folder)
+    assert [(row["_index"], row["_sample"]) for row in results] == [
+        (row, sample) for row in range(4) for sample in range(3)
+    ]
+    assert Counter(asked.text for asked in provider.requests) == {f"row {index}": 3 for index in range(4)}
+    assert read_summary(experiment.folder)["rows"] == 12
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "path", "field"),
+    [
+        (Endpoint.chat_completion, "/v1/chat/completions", "messages"),
+        (Endpoint.text_completion, "/v1/completions", "prompt"),
+        (Endpoint.responses, "/v1/responses", "input"),
+    ],
+)
+async def test_each_endpoint_is_spoken(tmp_path: Path, endpoint: Endpoint, path: str, field: str) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, endpoint=endpoint)
+        report = await experiment(numbered(2))
+
+    assert report.exit_code == 0
+    assert experiment.texts() == ["ROW 0", "ROW 1"]
+    assert {(asked.path, field in asked.body) for asked in provider.requests} == {(path, True)}
+    assert read_summary(experiment.folder)["tokens"]["total"] == 10
+
+
+# Failures that every row meets
+
+
+async def test_a_wrong_key_ends_the_run_after_a_handful_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "wrong-key-1234")
+    async with Simulator(SimulatorConfig(latency_s=0.05, api_key="right-key-1234")) as simulator:
+        experiment = Experiment(tmp_path, api_base=simulator.url, limits=LimitsConfig(concurrency=32))
+        stopped = await experiment(numbered(500))
+        requests = await asked_of(simulator)
+
+        monkeypatch.setenv(KEY, "right-key-1234")
+        finished = await experiment()
+        ledger = await asked_of(simulator)
+
+    assert stopped.exit_code == 4
+    assert stopped.summary["stopped"] == "systemic-error"
+    assert requests <= 12
+    assert "AuthenticationError" in str(stopped.message)
+    assert KEY in str(stopped.message)
+    assert finished.exit_code == 0
+    assert ledger == requests + 500
+    assert len(read_rows(experiment.folder)) == 500
+
+
+async def test_a_key_that_is_revoked_in_mid_run_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "right-key-1234")
+    left = 40
+
+    def answer(asked: Asked) -> web.Response:
+        nonlocal left
+        left -= 1
+        return shout(asked) if left >= 0 else refusal(401, "invalid_api_key", "revoked")
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=8))
+        stopped = await experiment(numbered(200))
+        requests = len(provider.requests)
+
+        left = 1000
+        finished = await experiment()
+
+    assert stopped.exit_code == 4
+    assert stopped.summary["succeeded"] == 40
+    assert stopped.summary["failed"] == 0
+    assert requests <= 40 + 12
+    assert finished.exit_code == 0
+    assert len(provider.requests) == requests + 160
+
+
+async def test_an_account_without_money_ends_the_run(tmp_path: Path) -> None:
+    async with serving(lambda asked: refusal(429, "insufficient_quota", "You exceeded your quota")) as provider:
+        stopped = await Experiment(tmp_path, api_base=provider.url)(numbered(300))
+
+    assert stopped.exit_code == 4
+    assert "balance" in str(stopped.message)
+    assert len(provider.requests) <= 12
+
+
+@pytest.mark.parametrize("refused", [0, 5, 9])
+async def test_a_refusal_among_good_answers_fails_that_row_only(tmp_path: Path, refused: int) -> None:
+    def answer(asked: Asked) -> web.Response:
+        return refusal(401, "invalid_api_key") if asked.text == f"row {refused}" else shout(asked)
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        report = await experiment(numbered(10))
+
+    assert report.exit_code == 3
+    results = read_rows(experiment.folder)
+    assert [row["_index"] for row in results if row["error"]] == [refused]
+    assert results[refused]["error"] == {"type": "AuthenticationError", "message": "HTTP 401: no", "status": 401}
+    assert report.summary["errors"] == {"AuthenticationError": 1}
+
+
+async def asked_of(simulator: Simulator) -> int:
+    """Requests that the simulator has counted."""
+    async with ClientSession() as session, session.get(simulator.url.removesuffix("/v1") + "/ledger") as response:
+        return int((await response.json())["requests"])
