@@ -645,6 +645,23 @@ async def test_a_redirect_is_an_error(serve: Serve) -> None:
     await client.aclose()
 
 
+async def test_the_environments_proxy_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def proxy(request: web.Request) -> web.Response:
+        asked.append(str(request.url))
+        return web.json_response({"choices": [{"message": {"content": "by proxy"}}]})
+
+    monkeypatch.setenv("http_proxy", (await serve(proxy)).removesuffix("/v1"))
+    monkeypatch.setenv("no_proxy", "other.test")
+    client = direct("http://models.test/v1")
+    response = await client.send(CHAT)
+    await client.aclose()
+
+    assert response.output == Generation(text="by proxy")
+    assert asked == ["http://models.test/v1/chat/completions"]
+
+
 async def test_an_oversized_answer_is_refused(serve: Serve) -> None:
     body = chat_body(padding="x" * 300_000)
 

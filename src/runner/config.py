@@ -83,7 +83,7 @@ STRATEGIES = (
     "prefix-affinity",
 )
 
-SECRET_KEYS = ("api_key", "password", "secret", "authorization")
+SECRET_KEYS = ("api_key", "password", "secret", "authorization", "access_token", "auth_token")
 """Parts of a key's name that mark its value as a secret."""
 
 
@@ -341,6 +341,8 @@ def check(config: RunnerConfig) -> None:
     _at_least("retry.base_s", config.retry.base_s, 0)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
+    _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
+    _at_least("tracker.table_rows", config.tracker.table_rows, 0)
     for key, rate in vars(config.simulator.faults).items():
         if not 0 <= rate <= 1:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")

@@ -101,7 +101,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     async with _closing(client), store:
         await _prepare(store, config, workload)
         tracker = open_tracker(
-            config.tracker, folder=folder, name=config.name, run_id=folder.name, settings=settings or {}
+            config.tracker, folder=folder, name=config.name, run_id=f"{config.name}-{folder.name}", settings=settings or {}
         )
         run = Run(config, workload, client=client, store=store, meter=meter, window=window)
         async with _shown(run, config, tracker):

@@ -129,7 +129,9 @@ def key_of(deployment: DeploymentConfig) -> str | None:
 
 async def _unreachable(api_base: str | None) -> str | None:
     """Why no connection to ``api_base`` can be made, if that is certain within a few seconds."""
-    if api_base is None:
+    from runner.transports.direct import proxy_of
+
+    if api_base is None or proxy_of(api_base):
         return None
     url = urlsplit(api_base)
     try:
