@@ -118,9 +118,9 @@ class Asked:
 
 @dataclass(slots=True)
 class Provider:
-    """An OpenAI-compatible server that answers as ``answer`` says and remembers what it was asked."""
+    """An OpenAI-compatible server that remembers what it was asked, and answers as ``answer`` says, or so late."""
 
-    answer: Callable[[Asked], web.Response]
+    answer: Callable[[Asked], web.Response | float]
     requests: list[Asked] = field(default_factory=list)
     url: str = ""
 
@@ -128,7 +128,11 @@ class Provider:
         asked = Asked(path=request.path, headers=request.headers, body=json.loads(await request.read()))
         self.requests.append(asked)
         await asyncio.sleep(0.001 * (len(self.requests) * 7 % 5))  # answers overtake each other
-        return self.answer(asked)
+        answer = self.answer(asked)
+        if isinstance(answer, float):
+            await asyncio.sleep(answer)
+            answer = shout(asked)
+        return answer
 
 
 def shout(asked: Asked) -> web.Response:
@@ -154,7 +158,7 @@ def refusal(status: int, code: str, message: str = "no") -> web.Response:
 
 
 @asynccontextmanager
-async def serving(answer: Callable[[Asked], web.Response] = shout) -> AsyncIterator[Provider]:
+async def serving(answer: Callable[[Asked], web.Response | float] = shout) -> AsyncIterator[Provider]:
     """A provider that listens on a free port of this host."""
     provider = Provider(answer)
     server = web.Server(provider.handle, access_log=None)

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from harness import Command, read_rows, read_summary, serving
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from harness import Command, get, read_rows, read_summary, refusal, serving
+from runner.cli import friendly, main
+from runner.config import RunnerConfig, SimulatorConfig
+from runner.experiment import GRACE_S
+from runner.progress import sweep_table
+from runner.simulator import Simulator
 
 ROW_KEYS = [
     "_index",
@@ -115,8 +136,413 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "results.jsonl",
         "results.sqlite",
         "runner.log",
-        "status.json",
         "summary.json",
     }
     assert command.run().parent == command.folder / "runs" / "t"
     assert str(command.run() / "results.jsonl") in done.out
+
+
+# What cannot be run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to call `main` in, with some files; what Hydra changes in this process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["runner"])
+    for name in [name for name in os.environ if name.endswith("_API_KEY") or name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    environment = dict(os.environ)
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    command = Command(tmp_path)
+    command.write_rows("rows.jsonl", [{"question": "why?"}, {"question": "how?"}])
+    yield tmp_path
+    for handler in set(root.handlers) - set(before[0]):
+        handler.close()
+    root.handlers[:], root.level = before
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+ROWS = ("dataset=jsonl", "dataset.path=rows.jsonl")
+
+BAD_INPUT = {
+    "a missing file": (["dataset=jsonl", "dataset.path=row.jsonl", "prompt=x"], "'rows.jsonl'"),
+    "no path": (["dataset=jsonl", "prompt=x"], "dataset.path must be set"),
+    "no JSONL": (["dataset=jsonl", "dataset.path=notes.txt", "prompt=x"], "notes.txt:1: no JSONL"),
+    "nothing to ask": ([*ROWS], "fields: question"),
+    "no prompt at all": ([], "set prompt"),
+    "a field that is not there": ([*ROWS, "prompt={{ qestion }}"], "Did you mean 'question'?"),
+    "a broken template": ([*ROWS, "prompt={{ question"], "prompt, line 1"),
+    "a broken system template": ([*ROWS, "prompt=x", "system={% if %}"], "system, line 1"),
+    "an unknown provider": (["model=opnai/gpt", "prompt=x"], "'opnai'"),
+    "a model without provider": (["model=gpt", "prompt=x"], "openai/gpt"),
+    "a hosted model without key": (["model=openai/gpt", "prompt=x"], "OPENAI_API_KEY"),
+    "an unset key variable": (["api_key_env=NOPE_KEY", "model=openai/gpt", "prompt=x"], "NOPE_KEY"),
+    "a server without address": (["model=hosted_vllm/m", "prompt=x"], "api_base=http://HOST:PORT/v1"),
+    "an address that is no URL": (["model=hosted_vllm/m", "api_base=localhost:1", "prompt=x"], "http://"),
+    "an unknown key": (["promt=x"], "unknown key 'promt'. Did you mean 'prompt'?"),
+    "an unknown key behind +": (["+promt=x"], "unknown key 'promt'. Did you mean 'prompt'?"),
+    "an unknown key behind ++": (["++limits.rmp=3", "prompt=x"], "Did you mean 'limits.rpm'?"),
+    "an unknown nested key": (["limits.rmp=3", "prompt=x"], "Did you mean 'limits.rpm'?"),
+    "a key in the wrong place": (["rpm=3", "prompt=x"], "Did you mean 'limits.rpm'?"),
+    "an unknown key of a deployment": (["deployments.a.modl=b/c", "prompt=x"], "Did you mean 'deployments.a.model'?"),
+    "an unknown key in an own group": (["limits=mine", "prompt=x"], "limits/mine.yaml: unknown key 'limits.rmp'"),
+    "an unknown key in an experiment": (["+experiment=misspelt"], "experiment/misspelt.yaml: unknown key 'promt'"),
+    "a missing value in an own group": (["dataset=mine", "prompt=x"], "dataset.path must be set"),
+    "a wrong type": (["samples=two", "prompt=x"], "(key samples)"),
+    "a wrong type of a deployment": (["deployments.a={model: b/c, weight: x}", "prompt=x"], "weight"),
+    "an impossible value": (["samples=0", "prompt=x"], "samples=0: at least 1"),
+    "an unknown option": (["dataset=jsnl", "prompt=x"], "Did you mean dataset=jsonl?"),
+    "an unknown experiment": (["+experiment=quickstrt"], "Did you mean +experiment=quickstart?"),
+    "a broken experiment": (["+experiment=broken"], "broken.yaml:3: "),
+    "two values where one belongs": (["name=a,b", "prompt=x"], "name=a,b"),
+    "an argument without =": (["prompt"], "'prompt': write key=value"),
+    "a key in a deployment": (["deployments.a={model: openai/b, api_key: sk-1}", "prompt=x"], "api_key_env"),
+    "a key in a header": (["request.extra_headers.Authorization=sk-1", "prompt=x"], "request.extra_headers"),
+    "an unknown scorer": ([*ROWS, "prompt=x", "scorers.a.kind=exct"], "scorers.a.kind='exct'"),
+    "a target that is not there": ([*ROWS, "prompt=x", "scorers.a.target=anwer"], "scorers.a.target='anwer'"),
+    "a folder that cannot be": (["runs_dir=notes.txt", "prompt=x"], "notes.txt"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_message_and_leaves_no_folder(
+    here: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    command = Command(here)
+    command.write("notes.txt", "These are\nmy notes\n")
+    command.write("conf/limits/mine.yaml", "rmp: 3\n")
+    command.write("conf/dataset/mine.yaml", "kind: jsonl\npath: ???\n")
+    command.write("conf/experiment/misspelt.yaml", "# @package _global_\npromt: x\n")
+    command.write("conf/experiment/broken.yaml", "# @package _global_\nprompt: x\n  request: {\n")
+
+    exit_code = main([*arguments, "tracker=none"])
+
+    out, err = capfd.readouterr()
+    assert (exit_code, out) == (2, ""), err
+    assert err.startswith("runner: ")
+    assert err.count("\n") == 1, err
+    assert told in err
+    assert not (here / "runs").exists()
+
+
+async def test_an_address_where_nobody_listens_is_told_before_anything_else(command: Command) -> None:
+    async with serving() as provider:
+        gone = provider.url
+
+    done = await command("model=hosted_vllm/m", f"api_base={gone}", "prompt=x", "tracker=wandb")
+
+    assert (done.exit_code, done.out) == (2, "")
+    assert done.err == (f"runner: api_base={gone}: nobody listens there: start the server, or correct the address\n")
+
+
+def test_a_damaged_database_is_told_and_left_alone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompt=x", "tracker=none"]) == 0
+    database = Command(here).run() / "results.sqlite"
+    database.write_bytes(b"not a database at all" * 100)
+    capfd.readouterr()
+
+    exit_code = main(["prompt=x", "tracker=none"])
+
+    err = capfd.readouterr().err
+    assert exit_code == 2
+    assert err.count("\n") == 1
+    assert "results.sqlite is damaged or no database" in err
+    assert database.read_bytes() == b"not a database at all" * 100
+
+
+async def test_a_second_process_is_kept_out_of_the_folder(command: Command) -> None:
+    arguments = ("prompt=x", "simulator.latency_s=30", "tracker=none")
+    async with command.running(*arguments) as first:
+        assert first.stderr is not None
+        await first.stderr.readline()  # its progress
+        second = await command(*arguments)
+
+        assert second.exit_code == 2
+        assert f"in use by another process (pid {first.pid})" in second.err
+        assert second.err.count("\n") == 1
+
+
+def test_a_malformed_line_fails_that_row_only(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Command(here).write("rows.jsonl", '{"q": "a"}\n{"q": \n{"q": "c"}\n[1]\n')
+
+    exit_code = main(["dataset=jsonl", "dataset.path=rows.jsonl", "prompt={{ q }}", "tracker=none"])
+
+    results = read_rows(Command(here).run())
+    assert exit_code == 3
+    assert [row["output_text"] for row in results] == ["echo: a", None, "echo: c", None]
+    assert [row["error"] and row["error"]["type"] for row in results] == [None, "RowError", None, "RowError"]
+    assert results[1]["error"]["message"].startswith("rows.jsonl:2: ")
+    assert results[3]["error"]["message"].startswith("rows.jsonl:4: ")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: Command, signum: signal.Signals) -> None:
+    rows = [{"prompt": f"row {index}"} for index in range(60)]
+    command.write_rows("rows.jsonl", rows)
+    async with Simulator(SimulatorConfig(latency_s=0.3, latency_spread=0)) as simulator:
+        ledger = simulator.url.removesuffix("/v1") + "/ledger"
+        arguments = (
+            *("model=openai_like/echo", f"api_base={simulator.url}", "dataset=jsonl", "dataset.path=rows.jsonl"),
+            *("limits.concurrency=16", "tracker=none"),
+        )
+        async with command.running(*arguments) as process:
+            assert process.stderr is not None
+            await process.stderr.readline()  # its progress
+            process.send_signal(signum)
+            out, err = await process.communicate()
+        interrupted = await get(ledger)
+        partial, summary = read_rows(command.run()), read_summary(command.run())
+
+        done = await command(*arguments)
+        finished = await get(ledger)
+
+    assert process.returncode == 128 + signum
+    assert f"interrupted by {signum.name}" in err.decode()
+    assert "The same command goes on from here." in err.decode()
+    assert "Traceback" not in err.decode()
+    assert 0 < interrupted["requests"] < 60
+    assert interrupted["abandoned"] == 0
+    assert len(partial) == interrupted["requests"]
+    assert (summary["stopped"], summary["succeeded"]) == ("interrupted", len(partial))
+    assert b"results.jsonl" in out
+    assert done.exit_code == 0
+    assert finished["requests"] == 60
+    assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
+
+
+async def test_a_second_signal_ends_at_once(command: Command) -> None:
+    async with Simulator(SimulatorConfig(latency_s=600)) as simulator:
+        arguments = ("model=openai_like/echo", f"api_base={simulator.url}", "prompt=x", "tracker=none")
+        async with command.running(*arguments) as process:
+            assert process.stderr is not None
+            await process.stderr.readline()  # its progress
+            process.send_signal(signal.SIGINT)
+            while b"again to end at once" not in (line := await process.stderr.readline()):
+                assert line
+            process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(GRACE_S / 2):
+                _, err = await process.communicate()
+
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert read_rows(command.run()) == []
+    assert read_summary(command.run())["stopped"] == "interrupted"
+
+
+# Sweeps
+
+
+def test_the_cells_of_a_sweep_are_runs_of_their_own_and_are_not_asked_twice(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        *("-m", "+experiment=quickstart", "dataset.limit=5", "tracker=none", "simulator.latency_s=0"),
+        *("limits.concurrency=1,2", "request.temperature=0,1"),
+    ]
+    first = main(arguments)
+    table = capfd.readouterr().out.split("\n\n")[-1].splitlines()
+    folders = Command(here).runs()
+    second = main(arguments)
+
+    assert (first, second) == (0, 0)
+    assert len(folders) == 4
+    assert Command(here).runs() == folders
+    assert [read_summary(folder)["reused"] for folder in folders] == [5] * 4
+    assert [read_summary(folder)["rows"] for folder in folders] == [5] * 4
+    assert table[0].split() == ["cell", "exit", "rows", "failed", "score", "accuracy", "cost", "rate"]
+    assert [line.split()[:5] for line in table[1:]] == [
+        [f"limits.concurrency={concurrency}", f"request.temperature={temperature}", "0", "5", "0"]
+        for concurrency in (1, 2)
+        for temperature in (0, 1)
+    ]
+    assert all("%" in line and "$" in line and line.endswith("/s") for line in table[1:])
+
+
+def test_a_bad_cell_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    exit_code = main(["-m", "prompt=hi", "model=simulated/echo,nonsense,simulated/other", "name=a,b", "tracker=none"])
+
+    out, err = capfd.readouterr()
+    assert exit_code == 1
+    assert err.count("runner: model='nonsense' has no provider") == 2
+    assert "Traceback" not in err
+    results = {path.parent.parent.name: len(read_rows(path.parent)) for path in here.glob("runs/*/*/results.jsonl")}
+    assert results == {"a": 1, "b": 1}
+    assert len(list(here.glob("runs/*/*/results.jsonl"))) == 4
+    lines = [line.split() for line in out.splitlines()]
+    assert ["model=nonsense", "name=b", "2"] in lines
+    assert any(line[:4] == ["model=simulated/other", "name=b", "0", "1"] for line in lines)
+
+
+def test_a_sweep_that_cannot_be_composed_runs_nothing(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    exit_code = main(["-m", "prompt=hi", "limits.rmp=1,2"])
+
+    assert exit_code == 2
+    assert capfd.readouterr().err == "runner: unknown key 'limits.rmp'. Did you mean 'limits.rpm'?\n"
+    assert Command(here).runs() == []
+
+
+async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command: Command) -> None:
+    async with Simulator(SimulatorConfig(latency_s=0.8, latency_spread=0)) as simulator:
+        arguments = (
+            *("-m", "model=openai_like/echo", f"api_base={simulator.url}", "prompt=hi"),
+            *("request.seed=1,2,3", "tracker=none"),
+        )
+        async with command.running(*arguments) as process:
+            assert process.stderr is not None
+            await process.stderr.readline()  # its progress
+            process.send_signal(signal.SIGINT)
+            out, err = await process.communicate()
+        done = await command(*arguments)
+        ledger = await get(simulator.url.removesuffix("/v1") + "/ledger")
+
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert out.decode().splitlines()[-1].split()[:2] == ["request.seed=1", "130"]
+    assert done.exit_code == 0
+    assert ledger["requests"] == 3
+
+
+def test_the_sweep_table_on_a_terminal_shows_every_cell() -> None:
+    terminal = Terminal()
+    summary = {"rows": 8, "failed": 1, "scores": {"exact": {"mean": 0.5, "n": 8}}, "cost_usd": 1.5, "requests_per_s": 9}
+    cells = [
+        {"cell": "model=a", "exit_code": 3, "summary": summary},
+        {"cell": "model=\x1b[31m[bold]", "exit_code": 2, "summary": {}},
+    ]
+
+    sweep_table(cells, stream=terminal)
+
+    lines = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).splitlines()
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "model" in line] == [
+        ["model=a", "3", "8", "1", "50.0%", "$1.50", "9.0/s"],
+        ["model=\\x1b[31m[bold]", "2", "", "", "", "", ""],
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+# What is shown, and what is imported for it
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_run_without_a_dataset_shows_its_answers(here: Path, capfd: pytest.CaptureFixture[str], samples: int) -> None:
+    main(["prompt=one\n\x1b[2Jtwo", f"samples={samples}", "tracker=none"])
+
+    assert capfd.readouterr().out.startswith("echo: one\n\\x1b[2Jtwo\n\n" * samples + "rows")
+
+
+def test_more_answers_are_in_the_file_only(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["prompt=one", "samples=4", "tracker=none"])
+
+    assert "echo" not in capfd.readouterr().out
+
+
+async def test_a_refused_question_shows_why(command: Command) -> None:
+    async with serving(lambda asked: refusal(400, "bad", "this \x1b model cannot")) as provider:
+        done = await command("model=openai_like/m", f"api_base={provider.url}", "prompt=x", "tracker=none")
+
+    assert done.exit_code == 3
+    assert done.out.startswith("BadRequestError: HTTP 400: this \\x1b model cannot\n")
+
+
+HEAVY = {"litellm", "wandb", "aiohttp", "rich", "jinja2", "openai", "pandas", "numpy", "runner.experiment"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        (["--help"], set()),
+        (["--cfg", "job"], set()),
+        (["prompt=x", "tracker=none"], {"aiohttp", "jinja2", "runner.experiment"}),
+    ],
+)
+def test_only_what_is_needed_is_imported(here: Path, arguments: list[str], needed: set[str]) -> None:
+    code = (
+        "import atexit, sys; from runner.cli import main;"
+        "atexit.register(lambda: print('\\n' + ' '.join(sys.modules), file=sys.stderr));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=Command(here).environment, capture_output=True, check=True
+    )
+
+    assert set(done.stderr.decode().splitlines()[-1].split()) & HEAVY == needed
+
+
+# Texts on the command line
+
+TEXTS = [
+    'Hello, {{ name }}: {a} = "b"',
+    "It's 5 o'clock, isn't it?",
+    "'quoted' and \"quoted\"",
+    "a=b, c=[1, 2], (d)",
+    "costs ${price}, or $5 \\",
+    "C:\\new\\",
+    "1, 2, 3",
+    "",
+    "  spaces  ",
+    "two\nlines\tand a tab",
+    "naïve – 日本語 🙂",
+    "choice(a,b)",
+    "# no comment",
+]
+
+
+@pytest.mark.parametrize("key", ["prompt", "system"])
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_needs_no_quoting(key: str, multirun: bool, text: str) -> None:
+    if multirun and text == "choice(a,b)":
+        return
+
+    assert arrived(key, text, multirun=multirun) == text
+
+
+@given(st.text(st.one_of(st.sampled_from("\\${}'\" ,=:[]()#\n\tab?"), st.characters(exclude_categories=["Cs"]))))
+@example("null ")
+def test_any_text_arrives_as_it_was_written(text: str) -> None:
+    if text in ("???", "null") or (text[:1] == text[-1:] and text[:1] in ("'", '"')):
+        return  # Hydra's own: a missing value, no value, and a text in quotes
+
+    assert arrived("prompt", text) == text
+
+
+def test_quotes_are_taken_off_as_hydra_does() -> None:
+    assert arrived("prompt", "'Hello, you'") == "Hello, you"
+    assert arrived("prompt", '"Hello, you"') == "Hello, you"
+
+
+def test_a_multirun_sweeps_over_quoted_texts() -> None:
+    [argument] = [each for each in friendly(["-m", "prompt='Say hi, you','Say bye'"]) if each != "-m"]
+
+    assert OverridesParser.create().parse_override(argument).is_sweep_override()
+
+
+def arrived(key: str, text: str, *, multirun: bool = False) -> Any:
+    """What the configuration holds after ``key=text`` on the command line."""
+    *_, argument = friendly([*(["-m"] if multirun else []), f"{key}={text}"])
+    parser = OverridesParser.create()
+    if multirun:  # each cell gets its overrides spelt anew
+        argument = f"{key}={parser.parse_override(argument).get_value_element_as_str()}"
+    config = OmegaConf.structured(RunnerConfig)
+    OmegaConf.update(config, key, parser.parse_override(argument).value())
+    return getattr(OmegaConf.to_object(config), key)
+
+
+def test_what_hydra_would_not_parse_is_taken_as_it_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    exit_code = main(["name=a=b", r"prompt=Say {this}: 'it''s' ${x} \\", "tracker=none"])
+
+    out, _ = capfd.readouterr()
+    assert exit_code == 0
+    assert out.startswith(r"echo: Say {this}: 'it''s' ${x} \\" + "\n\n")
+    assert Command(here).run().parent == here / "runs" / "a=b"

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
-from harness import Asked, Json, Provider, read_rows, read_summary, refusal, serving, shout
 
+from harness import Asked, Json, read_rows, read_summary, refusal, serving, shout
 from runner.config import (
     DatasetConfig,
     DatasetKind,
     LimitsConfig,
     RetryConfig,
     RunnerConfig,
-    ScorerConfig,
     SimulatorConfig,
     TrackerConfig,
     TrackerKind,
 )
-from runner.errors import ConfigError
 from runner.experiment import Report, run_experiment
 from runner.simulator import Simulator
 from runner.types import Endpoint
@@ -191,6 +192,32 @@ async def test_a_refusal_among_good_answers_fails_that_row_only(tmp_path: Path, 
     assert [row["_index"] for row in results if row["error"]] == [refused]
     assert results[refused]["error"] == {"type": "AuthenticationError", "message": "HTTP 401: no", "status": 401}
     assert report.summary["errors"] == {"AuthenticationError": 1}
+
+
+async def test_a_hanging_request_holds_an_interrupted_run_no_longer_than_the_grace_period(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.experiment.GRACE_S", 0.2)
+    async with serving() as provider:
+        hanging = Experiment(tmp_path, api_base=provider.url)
+
+        def answer(asked: Asked) -> web.Response | float:
+            if asked.text == "row 2":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 600.0 if asked.text == "row 1" else shout(asked)
+
+        provider.answer = answer
+        async with asyncio.timeout(10):
+            interrupted = await hanging(numbered(3))
+        provider.answer = shout
+        finished = await hanging()
+
+    assert interrupted.exit_code == 143
+    assert interrupted.summary["succeeded"] == 2
+    assert interrupted.summary["attempts_of_unknown_cost"] == 3  # the third may have been charged; none has a price
+    assert finished.exit_code == 0
+    assert [asked.text for asked in provider.requests].count("row 1") == 2
+    assert len(provider.requests) == 4
 
 
 async def asked_of(simulator: Simulator) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import logging
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import hydra
@@ -21,16 +22,17 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import Mark, MarkedYAMLError, YAMLError
 
 from runner import config as schema
-from runner.config import RunnerConfig
+from runner.config import DatasetKind, RunnerConfig
 from runner.errors import ConfigError, RunnerError, StoreError
 
 BAD_CONFIG = 2
@@ -38,15 +40,18 @@ CELLS_FAILED = 1
 BUG = 70  # EX_SOFTWARE
 
 _OPEN_MAPPINGS = ("request", "deployments", "scorers")
-"""Groups whose keys the user makes up: ``++`` is put before them, so that nobody has to know of it."""
+"""Groups whose keys the user makes up."""
 
 _TEXTS = ("prompt", "system")
 """Keys that hold prose, which Hydra would otherwise parse."""
 
-_STATUS_FILE = "status.json"
+_CELLS = "RUNNER_CELLS"
+"""Environment variable: the file in which cells note how they ended, whichever process they run in."""
 
-_rejected: list[ConfigError] = []
-"""What `_run_id` found wrong: an exception loses its class on the way through OmegaConf."""
+_SHOWN_ANSWERS = 3
+"""A run without a dataset shows its answers if there are no more."""
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,50 +59,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
-    sys.argv[1:] = list(_friendly(arguments))
-    exit_codes: list[int] = []
-    started = time.time()
+    sys.argv[1:] = list(friendly(arguments))
 
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
     def task(composed: DictConfig) -> dict[str, Any]:
-        status = run_cell(composed)
-        exit_codes.append(status["exit_code"])
-        return status
+        return run_cell(composed)
 
-    try:
-        task()
-    except (HydraException, OmegaConfBaseException, YAMLError, RunnerError) as error:
-        return _complain(str(_rejected[0]) if _rejected else _explain(error))
-    except KeyboardInterrupt:
-        return 130
-    if "-m" in arguments or "--multirun" in arguments:
-        return _conclude_sweep(started)
-    return exit_codes[0] if exit_codes else 0
+    exit_code = 0
+    with NamedTemporaryFile("r", prefix="runner-", encoding="utf-8") as notes:
+        os.environ[_CELLS] = notes.name
+        try:
+            task()
+        except (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OSError, ValueError) as error:
+            exit_code = _complain(_explain(error))
+        except KeyboardInterrupt:
+            exit_code = 130
+        cells = [json.loads(line) for line in notes]
+    if any(cell["swept"] for cell in cells):
+        return _conclude_sweep(cells, exit_code)
+    return int(cells[0]["exit_code"]) if cells else exit_code
 
 
 def run_cell(composed: DictConfig) -> dict[str, Any]:
     """Run one composed configuration in its folder and say how it ended. Raises nothing but an interrupt.
 
     Returns:
-        ``exit_code``, ``message`` and ``overrides``: plain data, so that any launcher can carry it.
+        ``cell`` (what sets it apart), ``swept``, ``exit_code`` and ``summary``: plain data, which any launcher carries.
     """
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
-    overrides = [override for override in job.overrides.task if not override.startswith("hydra")]
+    swept = job.mode is RunMode.MULTIRUN
+    own = [f"{key}={value}" for key, value in _swept(job.overrides.task, job.sweeper)] if swept else []
+    name = " ".join(own or job.overrides.task)
+    summary: Mapping[str, Any] = {}
+    if swept:
+        print(f"\n#{job.job.num}  {name}")
     try:
-        exit_code, message = _run(composed, folder)
+        exit_code, summary = _run(composed, folder)
     except (ConfigError, StoreError) as error:
-        exit_code, message = _complain(str(error)), str(error)
+        exit_code = _complain(str(error))
+        logger.error(error)
     except Exception as error:  # a bug: said in one line, with the traceback in the folder
         (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        message = f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}"
+        _complain(f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}")
         exit_code = BUG
-        _complain(message)
-    status = {"exit_code": exit_code, "message": message, "overrides": overrides, "ended_at": time.time()}
-    (folder / _STATUS_FILE).write_text(json.dumps(status), encoding="utf-8")
-    if exit_code > 128 and job.mode is RunMode.MULTIRUN:
-        raise SystemExit(exit_code)
-    return status
+    cell = {"cell": name, "swept": swept, "exit_code": exit_code, "summary": dict(summary)}
+    with open(os.environ[_CELLS], "a", encoding="utf-8") as notes:
+        notes.write(f"{json.dumps(cell)}\n")
+    if exit_code > 128 and swept:
+        raise KeyboardInterrupt  # ends the sweep too
+    return cell
 
 
 def typed(composed: DictConfig) -> RunnerConfig:
@@ -119,6 +130,27 @@ def typed(composed: DictConfig) -> RunnerConfig:
         raise ConfigError(_explain(error)) from None
     assert isinstance(config, RunnerConfig)
     return config
+
+
+def friendly(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments as Hydra wants them, so that nobody has to know its grammar.
+
+    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes.
+    """
+    multirun = "-m" in arguments or "--multirun" in arguments
+    parser = OverridesParser.create()
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-") or not equals:
+            yield argument
+            continue
+        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
+            key = f"++{key}"
+        if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
+            value = _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+        elif not _parses(parser, f"{key}={value}"):
+            value = _quoted(value)
+        yield f"{key}={value}"
 
 
 def conf_folder() -> Path:
@@ -155,18 +187,28 @@ def _register() -> None:
 
 
 def _run_id(*, _root_: DictConfig) -> str:
-    """The ``${run_id:}`` of the folder's name. Checks the configuration first, so that a bad one makes no folder."""
+    """The ``${run_id:}`` of the folder's name. Sees first whether the run can begin, so that a bad one makes no folder.
+
+    In a sweep, a bad cell has a folder, and the other cells go on.
+    """
+    from runner.experiment import check_experiment
     from runner.identity import run_id
 
-    try:
-        config = typed(_root_)
-        schema.check(config)
-    except ConfigError as error:
-        _rejected.append(error)
-        raise
     job = _root_.hydra
-    swept = dict(_swept(job.overrides.task, job.sweeper)) if job.mode is RunMode.MULTIRUN else None
-    return run_id(config, swept=swept)
+    if job.mode is RunMode.MULTIRUN:
+        try:
+            return run_id(typed(_root_), swept=dict(_swept(job.overrides.task, job.sweeper)))
+        except ConfigError:
+            return f"rejected-{job.job.num}"
+    _load_environment(_root_.env_file)
+    config = typed(_root_)
+    try:
+        check_experiment(config)
+    except RunnerError:
+        raise
+    except Exception:  # a bug: the run will meet it too, in a folder for its traceback
+        logger.debug("the check failed", exc_info=True)
+    return run_id(config)
 
 
 def _package_data(name: str) -> str:
@@ -189,18 +231,31 @@ def _is_sweep(argument: str) -> bool:
     return bool(OverridesParser.create().parse_override(argument).is_sweep_override())
 
 
-def _run(composed: DictConfig, folder: Path) -> tuple[int, str | None]:
-    config = typed(composed)
-    _load_environment(config.env_file)
+def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
+    """Run the experiment and show what came of it; its exit code and summary."""
     from runner.experiment import run_experiment
-    from runner.progress import summary_table
+    from runner.progress import printable, summary_table
 
-    report = asyncio.run(run_experiment(config, folder, settings=_plain(OmegaConf.structured(config))))
+    _load_environment(composed.env_file)
+    config = typed(composed)
+    report = asyncio.run(run_experiment(config, folder, settings=asdict(config)))
     if report.summary:
-        summary_table({**report.summary, "name": config.name}, results=folder / "results.jsonl")
+        if config.dataset.kind is DatasetKind.single and report.summary["rows"] <= _SHOWN_ANSWERS:
+            _show_answers(folder / "results.jsonl")
+        summary_table(report.summary, results=folder / "results.jsonl")
     if report.message:
-        print(f"{report.message}\nThe same command goes on from here.", file=sys.stderr)
-    return report.exit_code, report.message
+        print(f"{printable(report.message)}\nThe same command goes on from here.", file=sys.stderr)
+    return report.exit_code, report.summary
+
+
+def _show_answers(results: Path) -> None:
+    from runner.progress import printable
+
+    for line in results.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        error = row["error"]
+        text = f"{error['type']}: {error['message']}" if error else row["output_text"]
+        print(*map(printable, text.splitlines()), sep="\n", end="\n\n")
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -214,35 +269,37 @@ def _load_environment(path: str) -> None:
     from dotenv import load_dotenv
 
     if Path(path).is_file():
-        load_dotenv(path)
+        try:
+            load_dotenv(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"env_file={path}: it cannot be read ({error})") from None
 
 
-def _conclude_sweep(started: float) -> int:
-    """Read what the cells of this multirun left behind, say it in a table, and return the exit code of the whole."""
-    folder = Path(OmegaConf.to_container(HydraConfig.instance().cfg)["hydra"]["sweep"]["dir"])  # type: ignore
-    cells = []
-    for path in folder.glob(f"*/{_STATUS_FILE}"):
-        status = json.loads(path.read_text(encoding="utf-8"))
-        if status["ended_at"] >= started:
-            cells.append((path.parent, status))
-    return CELLS_FAILED if any(status["exit_code"] not in (0, 3) for _, status in cells) else 0
+def _conclude_sweep(cells: Sequence[Mapping[str, Any]], exit_code: int) -> int:
+    """Show the cells of this multirun side by side, and return the exit code of the whole."""
+    from runner.progress import sweep_table
+
+    sweep_table(cells)
+    exit_codes: set[int] = {exit_code, *(cell["exit_code"] for cell in cells)}
+    if interrupted := {code for code in exit_codes if code > 128}:
+        return max(interrupted)
+    return CELLS_FAILED if exit_codes - {0, 3} else 0
 
 
-def _friendly(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments as Hydra wants them: open mappings get ``++``, texts that it cannot parse get quotes."""
-    multirun = "-m" in arguments or "--multirun" in arguments
-    parser = OverridesParser.create()
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument.startswith("-") or not equals:
-            yield argument
-            continue
-        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
-            key = f"++{key}"
-        prose = key in _TEXTS and not multirun and value != "null" and not _is_quoted(value)
-        if prose or not _parses(parser, f"{key}={value}"):
-            value = _quoted(value)
-        yield f"{key}={value}"
+def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
+    """Whether a text is to be taken as it stands. Hydra's own are quoted ones, ``null``, and what a multirun sweeps.
+
+    A comma in a multirun separates two texts, unless a space follows it.
+    """
+    try:
+        override = parser.parse_override(f"text={value}")
+    except HydraException:
+        return True
+    quoted = value[:1] in ("'", '"')
+    if override.is_sweep_override():
+        plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not quoted
+        return not multirun or (plain and ", " in value)
+    return not quoted and value != "null"
 
 
 def _parses(parser: OverridesParser, argument: str) -> bool:
@@ -251,10 +308,6 @@ def _parses(parser: OverridesParser, argument: str) -> bool:
     except HydraException:
         return False
     return True
-
-
-def _is_quoted(value: str) -> bool:
-    return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
 
 
 def _quoted(value: str) -> str:
@@ -268,14 +321,26 @@ def _explain(error: BaseException) -> str:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
+    for cause in causes:
+        match cause:
+            case RunnerError():
+                return str(cause)
+            case OverrideParseException(override=argument) if "=" not in argument:
+                return f"{argument!r}: write key=value. `python -m runner --help` lists the keys."
+            case MarkedYAMLError(problem_mark=Mark() as mark):
+                return f"{mark.name}:{mark.line + 1}: {cause.problem}"
+            case OSError(filename=str() as path):
+                return f"{path}: {cause.strerror}. Runs go to runs_dir/name/: can they be written there?"
     text = "\n".join(map(str, causes))
+    place = re.match(r"In '(\w+/\w+)'", text)
+    where = f"{place[1]}.yaml: " if place else ""
     for pattern, explain in _EXPLANATIONS:
         if found := re.search(pattern, text):
-            return explain(found)
-    telling = (cause for cause in causes if isinstance(cause, YAMLError) or "full_key" in str(cause))
+            return where + explain(found)
+    telling = (cause for cause in causes if "full_key" in str(cause))
     message = str(next(telling, causes[-1]))
     lines = (line.strip() for line in message.splitlines() if not re.search("object_type|reference_type", line))
-    return re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines)).strip()
+    return where + re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines)).strip()
 
 
 def _unknown_option(found: re.Match[str]) -> str:

@@ -48,7 +48,7 @@ from runner.workload import Item, Workload, claimed_chunk_size
 FINISHED, SOME_FAILED, STOPPED = 0, 3, 4
 """Exit codes. A `ConfigError` is 2, an interrupt 128 + signal."""
 
-_GRACE_S = 10.0
+GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
 
 _REDRAW_S = 0.2
@@ -88,20 +88,19 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     workload = Workload(config)
     workload.check()
     window = Window(config.limits.concurrency)
-    client = open_stack(
-        replicas(config),
-        limits=config.limits,
-        retry=config.retry,
-        simulator=config.simulator,
-        window=window,
-        timeout_s=config.request.get("timeout"),
-    )
+    client = _open_client(config, window)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: _count(meter, outcomes))
     async with _closing(client), store:
         await _prepare(store, config, workload)
+        if not await _all_settled(store, config, workload):
+            await check_addresses(replicas(config))
         tracker = open_tracker(
-            config.tracker, folder=folder, name=config.name, run_id=f"{config.name}-{folder.name}", settings=settings or {}
+            config.tracker,
+            folder=folder,
+            name=config.name,
+            run_id=f"{config.name}-{folder.name}",
+            settings=settings or {},
         )
         run = Run(config, workload, client=client, store=store, meter=meter, window=window)
         async with _shown(run, config, tracker):
@@ -117,6 +116,17 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         )
     )
     return report
+
+
+def check_experiment(config: RunnerConfig) -> None:
+    """See whether `run_experiment` can begin, without a folder, a connection or a request.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    check(config)
+    Workload(config).check()
+    _open_client(config, Window(config.limits.concurrency))
 
 
 class Run:
@@ -135,16 +145,12 @@ class Run:
         self._soft_start = SoftStart(window)
         self._in_flight: set[tuple[bytes, int]] = set()
         self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
-        self._asked_anything = False
         self._any_answer = False
+        self._signals = 0
         self._total = workload.count()
 
     async def until_done(self) -> None:
-        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it.
-
-        Raises:
-            ConfigError: Nobody answers at the deployments' addresses; nothing was sent.
-        """
+        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
         batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
         with _signals(lambda signum: self._interrupt(signum, batch)):
             try:
@@ -161,15 +167,11 @@ class Run:
     def snapshot(self) -> Snapshot:
         return self._meter.snapshot(total=self._total, in_flight=self._window.active, window=self._window.limit)
 
-    @property
-    def complete(self) -> bool:
-        """Whether the whole dataset was gone through."""
-        return self.stop.reason is None
-
     # Taking up
 
     async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
         """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
+        chunk: Sequence[Item] = ()
         async for chunk in chunked(self._workload.items(), claimed_chunk_size(self._config.limits.concurrency)):
             claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
             known = await self._store.claim(
@@ -185,10 +187,8 @@ class Run:
             if scores:
                 await self._store.put_scores(scores)
             self._meter.reused(len(chunk) - len(todo))
-            if todo and not self._asked_anything:
-                await check_addresses(replicas(self._config))
-                self._asked_anything = True
             yield todo
+        await self._store.truncate(chunk[-1].position + 1 if chunk else 0)
 
     # Asking
 
@@ -266,10 +266,15 @@ class Run:
     # Ending early
 
     def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        if isinstance(self.stop.reason, Interrupted):
+        """The first signal lets what is in flight come in, the second cancels it, the third does not even tidy up."""
+        self._signals += 1
+        if self._signals == 1:
+            self.stop(Interrupted(signum))
+            asyncio.get_running_loop().call_later(GRACE_S, batch.cancel)
+        elif self._signals == 2:
+            batch.cancel()
+        else:
             os._exit(128 + signum)
-        self.stop(Interrupted(signum))
-        asyncio.get_running_loop().call_later(_GRACE_S, batch.cancel)
 
 
 def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
@@ -321,6 +326,17 @@ def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
     )
 
 
+def _open_client(config: RunnerConfig, window: Window) -> Client:
+    return open_stack(
+        replicas(config),
+        limits=config.limits,
+        retry=config.retry,
+        simulator=config.simulator,
+        window=window,
+        timeout_s=config.request.get("timeout"),
+    )
+
+
 async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> None:
     """Check that the run may go on as ``resume`` says, and write down what it is."""
     meta = await store.meta()
@@ -329,6 +345,21 @@ async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> No
     if meta.get("scorers", workload.scorers.fingerprint) != workload.scorers.fingerprint:
         await store.forget_scores()
     await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
+
+
+async def _all_settled(store: Store, config: RunnerConfig, workload: Workload) -> bool:
+    """Whether as many rows are settled as there are: then there is most likely nothing to ask."""
+    [settled] = [row["n"] async for row in store.query(_SETTLED, (not config.retry_failed,))]
+    count = workload.count()
+    return count is not None and settled >= count
+
+
+_SETTLED = """
+    SELECT count(*) AS n
+    FROM rows
+    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE answers.error_type IS NULL OR ?
+"""
 
 
 def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
@@ -375,7 +406,7 @@ async def _tick(run: Run, progress: Progress, tracker: Tracker, log_every_s: flo
 
 def _ending_note(run: Run) -> str:
     if isinstance(run.stop.reason, Interrupted):
-        return f"{run.stop.reason}: waiting {_GRACE_S:g} s at most for what is in flight; again to end at once"
+        return f"{run.stop.reason}: waiting {GRACE_S:g} s at most for what is in flight; again to end at once"
     return "stopping: waiting for what is in flight"
 
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner.config import LimitsConfig
 from runner.errors import BadRequestError, ConnectError, RequestError
@@ -24,10 +24,16 @@ from runner.types import (
 _MINUTE_S = 60.0
 _DAY_S = 86_400.0
 _BURST_SHARE = 0.02
-"""Default burst, as a share of the limit. What bursts is taken off the rate, so that no window exceeds the limit."""
+"""Default burst, as a share of a minute's limit."""
+
+_SPANS = 240
+"""Spans of time that a window is divided into; grants leave it a span at a time."""
 
 _GRANT_INTERVAL_S = 0.005
 """Grants that come due within so many seconds are given together: one timer does not cap the rate."""
+
+_ROUNDING = 1e-9
+"""Share of a limit by which sums of floats may be wrong."""
 
 _RESERVED_OUTPUT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _CHARACTERS_PER_TOKEN = 4.0
@@ -45,13 +51,15 @@ class RateLimiter:
     """Token buckets over requests and tokens, per minute and per day, all reserved at once.
 
     Grants are first come, first served: a large request is never overtaken by small ones. In any window of a minute
-    (a day) no more is granted than the limit, the first one included. Time is the running event loop's.
+    (a day) no more is granted than the limit, the first one included: what was settled counts as what it used. A
+    minute's limit is spread over the minute, a day's may be used as fast as the other limits allow. Time is the
+    running event loop's.
 
     Args:
         requests_per_minute, tokens_per_minute: None: no such limit. Likewise for the others.
         requests_per_day, tokens_per_day: Per 24 hours.
         input_tokens_per_minute, output_tokens_per_minute: For providers that count them apart.
-        max_request_burst: Requests that may go out at once after a pause; 2 % of the limit, at least 1, by default.
+        max_request_burst: Requests that may go out at once after a pause; 2 % of a minute's, at least 1, by default.
         max_token_burst: Likewise for tokens. A request that needs more waits until it has been saved up.
     """
 
@@ -72,8 +80,8 @@ class RateLimiter:
             ("tpm", tokens_per_minute, _MINUTE_S, max_token_burst, _tokens),
             ("itpm", input_tokens_per_minute, _MINUTE_S, max_token_burst, _prompt_tokens),
             ("otpm", output_tokens_per_minute, _MINUTE_S, max_token_burst, _completion_tokens),
-            ("rpd", requests_per_day, _DAY_S, max_request_burst, _requests),
-            ("tpd", tokens_per_day, _DAY_S, max_token_burst, _tokens),
+            ("rpd", requests_per_day, _DAY_S, requests_per_day, _requests),
+            ("tpd", tokens_per_day, _DAY_S, tokens_per_day, _tokens),
         )
         self._buckets = [
             _Bucket(name=name, limit=limit, window_s=window_s, burst=burst, cost=cost)
@@ -117,10 +125,12 @@ class RateLimiter:
         costs = [bucket.cost(estimate) for bucket in self._buckets]
         self._reject_what_never_fits(costs)
         now = asyncio.get_running_loop().time()
-        if not self._waiting and now >= self._paused_until and self._take(costs, now):
-            return RateLimiterAcquisitionHandle(self, costs)
-        await self._turn(costs)
-        return RateLimiterAcquisitionHandle(self, costs)
+        charges = None
+        if not self._waiting and now >= self._paused_until:
+            charges = self._take(costs, now)
+        if charges is None:
+            charges = await self._turn(costs)
+        return RateLimiterAcquisitionHandle(self, charges)
 
     def pause(self, seconds: float) -> None:
         """Grant nothing for so long: the provider said that it is enough."""
@@ -129,14 +139,14 @@ class RateLimiter:
     def settle(self, handle: RateLimiterAcquisitionHandle, usage: TokenUsage) -> None:
         """Replace a reservation by what was really used; a level below zero is a debt that later requests wait for."""
         actual = Estimate(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
-        for bucket, reserved in zip(self._buckets, handle.costs, strict=True):
-            bucket.level += reserved - bucket.cost(actual)
+        now = asyncio.get_running_loop().time()
+        for bucket, charge in zip(self._buckets, handle.charges, strict=True):
+            bucket.give_back(charge, charge.cost - bucket.cost(actual), now)
         self._grant()
 
     def refund(self, handle: RateLimiterAcquisitionHandle) -> None:
         """Give a reservation back: the request never reached the provider."""
-        for bucket, reserved in zip(self._buckets, handle.costs, strict=True):
-            bucket.level += reserved
+        self._give_back(handle.charges)
         self._grant()
 
     def _reject_what_never_fits(self, costs: Sequence[float]) -> None:
@@ -147,43 +157,50 @@ class RateLimiter:
                     " for ever: shorten it, lower max_tokens, or raise the limit"
                 )
 
-    def _take(self, costs: Sequence[float], now: float) -> bool:
+    def _take(self, costs: Sequence[float], now: float) -> Sequence[Charge] | None:
         """Take ``costs`` from all buckets, or from none."""
         for bucket, cost in zip(self._buckets, costs, strict=True):
-            if bucket.missing(cost, now) > 0:
-                return False
-        for bucket, cost in zip(self._buckets, costs, strict=True):
-            bucket.level -= cost
-        return True
+            if bucket.wait_s(cost, now) > 0:
+                return None
+        return [bucket.take(cost, now) for bucket, cost in zip(self._buckets, costs, strict=True)]
 
-    async def _turn(self, costs: Sequence[float]) -> None:
+    def _give_back(self, charges: Sequence[Charge]) -> None:
+        now = asyncio.get_running_loop().time()
+        for bucket, charge in zip(self._buckets, charges, strict=True):
+            bucket.give_back(charge, charge.cost, now)
+
+    async def _turn(self, costs: Sequence[float]) -> Sequence[Charge]:
         waiter = _Waiter(costs=costs, granted=asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
         self._grant()
         try:
-            await waiter.granted
+            return await waiter.granted
         except asyncio.CancelledError:
-            if waiter.granted.done() and not waiter.granted.cancelled():  # granted in the same moment
-                for bucket, cost in zip(self._buckets, costs, strict=True):
-                    bucket.level += cost
+            if not waiter.granted.cancelled():  # granted in the same moment
+                self._give_back(waiter.granted.result())
             self._grant()
             raise
 
     def _grant(self) -> None:
-        """Grant all that is due, in order, and set the timer for the next one."""
-        if not self._waiting:
+        """Grant all that is due, in order, and see to it that the next one is granted when it is due."""
+        if not self._waiting and self._timer is None:
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
-        while self._waiting and now >= self._paused_until:
+        while self._waiting:
             head = self._waiting[0]
             if not head.granted.cancelled():
-                if not self._take(head.costs, now):
+                charges = self._take(head.costs, now) if now >= self._paused_until else None
+                if charges is None:
                     break
-                head.granted.set_result(None)
+                head.granted.set_result(charges)
             self._waiting.popleft()
-        if self._waiting and (self._timer is None or self._timer.when() <= now):
-            self._timer = loop.call_later(self._delay(now), self._on_timer)
+        due = now + self._delay(now) if self._waiting else None
+        if self._timer is not None and (due is None or due < self._timer.when()):
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and due is not None:
+            self._timer = loop.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -192,9 +209,7 @@ class RateLimiter:
     def _delay(self, now: float) -> float:
         """Seconds until the first in the queue can be granted."""
         head = self._waiting[0]
-        waits = [
-            bucket.missing(cost, now) / bucket.rate for bucket, cost in zip(self._buckets, head.costs, strict=True)
-        ]
+        waits = [bucket.wait_s(cost, now) for bucket, cost in zip(self._buckets, head.costs, strict=True)]
         return max([_GRANT_INTERVAL_S, self._paused_until - now, *waits])
 
 
@@ -203,13 +218,20 @@ class RateLimiterAcquisitionHandle:
     """A reservation. End it with `settle` once the usage is known, or with `refund` if nothing was sent."""
 
     limiter: RateLimiter
-    costs: Sequence[float]
+    charges: Sequence[Charge]  # one a bucket
 
     def settle(self, usage: TokenUsage) -> None:
         self.limiter.settle(self, usage)
 
     def refund(self) -> None:
         self.limiter.refund(self)
+
+
+class Charge(NamedTuple):
+    """What a request was charged in one bucket, and where it is written down."""
+
+    cost: float
+    span: _Span
 
 
 class Limited:
@@ -304,34 +326,87 @@ def _characters(content: Any) -> int:
 
 
 class _Bucket:
-    """One quota: what is left of it, filling up at a steady rate."""
+    """One quota. A level that fills up steadily paces what is taken, a log of the last window keeps it to the limit."""
 
-    __slots__ = ("burst", "cost", "level", "limit", "name", "rate", "updated")
+    __slots__ = ("burst", "ceiling", "charged", "cost", "level", "limit", "name", "rate", "spans", "updated", "window_s")
 
     def __init__(
         self, *, name: str, limit: float, window_s: float, burst: float | None, cost: Callable[[Estimate], float]
     ) -> None:
         self.name = name
         self.limit = limit
+        self.window_s = window_s
         self.cost = cost
-        self.burst = min(limit, burst if burst is not None else max(1.0, limit * _BURST_SHARE))
-        self.rate = max(limit - self.burst, limit * _BURST_SHARE) / window_s
-        self.level = self.burst
+        self.rate = limit / window_s
+        default = max(1.0, limit * _BURST_SHARE)
+        self.burst = min(limit, max(default if burst is None else burst, 2 * self.rate * _GRANT_INTERVAL_S))
+        self.level = self.ceiling = self.burst
         self.updated: float | None = None
+        self.spans: deque[_Span] = deque()
+        self.charged = 0.0  # in all spans
 
-    def missing(self, cost: float, now: float) -> float:
-        """Units to wait for until ``cost`` can be taken. One that exceeds the burst is saved up for."""
+    def wait_s(self, cost: float, now: float) -> float:
+        """Seconds until ``cost`` can be taken. One that exceeds the burst is saved up for."""
+        self._update(now)
+        self.ceiling = max(self.burst, cost)
+        pace_s = max(0.0, (cost - self.level) / self.rate)
+        excess = self.charged + cost - self.limit
+        if excess <= _ROUNDING * self.limit:
+            return pace_s
+        for span in self.spans:
+            excess -= span.amount
+            if excess <= _ROUNDING * self.limit:
+                break
+        return max(pace_s, span.end + self.window_s - now)
+
+    def take(self, cost: float, now: float) -> Charge:
+        if not self.spans or now - self.spans[-1].begin > self.window_s / _SPANS:
+            self.spans.append(_Span(now))
+        span = self.spans[-1]
+        span.end = now
+        span.amount += cost
+        self.charged += cost
+        self.level -= cost
+        self.ceiling = self.burst
+        return Charge(cost, span)
+
+    def give_back(self, charge: Charge, amount: float, now: float) -> None:
+        """Take ``amount`` off a charge; below zero it is a debt. What has left the window is too late to be used."""
+        self._update(now)
+        if charge.span.counts:
+            charge.span.amount -= amount
+            self.charged -= amount
+            self.level += amount
+        else:
+            self.level += min(0.0, amount)
+
+    def _update(self, now: float) -> None:
         if self.updated is not None and now > self.updated:
-            ceiling = max(self.burst, cost, self.level)
-            self.level = min(ceiling, self.level + (now - self.updated) * self.rate)
+            self.level = max(self.level, min(self.ceiling, self.level + (now - self.updated) * self.rate))
         self.updated = now
-        return cost - self.level
+        while self.spans and self.spans[0].end + self.window_s <= now:
+            span = self.spans.popleft()
+            span.counts = False
+            self.charged -= span.amount
+        if not self.spans:
+            self.charged = 0.0  # rounding adds up
+
+
+class _Span:
+    """What was taken in a short span of time."""
+
+    __slots__ = ("amount", "begin", "counts", "end")
+
+    def __init__(self, begin: float) -> None:
+        self.begin = self.end = begin
+        self.amount = 0.0
+        self.counts = True  # False: it has left the window
 
 
 class _Waiter:
     __slots__ = ("costs", "granted")
 
-    def __init__(self, *, costs: Sequence[float], granted: asyncio.Future[None]) -> None:
+    def __init__(self, *, costs: Sequence[float], granted: asyncio.Future[Sequence[Charge]]) -> None:
         self.costs = costs
         self.granted = granted
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
@@ -97,6 +97,54 @@ def summary_table(
         console.print(table)
         if location is not None:  # outside the table: a path that is folded cannot be copied
             console.print(Text(f"results  {location}"), soft_wrap=True)
+
+
+def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = None) -> None:
+    """Print the cells of a sweep side by side: a table where ``stream`` is a terminal, otherwise aligned text.
+
+    Args:
+        cells: Each with ``cell``, what sets it apart, its ``exit_code``, and the ``summary`` of its run, if it has one.
+        stream: Where to; ``sys.stdout`` by default.
+    """
+    stream = sys.stdout if stream is None else stream
+    scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
+    header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
+    lines = [_cell_line(cell, scores) for cell in cells]
+    console = _terminal(stream)
+    if console is None:
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        padded = (
+            "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) for line in [header, *lines]
+        )
+        _write(stream, "\n" + "".join(f"{line.rstrip()}\n" for line in padded))
+        return
+
+    from rich.box import ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=ROUNDED, border_style="dim")
+    for line in lines:
+        style = "" if line[1] == "0" else "yellow" if line[1] == "3" else "red"
+        table.add_row(*(Text(text, style=style) for text in line))
+    with suppress(OSError):
+        console.print(table)
+
+
+def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
+    summary: Mapping[str, Any] = cell["summary"]
+    means: Mapping[str, Any] = summary.get("scores") or {}
+    counts = [f"{summary[key]:,}" if key in summary else "" for key in ("rows", "failed")]
+    cost = _closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
+    rate = summary.get("requests_per_s")
+    return [
+        printable(cell["cell"]),
+        str(cell["exit_code"]),
+        *counts,
+        *(_score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
+        cost,
+        f"{_short(rate)}/s" if rate else "",
+    ]
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,976 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.errors import StoreError
+from runner.store import SCHEMA_VERSION, Claim, Known, Outcome, Store
+from runner.types import Attempt
+
+SOURCES = Path(__file__).resolve().parents[1] / "src"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "results.sqlite"
+
+
+def content(name: object) -> bytes:
+    return str(name).encode().rjust(16, b".")
+
+
+def claims(*names: object, first: int = 0) -> list[Claim]:
+    """Rows that ask these things, at consecutive positions."""
+    return [
+        Claim(position=first + n, content=content(name), metadata=f'{{"name":"{name}"}}') for n, name in enumerate(names)
+    ]
+
+
+def answer(name: object, occurrence: int = 0, **others: Any) -> Outcome:
+    values: dict[str, Any] = {"settled_at": 1.0, "output_text": f"answer to {name}", **others}
+    return Outcome(content=content(name), occurrence=occurrence, **values)
+
+
+def failure(name: object, occurrence: int = 0, **others: Any) -> Outcome:
+    values: dict[str, Any] = {"error_type": "Timeout", "error_message": "slow", "output_text": None, **others}
+    return answer(name, occurrence, **values)
+
+
+async def claim(store: Store, *names: object, first: int = 0, **options: bool) -> list[Known]:
+    return await store.claim(claims(*names, first=first), **{"retry_failed": True, "scored": False, **options})
+
+
+async def answered(store: Store, *names: object, **options: bool) -> list[bool]:
+    return [known.answered for known in await claim(store, *names, **options)]
+
+
+async def table(store: Store, sql: str) -> list[tuple[Any, ...]]:
+    return [tuple(row) async for row in store.query(sql)]
+
+
+async def answers(store: Store) -> dict[tuple[str, int], str | None]:
+    rows = await table(store, "SELECT content, occurrence, output_text FROM answers")
+    return {(name.decode().lstrip("."), occurrence): text for name, occurrence, text in rows}
+
+
+async def attempts(store: Store) -> list[tuple[str, int, str]]:
+    rows = await table(store, "SELECT content, occurrence, error_type FROM attempts ORDER BY id")
+    return [(name.decode().lstrip("."), occurrence, kind) for name, occurrence, kind in rows]
+
+
+# Asking and answering
+
+
+async def test_a_row_is_asked_once_over_sessions(path: Path) -> None:
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "c") == [False, False, False]
+        await store.save(0, answer("a"))
+        await store.save(2, answer("c"))
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "c") == [True, False, True]
+        await store.save(1, answer("b"))
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "c") == [True, True, True]
+
+
+async def test_an_outcome_is_kept_in_every_detail(path: Path) -> None:
+    outcome = Outcome(
+        content=content("a"),
+        occurrence=0,
+        settled_at=1_700_000_000.25,
+        output_text="Grüße\n\x00🐎",
+        details='{"reasoning":"because"}',
+        finish_reason="stop",
+        request_id="req-1",
+        model_id="m-2",
+        prompt_tokens=1,
+        completion_tokens=2,
+        total_tokens=3,
+        reasoning_tokens=4,
+        cached_tokens=5,
+        error_type="Timeout",
+        error_message="slow",
+        error_status=408,
+        deployment="east",
+        retries=6,
+        queue_wait_s=0.5,
+        service_time_s=1.5,
+        end_to_end_s=2.5,
+        ttft_s=0.125,
+        cost_usd=1e-9,
+    )
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await store.save(0, outcome)
+    async with await Store.open_readonly(path) as store:
+        [row] = [dict(row) async for row in store.query("SELECT * FROM answers")]
+    row.pop("id")
+    assert Outcome(**row) == outcome
+
+
+async def test_rows_that_ask_the_same_are_asked_each(path: Path) -> None:
+    async with await Store.open(path) as store:
+        known = await claim(store, "a", "b", "a", "a")
+        assert [each.occurrence for each in known] == [0, 0, 1, 2]
+        await store.save(2, answer("a", 1, output_text="second"))
+        known = await claim(store, "a", "c", first=4)
+        assert [each.occurrence for each in known] == [3, 0]
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "a", "a") == [False, False, True, False]
+
+
+async def test_rows_may_be_reordered_added_and_removed_between_sessions(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "c")
+        for position, name in enumerate("abc"):
+            await store.save(position, answer(name))
+    async with await Store.open(path) as store:
+        assert await answered(store, "c", "new", "a") == [True, False, True]
+        await store.save(1, answer("new"))
+        rows = await table(
+            store, "SELECT position, output_text FROM rows JOIN answers USING (content, occurrence) ORDER BY position"
+        )
+    async with await Store.open_readonly(path) as store:
+        assert await answers(store) == {(name, 0): f"answer to {name}" for name in ("a", "b", "c", "new")}
+    assert rows[0] == (0, "answer to c")
+
+
+async def test_a_removed_duplicate_gives_its_answer_to_the_one_that_moves_up(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "a")
+        await store.save(1, answer("a", 1, output_text="second"))
+        await store.save(0, answer("a", 0, output_text="first"))
+    async with await Store.open(path) as store:
+        assert await answered(store, "b", "a") == [False, True]
+        rows = await table(store, "SELECT position, occurrence FROM rows ORDER BY position")
+    assert rows == [(0, 0), (1, 0)]
+
+
+async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+        await store.save(
+            0,
+            failure("a", settled_at=100.0, service_time_s=2.0, retries=3, error_status=504, deployment="x", cost_usd=0.5),
+        )
+        await store.save(1, answer("b"))
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b") == [False, True]
+        [attempt] = [dict(row) async for row in store.query("SELECT * FROM attempts")]
+        assert await answers(store) == {("b", 0): "answer to b"}
+    assert attempt == {
+        "id": 1,
+        "content": content("a"),
+        "occurrence": 0,
+        "number": 4,
+        "deployment": "x",
+        "started_at": 98.0,
+        "service_time_s": 2.0,
+        "error_type": "Timeout",
+        "error_message": "slow",
+        "error_status": 504,
+        "cost_usd": 0.5,
+    }
+
+
+async def test_a_failed_row_stays_failed_where_retries_are_not_wanted(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await store.save(0, failure("a"))
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", retry_failed=False) == [True]
+        assert await attempts(store) == []
+
+
+async def test_a_later_outcome_replaces_an_earlier_one(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await store.save(0, failure("a"))
+        await store.save(0, answer("a", output_text="at last"))
+    async with await Store.open_readonly(path) as store:
+        assert await answers(store) == {("a", 0): "at last"}
+
+
+async def test_a_row_is_brought_up_to_date_where_only_its_metadata_changed(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await store.claim([Claim(position=0, content=content("a"), metadata="1")], retry_failed=True, scored=True)
+        await store.save(0, answer("a"), '{"exact":0}')
+    async with await Store.open(path) as store:
+        [known] = await store.claim(
+            [Claim(position=0, content=content("a"), metadata="2")], retry_failed=True, scored=True
+        )
+        assert known == Known(occurrence=0, answered=True, unscored_text="answer to a")
+        assert await table(store, "SELECT metadata, scores FROM rows") == [("2", None)]
+
+
+async def test_rows_beyond_the_dataset_are_dropped_and_their_answers_kept(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "c")
+        for position, name in enumerate("abc"):
+            await store.save(position, answer(name))
+        await store.truncate(1)
+        assert await table(store, "SELECT position FROM rows") == [(0,)]
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "c") == [True, True, True]
+
+
+async def test_many_rows_go_through_in_chunks_of_any_size(path: Path) -> None:
+    names = [n % 700 for n in range(1_500)]
+    async with await Store.open(path) as store:
+        occurrences: list[int] = []
+        position = 0
+        for size in (1, 63, 64, 65, 128, 256, 500, 423):
+            part = names[position : position + size]
+            known = await claim(store, *part, first=position)
+            occurrences += [each.occurrence for each in known]
+            for n, (name, each) in enumerate(zip(part, known, strict=True)):
+                await store.save(position + n, answer(name, each.occurrence))
+            position += size
+    assert occurrences == [n // 700 for n in range(1_500)]
+    async with await Store.open_readonly(path) as store:
+        assert await table(store, "SELECT count(*) FROM rows JOIN answers USING (content, occurrence)") == [(1_500,)]
+
+
+# Scores
+
+
+async def test_answers_without_scores_come_back_to_be_scored(path: Path) -> None:
+    async with await Store.open(path) as store:
+        assert (await claim(store, "a", "b", "c", scored=True))[0].unscored_text is None
+        await store.save(0, answer("a"), '{"exact":1}')
+        await store.save(1, answer("b"))
+        await store.save(2, failure("c"))
+    async with await Store.open(path) as store:
+        known = await claim(store, "a", "b", "c", scored=True, retry_failed=False)
+        assert [each.unscored_text for each in known] == [None, "answer to b", None]
+        await store.put_scores([(1, '{"exact":0}')])
+        known = await claim(store, "a", "b", "c", scored=True, retry_failed=False)
+        assert [each.unscored_text for each in known] == [None, None, None]
+
+
+async def test_a_row_whose_answer_was_moved_to_it_is_scored_again(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", scored=True)
+        await store.save(0, answer("a"), '{"exact":1}')
+    async with await Store.open(path) as store:
+        known = await claim(store, "b", "a", scored=True)
+        assert known[1].unscored_text == "answer to a"
+
+
+async def test_forgotten_scores_are_wanted_again(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", scored=True)
+        await store.save(0, answer("a"), '{"exact":1}')
+        await store.flush()
+        await store.forget_scores()
+        assert (await claim(store, "a", scored=True))[0].unscored_text == "answer to a"
+
+
+async def test_without_scorers_no_text_is_read(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await store.save(0, answer("a"))
+        await store.flush()
+        assert (await claim(store, "a", scored=False))[0].unscored_text is None
+
+
+# Facts and the ledger
+
+
+async def test_facts_about_the_run_are_kept_and_replaced(path: Path) -> None:
+    async with await Store.open(path) as store:
+        assert await store.meta() == {}
+        await store.put_meta({"samples": "1", "scorers": "x"})
+        await store.put_meta({"samples": "2"})
+    async with await Store.open(path) as store:
+        assert await store.meta() == {"samples": "2", "scorers": "x"}
+
+
+ATTEMPT = Attempt(
+    number=2,
+    deployment="east",
+    started_at=50.0,
+    service_time_s=0.5,
+    error="RateLimitError",
+    message="slow down",
+    status=429,
+    cost_usd=0.0,
+)
+
+
+async def test_a_failed_attempt_is_durable_when_its_note_returns(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await store.note_attempt((content("a"), 1), ATTEMPT)
+        async with await Store.open_readonly(path) as reader:
+            [row] = [dict(row) async for row in reader.query("SELECT * FROM attempts")]
+    assert row == {
+        "id": 1,
+        "content": content("a"),
+        "occurrence": 1,
+        "number": 2,
+        "deployment": "east",
+        "started_at": 50.0,
+        "service_time_s": 0.5,
+        "error_type": "RateLimitError",
+        "error_message": "slow down",
+        "error_status": 429,
+        "cost_usd": 0.0,
+    }
+
+
+async def test_requests_that_were_cancelled_in_flight_are_entered_as_lost(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await store.note_lost([])
+        await store.note_lost([(content("a"), 0), (content("b"), 1)])
+        assert await attempts(store) == [("a", 0, "Lost"), ("b", 1, "Lost")]
+        assert await table(store, "SELECT count(*) FROM attempts WHERE cost_usd IS NULL") == [(2,)]
+
+
+async def test_a_session_knows_when_it_began_was_last_seen_and_ended(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await asyncio.sleep(0.01)
+        await store.save(0, answer("a"))
+        await store.flush()
+        [(started, seen, ended)] = await table(store, "SELECT started_at, last_seen, ended_at FROM sessions")
+        assert started < seen
+        assert ended is None
+    async with await Store.open(path) as store:
+        sessions = await table(store, "SELECT ended_at >= last_seen FROM sessions ORDER BY id")
+    assert sessions == [(1,), (None,)]
+
+
+# Durability
+
+
+async def test_outcomes_that_come_together_become_durable_together(path: Path) -> None:
+    groups: list[Sequence[Outcome]] = []
+    async with await Store.open(path, on_commit=groups.append) as store:
+        await claim(store, *range(100))
+        for n in range(100):
+            await store.save(n, answer(n))
+        assert groups == []
+        await asyncio.sleep(0.2)
+        assert [outcome.content for group in groups for outcome in group] == [content(n) for n in range(100)]
+        assert len(groups) <= 2
+        async with await Store.open_readonly(path) as reader:
+            assert len(await answers(reader)) == 100
+
+
+async def test_outcomes_that_come_during_a_commit_are_kept_and_reported_once(path: Path) -> None:
+    reported: list[Outcome] = []
+    async with await Store.open(path, on_commit=reported.extend) as store:
+        for first in range(0, 3_000, 250):
+            await claim(store, *range(first, first + 250), first=first)
+
+        async def work(numbers: range) -> None:
+            for n in numbers:
+                await asyncio.sleep(random.random() * 0.001)
+                await store.save(n, answer(n), "{}")
+
+        await asyncio.gather(*(work(range(start, 3_000, 30)) for start in range(30)))
+    assert Counter(outcome.content for outcome in reported) == Counter(content(n) for n in range(3_000))
+    async with await Store.open_readonly(path) as store:
+        assert len(await answers(store)) == 3_000
+        assert await table(store, "SELECT count(*) FROM rows WHERE scores = '{}'") == [(3_000,)]
+
+
+async def test_savers_wait_while_too_much_is_waiting_to_be_written(path: Path) -> None:
+    async with await Store.open(path) as store:
+        loop = asyncio.get_running_loop()
+        waited = 0
+        for n in range(3_000):
+            before = loop.time()
+            await store.save(n, answer(n))
+            waited += loop.time() - before > 0.005
+        assert waited
+    async with await Store.open_readonly(path) as store:
+        assert len(await answers(store)) == 3_000
+
+
+async def test_a_flush_returns_when_everything_handed_in_is_durable(path: Path) -> None:
+    reported: set[bytes] = set()
+
+    def report(outcomes: Sequence[Outcome]) -> None:
+        reported.update(outcome.content for outcome in outcomes)
+
+    async with await Store.open(path, on_commit=report) as store:
+        for n in range(60):
+            await store.save(n, answer(n, output_text="x" * 200_000))
+            await asyncio.sleep(0.009 + n / 60 * 0.003)  # just when the writer begins
+            await store.flush()
+            assert content(n) in reported
+
+
+async def test_flushes_at_the_same_time_report_everything_once(path: Path) -> None:
+    reported: list[Outcome] = []
+    async with await Store.open(path, on_commit=reported.extend) as store:
+        for n in range(200):
+            await store.save(n, answer(n))
+            if n % 20 == 0:
+                await asyncio.gather(*(store.flush() for _ in range(3)))
+    assert Counter(outcome.content for outcome in reported) == Counter(content(n) for n in range(200))
+
+
+async def test_closing_commits_what_is_pending(path: Path) -> None:
+    reported: list[Outcome] = []
+    store = await Store.open(path, on_commit=reported.extend)
+    for n in range(10):
+        await store.save(n, answer(n))
+    await store.aclose()
+    assert len(reported) == 10
+    async with await Store.open_readonly(path) as store:
+        assert len(await answers(store)) == 10
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.0095, 0.0100, 0.0102, 0.0104, 0.0106, 0.0108, 0.011, 0.0115, 0.012])
+async def test_closing_at_any_moment_of_a_commit_loses_nothing(path: Path, delay_s: float) -> None:
+    reported: list[Outcome] = []
+    store = await Store.open(path, on_commit=reported.extend)
+    for n in range(200):
+        await store.save(n, answer(n, output_text="x" * 1_000))
+    await asyncio.sleep(delay_s)
+    await store.aclose()
+    assert len(reported) == 200
+    async with await Store.open_readonly(path) as store:
+        assert len(await answers(store)) == 200
+        assert await table(store, "SELECT count(*) FROM sessions WHERE ended_at IS NULL") == [(0,)]
+
+
+async def test_a_claim_that_is_cancelled_leaves_the_store_in_order(path: Path) -> None:
+    async with await Store.open(path) as store:
+        for n in range(40):
+            claiming = asyncio.create_task(claim(store, *range(200)))
+            for _ in range(n % 20):
+                await asyncio.sleep(0.0001 * (n // 20))
+            claiming.cancel()
+            await asyncio.wait([claiming])
+            await store.put_meta({"n": str(n)})
+            assert await table(store, "SELECT count(*) FROM rows") in ([(0,)], [(200,)])
+        assert await answered(store, *range(200)) == [False] * 200
+    async with await Store.open_readonly(path) as store:
+        assert await store.meta() == {"n": "39"}
+
+
+async def test_a_note_that_is_cancelled_leaves_the_store_in_order(path: Path) -> None:
+    async with await Store.open(path) as store:
+        for n in range(40):
+            noting = asyncio.create_task(store.note_attempt((content(n), 0), ATTEMPT))
+            await store.save(n, answer(n))
+            for _ in range(n % 8):
+                await asyncio.sleep(0)
+            noting.cancel()
+            await asyncio.wait([noting])
+            await store.flush()
+    async with await Store.open_readonly(path) as store:
+        assert len(await answers(store)) == 40
+        entered = [name for name, _, _ in await attempts(store)]
+        assert len(entered) == len(set(entered))
+
+
+async def test_text_that_is_no_unicode_spoils_neither_its_row_nor_the_others(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "c")
+        await store.save(0, answer("a"))
+        await store.save(1, answer("b", output_text="half a pair: \ud83d", request_id="\udcff"))
+        await store.save(2, failure("c", error_message="\ud800"))
+        await store.note_attempt((content("d"), 0), replace(ATTEMPT, message="\udfff"))
+    async with await Store.open_readonly(path) as store:
+        texts = await answers(store)
+        assert texts[("a", 0)] == "answer to a"
+        assert (texts[("b", 0)] or "").startswith("half a pair: ")
+        assert len(texts) == 3
+        assert len(await attempts(store)) == 1
+
+
+async def test_a_bug_in_on_commit_is_not_swallowed(path: Path) -> None:
+    def broken(outcomes: Sequence[Outcome]) -> None:
+        raise ZeroDivisionError
+
+    store = await Store.open(path, on_commit=broken)
+    await store.save(0, answer("a"))
+    await asyncio.sleep(0.1)
+    with pytest.raises(ZeroDivisionError):
+        await store.save(1, answer("b"))
+    await store.aclose()
+    async with await Store.open_readonly(path) as store:
+        assert ("a", 0) in await answers(store)
+
+
+# One process, our files
+
+
+async def test_a_store_in_use_is_refused_and_its_user_named(path: Path) -> None:
+    async with await Store.open(path):
+        with pytest.raises(StoreError, match=rf"{path.parent} is in use by another process \(pid {os.getpid()}\)"):
+            await Store.open(path)
+    async with await Store.open(path):
+        pass
+
+
+async def test_a_second_process_is_refused_until_the_first_one_is_gone(path: Path) -> None:
+    script = "store = await Store.open(path); print('open', flush=True); await asyncio.sleep(60)"
+    async with victim(script, path) as process:
+        assert await line(process) == "open"
+        with pytest.raises(StoreError, match=rf"in use by another process \(pid {process.pid}\).*name="):
+            await Store.open(path)
+        async with await Store.open_readonly(path) as reader:
+            assert await reader.meta() == {}
+        process.kill()
+        await process.wait()
+        async with await Store.open(path) as store:
+            assert await answered(store, "a") == [False]
+
+
+async def test_a_store_can_be_read_while_it_is_written(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+        await store.save(0, answer("a"))
+        await store.flush()
+        async with await Store.open_readonly(path) as reader:
+            assert len(await answers(reader)) == 1
+            await store.save(1, answer("b"))
+            await store.flush()
+            assert len(await answers(reader)) == 2
+
+
+async def test_only_what_exists_can_be_read(path: Path) -> None:
+    with pytest.raises(StoreError, match=f"{path}: no such file"):
+        await Store.open_readonly(path)
+    assert not path.parent.exists()
+
+
+async def test_a_foreign_database_is_refused_and_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    foreign = sqlite3.connect(path)
+    foreign.execute("CREATE TABLE diary (entry TEXT)")
+    foreign.commit()
+    foreign.close()
+    before = path.read_bytes()
+    for opening in (Store.open, Store.open_readonly):
+        with pytest.raises(StoreError, match=f"{path} is no results database of runner"):
+            await opening(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+async def test_another_versions_database_is_refused_and_left_alone(path: Path, version: int) -> None:
+    async with await Store.open(path) as store:
+        await store.put_meta({"kept": "yes"})
+    other = sqlite3.connect(path)
+    other.execute(f"PRAGMA user_version = {version}")
+    other.close()
+    before = path.read_bytes()
+    for opening in (Store.open, Store.open_readonly):
+        with pytest.raises(StoreError, match=f"{path} has schema version {version}"):
+            await opening(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", [b"Dear diary, nothing happened today.\n" * 50, b"x", b"SQLite format 3\x00" + b"?" * 500])
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, text: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(text)
+    for opening in (Store.open, Store.open_readonly):
+        with pytest.raises(StoreError, match=str(path)):
+            await opening(path)
+    assert path.read_bytes() == text
+
+
+async def test_an_empty_file_becomes_a_store(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    async with await Store.open(path) as store:
+        assert await answered(store, "a") == [False]
+
+
+async def filled(path: Path, rows: int = 2_000) -> None:
+    async with await Store.open(path) as store:
+        for first in range(0, rows, 250):
+            await claim(store, *range(first, first + 250), first=first)
+        for n in range(rows):
+            await store.save(n, answer(n))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+async def test_a_database_that_was_cut_short_is_a_store_error(path: Path, share: float) -> None:
+    await filled(path)
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(StoreError, match=str(path)):
+        await read_whole(path)
+
+
+async def test_a_database_with_damaged_pages_is_a_store_error(path: Path) -> None:
+    await filled(path)
+    whole = bytearray(path.read_bytes())
+    whole[4_096:] = os.urandom(len(whole) - 4_096)
+    path.write_bytes(whole)
+    with pytest.raises(StoreError, match=str(path)):
+        await read_whole(path)
+
+
+async def read_whole(path: Path) -> None:
+    async with await Store.open(path) as store:
+        for first in range(0, 2_000, 250):
+            await claim(store, *range(first, first + 250), first=first)
+        await answers(store)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+async def test_a_folder_that_cannot_be_written_is_a_store_error(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="cannot write there"):
+        await Store.open(tmp_path / "run" / "results.sqlite")
+
+
+async def test_a_folder_that_cannot_be_made_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    path = tmp_path / "file" / "results.sqlite"
+    with pytest.raises(StoreError, match=r"file: cannot write there .*choose another runs_dir"):
+        await Store.open(path)
+
+
+async def test_a_database_that_is_a_folder_is_a_store_error(path: Path) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(StoreError, match=str(path)):
+        await Store.open(path)
+
+
+async def test_names_with_special_characters_are_paths_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "50% off? #1 &mode=ro ü" / "results.sqlite"
+    async with await Store.open(path) as store:
+        await store.put_meta({"a": "b"})
+    assert path.is_file()
+    async with await Store.open_readonly(path) as store:
+        assert await store.meta() == {"a": "b"}
+
+
+# A full disk
+
+
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+reported = []
+store = await Store.open(path, on_commit=reported.extend)
+await store.claim([Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(500)],
+                  retry_failed=True, scored=False)
+for n in range(100):
+    await store.save(n, Outcome(content=b"%016d" % n, occurrence=0, settled_at=1.0, output_text="safe"))
+await store.flush()
+size = max(os.path.getsize(each) for each in (str(path), str(path) + "-wal"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, resource.RLIM_INFINITY))
+
+async def work(start):
+    for n in range(start, 100_000, 50):
+        await store.save(n, Outcome(content=b"%016d" % n, occurrence=0, settled_at=1.0, output_text="x" * 1000))
+
+results = await asyncio.gather(*(work(n) for n in range(100, 150)), return_exceptions=True)
+assert all(isinstance(result, StoreError) for result in results), results
+print(results[0], flush=True)
+try:
+    await store.save(0, Outcome(content=b"%016d" % 0, occurrence=0, settled_at=1.0))
+    print("saved", flush=True)
+except StoreError as error:
+    print("refused", flush=True)
+print(len(reported), flush=True)
+if roomy:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+try:
+    await store.aclose()
+    print("closed", flush=True)
+except StoreError as error:
+    print("not closed:", error, flush=True)
+print(len(reported), flush=True)
+"""
+
+
+async def test_a_full_disk_is_a_store_error_and_what_was_settled_stays(path: Path) -> None:
+    async with victim("roomy = False" + FULL_DISK, path) as process:
+        out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    error, saved, reported, closed, reported_at_last = out.decode().splitlines()
+    assert str(path) in error
+    assert saved == "refused"
+    assert reported == reported_at_last
+    assert closed.startswith("not closed:")
+    assert str(path) in closed
+    async with await Store.open(path) as store:
+        texts = await answers(store)
+        assert sum(text == "safe" for text in texts.values()) == 100
+        assert len(texts) == int(reported)
+        known = await store.claim(
+            [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(100)], retry_failed=True, scored=False
+        )
+        assert all(each.answered for each in known)
+
+
+async def test_what_a_full_disk_held_up_is_written_at_the_end_where_there_is_room_again(path: Path) -> None:
+    async with victim("roomy = True" + FULL_DISK, path) as process:
+        out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    _, saved, reported, closed, reported_at_last = out.decode().splitlines()
+    assert (saved, closed) == ("refused", "closed")
+    assert int(reported_at_last) > int(reported)
+    async with await Store.open_readonly(path) as store:
+        assert len(await answers(store)) == int(reported_at_last)
+
+
+# A killed process
+
+
+KILLED = """
+def report(outcomes):
+    os.write(1, b"".join(b"kept %s\\n" % outcome.content for outcome in outcomes))
+
+async with await Store.open(path, on_commit=report) as store:
+    os.write(1, b"open\\n")
+    for first in range(0, 2_000, 20):
+        rows = [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(first, first + 20)]
+        known = await store.claim(rows, retry_failed=True, scored=False)
+        os.write(1, b"".join(b"taken %s\\n" % row.content
+                             for row, fact in zip(rows, known) if not fact.answered))
+        for row, fact in zip(rows, known):
+            if not fact.answered:
+                await store.save(row.position, Outcome(
+                    content=row.content, occurrence=fact.occurrence, settled_at=1.0, output_text="kept"))
+                await asyncio.sleep(0.0005)
+"""
+
+
+async def test_what_was_reported_survives_a_kill_and_what_was_in_flight_is_entered_as_lost_once(path: Path) -> None:
+    chance = random.Random(5)
+    kept: set[str] = set()
+    lost_before: Counter[str] = Counter()
+    for _ in range(6):
+        taken: set[str] = set()
+        async with victim(KILLED, path) as process:
+            for _ in range(chance.randrange(1, 150)):
+                words = (await line(process)).split()
+                if words[0] == "kept":
+                    kept.add(words[1])
+                elif words[0] == "taken":
+                    taken.add(words[1])
+            await asyncio.sleep(chance.random() * 0.01)
+            process.kill()
+            for words in ((await process.communicate())[0].decode().split("\n"))[:-1]:
+                event, _, name = words.partition(" ")
+                (kept if event == "kept" else taken).add(name)
+        async with await Store.open(path) as store:
+            there = {name for name, _ in await answers(store)}
+            lost = Counter(name for name, _, kind in await attempts(store) if kind == "Lost")
+            asked = {row[0].decode() for row in await table(store, "SELECT content FROM rows")}
+        assert kept <= there
+        new = lost - lost_before
+        assert set(new.values()) <= {1}
+        assert not set(new) & there
+        assert taken <= set(new) | there
+        assert set(new) <= asked
+        async with await Store.open(path) as store:
+            assert Counter(name for name, _, _ in await attempts(store)) == lost
+        lost_before = lost
+    assert kept
+    assert lost_before
+
+
+async def test_a_run_that_ended_in_order_lost_nothing(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+    async with await Store.open(path) as store:
+        assert await attempts(store) == []
+
+
+async def line(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    return (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+
+
+@asynccontextmanager
+async def victim(script: str, path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Another process that does this to the store at ``path``; it is killed if it is left running."""
+    body = "\n    ".join(script.strip().splitlines())
+    program = (
+        "import asyncio, os, sys\n"
+        "from pathlib import Path\n"
+        "from runner.errors import StoreError\n"
+        "from runner.store import Claim, Outcome, Store\n"
+        "path = Path(sys.argv[1])\n"
+        f"async def main():\n    {body}\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        program,
+        str(path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGKILL)
+            await process.communicate()
+
+
+# Any sequence of sessions
+
+
+@dataclass
+class Model:
+    """What a store should hold, as dicts."""
+
+    rows: dict[int, tuple[str, int, int, str | None]] = field(default_factory=dict)  # name, occurrence, metadata, scores
+    asked: dict[int, int] = field(default_factory=dict)  # session by position
+    answers: dict[tuple[str, int], bool] = field(default_factory=dict)  # True: succeeded
+    ledger: Counter[tuple[str, int, str]] = field(default_factory=Counter)
+
+    def claim(
+        self, session: int, dataset: list[tuple[str, int]], position: int, *, retry_failed: bool, scored: bool
+    ) -> Known:
+        name, metadata = dataset[position]
+        key = name, [other for other, _ in dataset[:position]].count(name)
+        if retry_failed and self.answers.get(key) is False:
+            self.ledger[(*key, "Timeout")] += 1
+            del self.answers[key]
+        row = self.rows.get(position)
+        if row is None or row[:3] != (*key, metadata) or key not in self.answers:
+            self.rows[position] = (*key, metadata, None)
+            self.asked[position] = session if key not in self.answers else -1
+        unscored = scored and self.answers.get(key) is True and not self.rows[position][3]
+        return Known(
+            occurrence=key[1], answered=key in self.answers, unscored_text=f"answer to {name}" if unscored else None
+        )
+
+    def save(self, position: int, *, success: bool, scores: str | None) -> None:
+        name, occurrence, metadata, _ = self.rows[position]
+        self.answers[name, occurrence] = success
+        if scores is not None:
+            self.rows[position] = name, occurrence, metadata, scores
+
+    def crash(self, session: int) -> None:
+        for position, (name, occurrence, _, _) in self.rows.items():
+            if self.asked[position] == session and (name, occurrence) not in self.answers:
+                self.ledger[name, occurrence, "Lost"] += 1
+
+    def truncate(self, length: int) -> None:
+        for position in [each for each in self.rows if each >= length]:
+            del self.rows[position], self.asked[position]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of the program over a dataset as it is then."""
+
+    dataset: list[tuple[str, int]]  # what is asked, metadata
+    chunk: int
+    stops_after: int  # rows
+    settles: list[bool | None]  # by position, cyclic: answered, failed, or not at all
+    retry_failed: bool
+    scored: bool
+    forgets_scores: bool
+    crashes: bool
+
+
+SESSIONS = st.lists(
+    st.builds(
+        Session,
+        dataset=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([0, 0, 1])), max_size=9),
+        chunk=st.integers(1, 5),
+        stops_after=st.sampled_from([3, 99, 99]),
+        settles=st.lists(st.sampled_from([True, True, False, None]), min_size=1, max_size=5),
+        retry_failed=st.booleans(),
+        scored=st.booleans(),
+        forgets_scores=st.sampled_from([False, False, True]),
+        crashes=st.booleans(),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sessions=SESSIONS)
+def test_any_sequence_of_sessions_leaves_what_a_dict_would(sessions: list[Session]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(play(sessions, Path(folder)))
+
+
+async def play(sessions: list[Session], folder: Path) -> None:
+    model = Model()
+    path = folder / "0" / "results.sqlite"
+    for number, session in enumerate(sessions):
+        store = await Store.open(path)
+        assert Counter(await attempts(store)) == model.ledger
+        if session.forgets_scores:
+            await store.forget_scores()
+            model.rows = {position: (*row[:3], None) for position, row in model.rows.items()}
+        await run_session(store, model, session, number)
+        await compare(store, model)
+        if session.crashes:  # the files as they are now are those that a killed process leaves
+            crashed = folder / str(number + 1)
+            shutil.copytree(path.parent, crashed, ignore=shutil.ignore_patterns(".lock", "*-shm"))
+            model.crash(number)
+            path = crashed / path.name
+        await store.aclose()
+
+
+async def run_session(store: Store, model: Model, session: Session, number: int) -> None:
+    options = {"retry_failed": session.retry_failed, "scored": session.scored}
+    for first in range(0, min(len(session.dataset), session.stops_after), session.chunk):
+        part = session.dataset[first : first + session.chunk]
+        known = await store.claim(
+            [
+                Claim(position=first + n, content=content(name), metadata=str(metadata))
+                for n, (name, metadata) in enumerate(part)
+            ],
+            **options,
+        )
+        assert known == [
+            model.claim(number, session.dataset, position, **options) for position in range(first, first + len(part))
+        ]
+        for position, (fact, (name, _)) in enumerate(zip(known, part, strict=True), start=first):
+            if fact.unscored_text is not None:
+                await store.put_scores([(position, '{"late":1}')])
+                model.rows[position] = (*model.rows[position][:3], '{"late":1}')
+            success = session.settles[position % len(session.settles)]
+            if fact.answered or success is None:
+                continue
+            scores = '{"exact":1}' if success and session.scored else None
+            outcome = answer(name, fact.occurrence) if success else failure(name, fact.occurrence)
+            await store.save(position, outcome, scores)
+            model.save(position, success=success, scores=scores)
+    if len(session.dataset) <= session.stops_after:
+        await store.truncate(len(session.dataset))
+        model.truncate(len(session.dataset))
+    await store.flush()
+
+
+async def compare(store: Store, model: Model) -> None:
+    rows = await table(store, "SELECT position, content, occurrence, metadata, scores FROM rows ORDER BY position")
+    assert rows == [
+        (position, content(name), occurrence, str(metadata), scores)
+        for position, (name, occurrence, metadata, scores) in sorted(model.rows.items())
+    ]
+    assert Counter(await attempts(store)) == model.ledger
+    outcomes = await table(store, "SELECT content, occurrence, error_type IS NULL FROM answers")
+    assert {(name.decode().lstrip("."), occurrence): bool(ok) for name, occurrence, ok in outcomes} == model.answers
