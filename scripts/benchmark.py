@@ -13,7 +13,7 @@ slower meets all of them.
 In-process contenders warm up with one request per slot, and are timed from the first request to the last answer. Of a
 command (``experiment``, ``infermesh_cli``) the whole process is timed, and the same command over one row is taken off
 as its start-up: rate = rows / (wall time - start-up). CPU is counted alike, user and system, of the client only. Peak
-memory is the whole process's.
+memory is the whole process's. On a machine that has other work, CPU per request is the steadier figure.
 
 ``wire`` sends prepared bytes and decodes nothing. It shows what the server can take: where ``wire/raw`` is not well
 above 1, the rates are the server's and not the client's.

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import Command, get, read_rows, read_summary, refusal, serving
+from harness import SOURCES, Asked, Command, get, read_rows, read_summary, refusal, serving, shout
 from runner.cli import friendly, main
 from runner.config import RunnerConfig, SimulatorConfig
 from runner.experiment import GRACE_S
 from runner.progress import sweep_table
 from runner.simulator import Simulator
+from wandb_offline import read_offline_run
 
 ROW_KEYS = [
     "_index",
@@ -317,6 +319,19 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
     assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
 
 
+def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command) -> None:
+    script = SOURCES.parent / "scripts" / "kill.py"
+    arguments = ["--kills=4", "--rows=400", "--concurrency=16", "--latency-s=0.05"]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], env=command.environment, capture_output=True, text=True, check=False
+    )
+
+    found = json.loads(done.stdout)
+    assert found["violations"] == []
+    assert (done.returncode, found["kills"], found["rows"]) == (0, 4, 400)
+    assert found["answers_held_at_kills"][-1] > 0
+
+
 async def test_a_second_signal_ends_at_once(command: Command) -> None:
     async with Simulator(SimulatorConfig(latency_s=600)) as simulator:
         arguments = ("model=openai_like/echo", f"api_base={simulator.url}", "prompt=x", "tracker=none")
@@ -334,6 +349,77 @@ async def test_a_second_signal_ends_at_once(command: Command) -> None:
     assert b"Traceback" not in err
     assert read_rows(command.run()) == []
     assert read_summary(command.run())["stopped"] == "interrupted"
+
+
+# The folder of a run, and what is in it
+
+
+def test_what_is_asked_names_the_folder_and_how_fast_does_not(here: Path) -> None:
+    asked = ["prompt=a", "tracker=none", "simulator.latency_s=0"]
+    main(asked)
+    main([*asked, "limits.concurrency=2", "retry.max_retries=1", "request.timeout=9"])
+    assert len(Command(here).runs()) == 1
+
+    for count, change in enumerate(["prompt=b", "model=simulated/m", "request.temperature=1"], 2):
+        main([*asked, change])
+        assert len(Command(here).runs()) == count
+
+
+CANARY = "canary-4f9a0c2b77"
+
+
+async def test_a_key_is_used_and_written_nowhere(command: Command) -> None:
+    """With the user's own experiment, deployments and .env, and a server that repeats the key in its refusals."""
+    command.write(".env", f"FLEET_KEY={CANARY}\nSERVER_NAME=gpu\n")
+    command.write("conf/config.yaml", "prompt: of a stranger\n")
+    command.write(
+        "conf/deployments/fleet.yaml",
+        "gpu-0: {model: openai_like/m, api_base: '${oc.env:SERVER}', api_key_env: FLEET_KEY}\n"
+        "gpu-1: {model: openai_like/m, api_base: '${oc.env:SERVER}', api_key_env: FLEET_KEY, weight: 2}\n",
+    )
+    command.write(
+        "conf/experiment/mine.yaml",
+        "# @package _global_\n"
+        "defaults:\n  - override /dataset: jsonl\n  - override /deployments: fleet\n"
+        "name: mine\nprompt: '{{ q }} at ${oc.env:SERVER_NAME}'\ndataset:\n  path: rows.jsonl\n",
+    )
+    command.write_rows("rows.jsonl", [{"q": f"question {index}"} for index in range(20)])
+
+    def answer(asked: Asked) -> web.Response:
+        key = asked.headers["authorization"]
+        return refusal(400, "bad", f"I do not like {key}") if "question 7 " in asked.text else shout(asked)
+
+    async with serving(answer) as provider:
+        done = await command("+experiment=mine", "tracker=wandb", SERVER=provider.url, WANDB_MODE="offline")
+
+    assert done.exit_code == 3, done.err
+    assert {asked.headers["authorization"] for asked in provider.requests} == {f"Bearer {CANARY}"}
+    results = read_rows(command.run())
+    assert results[3]["output_text"] == "QUESTION 3 AT GPU"
+    assert {row["metrics"]["deployment"] for row in results} == {"gpu-0", "gpu-1"}
+    assert results[7]["error"]["message"] == "HTTP 400: I do not like Bearer ***"
+    assert command.run().parent.name == "mine"
+
+    files = [path for path in command.run().rglob("*") if path.is_file()]
+    [wandb_folder] = command.run().glob("wandb/offline-run-*")
+    tracked = read_offline_run(wandb_folder)
+    assert (tracked.exit_code, tracked.name, tracked.summary["succeeded"]) == (3, "mine", 19)
+    assert [path.name for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in done.out + done.err
+    assert CANARY not in repr(tracked)
+
+
+async def test_a_tracker_in_trouble_changes_no_exit_code(command: Command) -> None:
+    done = await command(
+        *("prompt=x", "tracker=wandb", "tracker.mode=online", "tracker.finish_timeout_s=2"),
+        PYTHONWARNINGS="",  # W&B leaves temporary folders open
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+    )
+
+    assert done.exit_code == 0
+    assert "Traceback" not in done.err
+    assert read_summary(command.run())["succeeded"] == 1
 
 
 # Sweeps
@@ -389,7 +475,7 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(here: Path, capfd: pytest.
 
 
 async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command: Command) -> None:
-    async with Simulator(SimulatorConfig(latency_s=0.8, latency_spread=0)) as simulator:
+    async with Simulator(SimulatorConfig(latency_s=0.5, latency_spread=0)) as simulator:
         arguments = (
             *("-m", "model=openai_like/echo", f"api_base={simulator.url}", "prompt=hi"),
             *("request.seed=1,2,3", "tracker=none"),

@@ -20,6 +20,7 @@ from runner.config import (
     LimitsConfig,
     RetryConfig,
     RunnerConfig,
+    ScorerConfig,
     SimulatorConfig,
     TrackerConfig,
     TrackerKind,
@@ -218,6 +219,78 @@ async def test_a_hanging_request_holds_an_interrupted_run_no_longer_than_the_gra
     assert finished.exit_code == 0
     assert [asked.text for asked in provider.requests].count("row 1") == 2
     assert len(provider.requests) == 4
+
+
+# Going on
+
+
+async def test_a_finished_run_asks_nothing_again(tmp_path: Path) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        await experiment(numbered(20))
+        before = (experiment.folder / "results.jsonl").read_bytes()
+        again = await experiment(limits=LimitsConfig(concurrency=3), retry=RetryConfig(max_retries=1))
+    finished = await experiment()  # nobody listens any more
+
+    assert (again.exit_code, again.summary["reused"]) == (0, 20)
+    assert (finished.exit_code, finished.summary["reused"]) == (0, 20)
+    assert len(provider.requests) == 20
+    assert (experiment.folder / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("retry_failed", [True, False])
+async def test_failed_rows_are_asked_again_unless_told_otherwise(tmp_path: Path, retry_failed: bool) -> None:
+    healthy = False
+
+    def answer(asked: Asked) -> web.Response:
+        return refusal(400, "bad") if asked.text in ("row 3", "row 5") and not healthy else shout(asked)
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, retry_failed=retry_failed)
+        first = await experiment(numbered(8))
+        healthy = True
+        second = await experiment()
+
+    assert (first.exit_code, first.summary["failed"]) == (3, 2)
+    assert len(provider.requests) == (10 if retry_failed else 8)
+    assert second.exit_code == (0 if retry_failed else 3)
+    assert second.summary["failed"] == (0 if retry_failed else 2)
+    assert second.summary["reused"] == (6 if retry_failed else 8)
+
+
+async def test_rows_may_be_added_moved_and_removed_between_runs(tmp_path: Path) -> None:
+    rows = numbered(6)
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        await experiment(rows)
+        more = [{"prompt": "new"}, *reversed(rows), {"prompt": "row 2"}]
+        await experiment(more)
+        longer = experiment.texts()
+        await experiment(rows[:2])
+
+    assert longer == ["NEW", "ROW 5", "ROW 4", "ROW 3", "ROW 2", "ROW 1", "ROW 0", "ROW 2"]
+    assert experiment.texts() == ["ROW 0", "ROW 1"]
+    assert read_summary(experiment.folder)["rows"] == 2
+    assert Counter(asked.text for asked in provider.requests) == {
+        **{f"row {index}": 1 for index in range(6)},
+        "row 2": 2,
+        "new": 1,
+    }
+
+
+async def test_changed_scorers_score_the_stored_answers(tmp_path: Path) -> None:
+    rows = [{"prompt": "yes", "target": "yes"}, {"prompt": "no", "target": "maybe"}]
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        unscored = await experiment(rows)
+        scored = await experiment(scorers={"exact": ScorerConfig(kind="exact_match")})
+        other = await experiment(scorers={"strict": ScorerConfig(kind="exact_match", ignore_case=False)})
+
+    assert unscored.summary["scores"] == {}
+    assert scored.summary["scores"] == {"exact": {"mean": 0.5, "n": 2}}
+    assert other.summary["scores"] == {"strict": {"mean": 0.0, "n": 2}}
+    assert [row["scores"] for row in read_rows(experiment.folder)] == [{"strict": 0.0}, {"strict": 0.0}]
+    assert len(provider.requests) == 2
 
 
 async def asked_of(simulator: Simulator) -> int:

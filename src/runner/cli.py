@@ -34,6 +34,7 @@ from yaml import Mark, MarkedYAMLError, YAMLError
 from runner import config as schema
 from runner.config import DatasetKind, RunnerConfig
 from runner.errors import ConfigError, RunnerError, StoreError
+from runner.progress import printable, summary_table, sweep_table, write
 
 BAD_CONFIG = 2
 CELLS_FAILED = 1
@@ -93,7 +94,7 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     name = " ".join(own or job.overrides.task)
     summary: Mapping[str, Any] = {}
     if swept:
-        print(f"\n#{job.job.num}  {name}")
+        write(sys.stdout, f"\n#{job.job.num}  {printable(name)}\n")
     try:
         exit_code, summary = _run(composed, folder)
     except (ConfigError, StoreError) as error:
@@ -234,7 +235,6 @@ def _is_sweep(argument: str) -> bool:
 def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
     """Run the experiment and show what came of it; its exit code and summary."""
     from runner.experiment import run_experiment
-    from runner.progress import printable, summary_table
 
     _load_environment(composed.env_file)
     config = typed(composed)
@@ -244,18 +244,16 @@ def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
             _show_answers(folder / "results.jsonl")
         summary_table(report.summary, results=folder / "results.jsonl")
     if report.message:
-        print(f"{printable(report.message)}\nThe same command goes on from here.", file=sys.stderr)
+        write(sys.stderr, f"{printable(report.message)}\nThe same command goes on from here.\n")
     return report.exit_code, report.summary
 
 
 def _show_answers(results: Path) -> None:
-    from runner.progress import printable
-
     for line in results.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         error = row["error"]
         text = f"{error['type']}: {error['message']}" if error else row["output_text"]
-        print(*map(printable, text.splitlines()), sep="\n", end="\n\n")
+        write(sys.stdout, "\n".join(map(printable, text.splitlines())) + "\n\n")
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -277,8 +275,6 @@ def _load_environment(path: str) -> None:
 
 def _conclude_sweep(cells: Sequence[Mapping[str, Any]], exit_code: int) -> int:
     """Show the cells of this multirun side by side, and return the exit code of the whole."""
-    from runner.progress import sweep_table
-
     sweep_table(cells)
     exit_codes: set[int] = {exit_code, *(cell["exit_code"] for cell in cells)}
     if interrupted := {code for code in exit_codes if code > 128}:
@@ -362,5 +358,5 @@ _EXPLANATIONS = (
 
 
 def _complain(message: str) -> int:
-    print(f"runner: {message}", file=sys.stderr)
+    write(sys.stderr, f"runner: {message}\n")
     return BAD_CONFIG

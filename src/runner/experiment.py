@@ -93,7 +93,8 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: _count(meter, outcomes))
     async with _closing(client), store:
         await _prepare(store, config, workload)
-        if not await _all_settled(store, config, workload):
+        run = Run(config, workload, client=client, store=store, meter=meter, window=window)
+        if not await run.all_settled():
             await check_addresses(replicas(config))
         tracker = open_tracker(
             config.tracker,
@@ -102,7 +103,6 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             run_id=f"{config.name}-{folder.name}",
             settings=settings or {},
         )
-        run = Run(config, workload, client=client, store=store, meter=meter, window=window)
         async with _shown(run, config, tracker):
             await run.until_done()
         report = await _conclude(run, store, folder)
@@ -148,6 +148,11 @@ class Run:
         self._any_answer = False
         self._signals = 0
         self._total = workload.count()
+
+    async def all_settled(self) -> bool:
+        """Whether as many rows are settled as there are: then there is most likely nothing to ask."""
+        [settled] = [row["n"] async for row in self._store.query(_SETTLED, (not self._config.retry_failed,))]
+        return self._total is not None and settled >= self._total
 
     async def until_done(self) -> None:
         """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
@@ -277,6 +282,14 @@ class Run:
             os._exit(128 + signum)
 
 
+_SETTLED = """
+    SELECT count(*) AS n
+    FROM rows
+    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE answers.error_type IS NULL OR ?
+"""
+
+
 def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
     """The stored form of an answered request."""
     now = time.perf_counter()
@@ -345,21 +358,6 @@ async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> No
     if meta.get("scorers", workload.scorers.fingerprint) != workload.scorers.fingerprint:
         await store.forget_scores()
     await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
-
-
-async def _all_settled(store: Store, config: RunnerConfig, workload: Workload) -> bool:
-    """Whether as many rows are settled as there are: then there is most likely nothing to ask."""
-    [settled] = [row["n"] async for row in store.query(_SETTLED, (not config.retry_failed,))]
-    count = workload.count()
-    return count is not None and settled >= count
-
-
-_SETTLED = """
-    SELECT count(*) AS n
-    FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
-    WHERE answers.error_type IS NULL OR ?
-"""
 
 
 def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:

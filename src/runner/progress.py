@@ -81,7 +81,7 @@ def summary_table(
         if location is not None:
             facts.append(_Fact("results", location))
         width = max((len(fact.label) for fact in facts), default=0)
-        _write(stream, "".join(f"{fact.label:<{width}}  {fact.value}\n" for fact in facts))
+        write(stream, "".join(f"{fact.label:<{width}}  {fact.value}\n" for fact in facts))
         return
 
     from rich.box import ROUNDED
@@ -116,7 +116,7 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
         padded = (
             "  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) for line in [header, *lines]
         )
-        _write(stream, "\n" + "".join(f"{line.rstrip()}\n" for line in padded))
+        write(stream, "\n" + "".join(f"{line.rstrip()}\n" for line in padded))
         return
 
     from rich.box import ROUNDED
@@ -153,6 +153,16 @@ def printable(text: str) -> str:
     These are control characters, line breaks, reversals of the writing direction, and lone surrogates.
     """
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def write(stream: TextIO | None, text: str) -> None:
+    """Write and flush. A stream that is closed, full or absent (``pythonw``) is not the run's problem."""
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with suppress(OSError, ValueError):
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
 
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -296,7 +306,7 @@ class _Lines:
 
     def note(self, text: str) -> None:
         if not self._closed:
-            _write(self._stream, "".join(f"{line}\n" for line in _note_lines(text)))
+            write(self._stream, "".join(f"{line}\n" for line in _note_lines(text)))
 
     def close(self) -> None:
         if self._closed:
@@ -307,7 +317,7 @@ class _Lines:
 
     def _show(self, snapshot: Snapshot, *, closing: bool = False) -> None:
         texts = (column.text for column in _columns(snapshot, closing=closing))
-        _write(self._stream, "  ".join([self._title, *texts]) + "\n")
+        write(self._stream, "  ".join([self._title, *texts]) + "\n")
 
 
 class _Column(NamedTuple):
@@ -471,13 +481,3 @@ def _is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except ValueError:  # closed
         return False
-
-
-def _write(stream: TextIO | None, text: str) -> None:
-    """Write and flush. A stream that is closed, full or absent (``pythonw``) is not the run's problem."""
-    if stream is None:
-        return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    with suppress(OSError, ValueError):
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()

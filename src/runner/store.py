@@ -120,12 +120,17 @@ class Store:
         """
         lock = _lock(path)
         try:
-            store = cls(await _connect(path), path, lock)
-            store._on_commit = on_commit
+            database = await _connect(path)
+        except BaseException:
+            lock.close()
+            raise
+        store = cls(database, path, lock)
+        store._on_commit = on_commit
+        try:
             async with _translated(path):
                 await store._begin_session()
         except BaseException:
-            lock.close()
+            await store.aclose()
             raise
         store._writer = asyncio.create_task(store._write())
         return store
