@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -332,6 +333,28 @@ def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command) -> 
     assert found["answers_held_at_kills"][-1] > 0
 
 
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"prompt": f"row {index} {'x' * 500}"} for index in range(600)])
+    arguments = [sys.executable, "-m", "runner", *ROWS, "simulator.latency_s=0.01", "tracker=none"]
+    full = subprocess.run(
+        arguments,
+        cwd=command.folder,
+        env=command.environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    done = subprocess.run(arguments, cwd=command.folder, env=command.environment, capture_output=True, check=False)
+
+    assert full.returncode == 4, full.stderr
+    assert "results.sqlite: disk I/O error\nThe same command goes on from here." in full.stderr
+    assert "Traceback" not in full.stderr
+    assert done.returncode == 0
+    assert 0 < read_summary(command.run())["reused"] < 600
+    assert len(read_rows(command.run())) == 600
+
+
 async def test_a_second_signal_ends_at_once(command: Command) -> None:
     async with Simulator(SimulatorConfig(latency_s=600)) as simulator:
         arguments = ("model=openai_like/echo", f"api_base={simulator.url}", "prompt=x", "tracker=none")
@@ -531,6 +554,26 @@ def test_more_answers_are_in_the_file_only(here: Path, capfd: pytest.CaptureFixt
     main(["prompt=one", "samples=4", "tracker=none"])
 
     assert "echo" not in capfd.readouterr().out
+
+
+async def test_an_output_without_umlauts_is_no_trouble(command: Command) -> None:
+    done = await command("prompt=naïve", "tracker=none", PYTHONIOENCODING="ascii")
+
+    assert (done.exit_code, done.out.splitlines()[0]) == (0, r"echo: na\xefve")
+
+
+def test_an_output_that_nobody_reads_is_no_trouble(command: Command) -> None:
+    line = f"{sys.executable} -m runner prompt=x tracker=none | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=command.folder,
+        env=command.environment,
+        capture_output=True,
+        check=False,
+    )
+
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert not list(command.folder.rglob("traceback.txt"))
 
 
 async def test_a_refused_question_shows_why(command: Command) -> None:

@@ -601,6 +601,16 @@ async def test_an_empty_file_becomes_a_store(path: Path) -> None:
         assert await answered(store, "a") == [False]
 
 
+async def test_a_store_whose_making_was_interrupted_is_made(path: Path) -> None:
+    path.parent.mkdir()
+    begun = sqlite3.connect(path)
+    begun.execute("PRAGMA journal_mode = WAL")
+    begun.close()
+    assert path.stat().st_size > 0
+    async with await Store.open(path) as store:
+        assert await answered(store, "a") == [False]
+
+
 async def filled(path: Path, rows: int = 2_000) -> None:
     async with await Store.open(path) as store:
         for first in range(0, rows, 250):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import gc
 import json
 import logging
 import os
@@ -147,6 +148,8 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
             continue
         if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
             key = f"++{key}"
+        elif key == "experiment":
+            key = "+experiment"
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
             value = _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
         elif not _parses(parser, f"{key}={value}"):
@@ -238,6 +241,7 @@ def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
 
     _load_environment(composed.env_file)
     config = typed(composed)
+    _calm_garbage_collector()
     report = asyncio.run(run_experiment(config, folder, settings=asdict(config)))
     if report.summary:
         if config.dataset.kind is DatasetKind.single and report.summary["rows"] <= _SHOWN_ANSWERS:
@@ -246,6 +250,12 @@ def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
     if report.message:
         write(sys.stderr, f"{printable(report.message)}\nThe same command goes on from here.\n")
     return report.exit_code, report.summary
+
+
+def _calm_garbage_collector() -> None:
+    """Let it look at what a run makes, not at the libraries loaded before, and seldom: records die by themselves."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 def _show_answers(results: Path) -> None:
@@ -346,7 +356,7 @@ def _unknown_option(found: re.Match[str]) -> str:
     near = difflib.get_close_matches(option, options, n=1)
     prefix = "+" if group == "experiment" else ""
     hint = f" Did you mean {prefix}{group}={near[0]}?" if near else ""
-    return f"{prefix}{group}={option}: there are {', '.join(options)}.{hint}"
+    return f"{prefix}{group}={option}: choose one of {', '.join(options)}.{hint}"
 
 
 _EXPLANATIONS = (

@@ -91,7 +91,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     client = _open_client(config, window)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: _count(meter, outcomes))
-    async with _closing(client), store:
+    async with _closing(client, store):
         await _prepare(store, config, workload)
         run = Run(config, workload, client=client, store=store, meter=meter, window=window)
         if not await run.all_settled():
@@ -106,7 +106,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         async with _shown(run, config, tracker):
             await run.until_done()
         report = await _conclude(run, store, folder)
-        samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)]
+        samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(
         Ending(
             summary=report.summary,
@@ -419,7 +419,7 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
         summary |= {"reused": reused, "stopped": reason.reason if reason else None}
         replace_file(folder / "summary.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
     except (StoreError, OSError) as error:
-        return Report(exit_code=STOPPED, summary={}, message=f"{folder}: {reason or error}")
+        return Report(exit_code=STOPPED, summary={}, message=str(reason or error))
     if isinstance(reason, Interrupted):
         exit_code = 128 + reason.signum
     elif reason is not None:
@@ -466,11 +466,13 @@ def _details(output: Generation) -> str | None:
 
 
 @asynccontextmanager
-async def _closing(client: Client) -> AsyncIterator[None]:
+async def _closing(client: Client, store: Store) -> AsyncIterator[None]:
     try:
         yield
     finally:
         await client.aclose()
+        with suppress(StoreError):  # what was to be kept is flushed by now, or its failure is told
+            await store.aclose()
 
 
 @contextmanager

@@ -88,6 +88,8 @@ class RateLimiter:
             for name, limit, window_s, burst, cost in quotas
             if limit is not None
         ]
+        self.counts_tokens = any(bucket.cost is not _requests for bucket in self._buckets)
+        """Whether an estimate of a request's tokens matters at all."""
         self._waiting: deque[_Waiter] = deque()
         self._paused_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -106,11 +108,6 @@ class RateLimiter:
             output_tokens_per_minute=limits.otpm,
         )
 
-    @property
-    def counts_tokens(self) -> bool:
-        """Whether an estimate of a request's tokens matters at all."""
-        return any(bucket.cost is not _requests for bucket in self._buckets)
-
     async def acquire(self, estimate: Estimate | float = 0.0) -> RateLimiterAcquisitionHandle:
         """Reserve one request and its tokens, waiting until every bucket has them.
 
@@ -120,14 +117,15 @@ class RateLimiter:
         Raises:
             BadRequestError: The estimate exceeds a limit as a whole, so that it would wait for ever.
         """
+        now = asyncio.get_running_loop().time()
+        at_once = not self._waiting and now >= self._paused_until
+        if at_once and not self._buckets:
+            return RateLimiterAcquisitionHandle(self, ())
         if not isinstance(estimate, Estimate):
             estimate = Estimate(prompt_tokens=float(estimate))
         costs = [bucket.cost(estimate) for bucket in self._buckets]
         self._reject_what_never_fits(costs)
-        now = asyncio.get_running_loop().time()
-        charges = None
-        if not self._waiting and now >= self._paused_until:
-            charges = self._take(costs, now)
+        charges = self._take(costs, now) if at_once else None
         if charges is None:
             charges = await self._turn(costs)
         return RateLimiterAcquisitionHandle(self, charges)
@@ -138,6 +136,8 @@ class RateLimiter:
 
     def settle(self, handle: RateLimiterAcquisitionHandle, usage: TokenUsage) -> None:
         """Replace a reservation by what was really used; a level below zero is a debt that later requests wait for."""
+        if not self._buckets:
+            return
         actual = Estimate(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
         now = asyncio.get_running_loop().time()
         for bucket, charge in zip(self._buckets, handle.charges, strict=True):

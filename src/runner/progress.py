@@ -6,6 +6,7 @@ Nothing here can stop a run: a terminal that went away is ignored. Texts from mo
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -161,8 +162,11 @@ def write(stream: TextIO | None, text: str) -> None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with suppress(OSError, ValueError):
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        stream.flush()
+        try:
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.flush()
+        except BrokenPipeError:  # what is still buffered would fail once more at the interpreter's exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -38,6 +38,9 @@ _GROUP_DELAY_S = 0.01
 _BLOCK = 64
 """Rows in one INSERT."""
 
+_HEADER_SIZE = 100
+"""Bytes that every SQLite file begins with, at least."""
+
 _CHUNK = 1000
 """Rows read at a time when the store is projected."""
 
@@ -104,7 +107,7 @@ class Store:
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
-        self._failure: StoreError | None = None
+        self._failure: Exception | None = None
         self._on_commit: Callable[[Sequence[Outcome]], None] | None = None
         self._session = 0
 
@@ -237,6 +240,8 @@ class Store:
         if len(self._pending) >= _GROUP_SIZE:
             self._room.clear()
             await self._room.wait()
+            if self._failure is not None:
+                raise self._failure
 
     async def note_attempt(self, key: tuple[bytes, int], attempt: Attempt) -> None:
         """Enter a failed attempt in the ledger, durably, before it is followed by another."""
@@ -247,7 +252,7 @@ class Store:
             attempt.started_at,
             attempt.service_time_s,
             attempt.error,
-            attempt.message,
+            _encodable(attempt.message),
             attempt.status,
             attempt.cost_usd,
         )
@@ -291,11 +296,11 @@ class Store:
         async with self._transacting, _translated(self.path):
             try:
                 yield  # the first write begins the transaction
+                if self._database.in_transaction:
+                    await self._database.commit()
             except BaseException:
                 await self._database.rollback()
                 raise
-            if self._database.in_transaction:
-                await self._database.commit()
 
     async def _insert(self, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
@@ -328,7 +333,7 @@ class Store:
             try:
                 async with _translated(self.path):
                     await self._commit_pending()
-            except StoreError as failure:
+            except Exception as failure:
                 self._failure = failure
                 self._room.set()
                 return
@@ -336,48 +341,51 @@ class Store:
     async def _commit_pending(self) -> None:
         """Commit all that was handed in. What could not be committed stays pending."""
         self._wake.clear()
-        group, self._pending = self._pending, []
-        if not group:
+        if not self._pending:
             return
-        scored = [(scores, position) for position, _, scores in group if scores is not None]
-        try:
-            async with self._transaction():
-                await self._insert(_ANSWERS, [_COLUMNS_OF(outcome) for _, outcome, _ in group])
-                if scored:
+        async with self._transaction():  # only now, for a group that is being committed is pending too
+            group = self._pending[:]
+            if group:
+                await self._put_answers([_COLUMNS_OF(outcome) for _, outcome, _ in group])
+                if scored := [(scores, position) for position, _, scores in group if scores is not None]:
                     await self._database.executemany(_PUT_SCORES, scored)
                 await self._database.execute(_SEEN, (time.time(), self._session))
-        except BaseException:
-            self._pending = group + self._pending
-            raise
+        del self._pending[: len(group)]
         self._room.set()
-        if self._on_commit is not None:
+        if group and self._on_commit is not None:
             self._on_commit([outcome for _, outcome, _ in group])
+
+    async def _put_answers(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        try:
+            await self._insert(_ANSWERS, rows)
+        except UnicodeEncodeError:
+            await self._insert(_ANSWERS, [tuple(map(_encodable, row)) for row in rows])
 
     # Lookups
 
     async def _occurrences(self, claims: Sequence[Claim]) -> list[int]:
         """Which of the rows that ask the same each claim is, counted from the dataset's beginning."""
-        contents = [claim.content for claim in claims]
-        sql = f"""
-            SELECT content, count(*)
-            FROM rows
-            WHERE content IN ({_marks(contents)}) AND position < ?
-            GROUP BY content
-        """
-        seen = {row[0]: row[1] for row in await self._fetch(sql, (*contents, claims[0].position))}
+        contents = {claim.content for claim in claims}
+        sql = f"{_next_occurrences(len(contents))} SELECT content, occurrence FROM next"
+        following = {row[0]: row[1] for row in await self._fetch(sql, (*contents, claims[0].position))}
         occurrences = []
-        for content in contents:
-            occurrences.append(seen.get(content, 0))
-            seen[content] = occurrences[-1] + 1
+        for claim in claims:
+            occurrences.append(following[claim.content])
+            following[claim.content] += 1
         return occurrences
 
     async def _answers(self, claims: Sequence[Claim]) -> dict[tuple[bytes, int], str | None]:
         """The error class, or None for a success, of the answers there are."""
-        contents = [claim.content for claim in claims]
-        sql = f"SELECT content, occurrence, error_type FROM answers WHERE content IN ({_marks(contents)})"
-        return {
-            (content, occurrence): error_type for content, occurrence, error_type in await self._fetch(sql, contents)
-        }
+        contents = {claim.content for claim in claims}
+        sql = f"""
+            {_next_occurrences(len(contents))}
+            SELECT answers.content, answers.occurrence, answers.error_type
+            FROM next
+            JOIN answers ON answers.content = next.content
+                AND answers.occurrence BETWEEN next.occurrence AND next.occurrence + ?
+        """
+        rows = await self._fetch(sql, (*contents, claims[0].position, len(claims)))
+        return {(content, occurrence): error_type for content, occurrence, error_type in rows}
 
     async def _stored(self, claims: Sequence[Claim]) -> dict[int, tuple[Any, ...]]:
         """Content, occurrence, metadata and scores of the rows that are at these positions."""
@@ -444,6 +452,29 @@ _ENTER_LOST = """
 """
 
 
+def _next_occurrences(count: int) -> str:
+    """A table ``next`` of so many contents, and the occurrence of each that comes at a position or after it."""
+    return f"""
+        WITH asked (content) AS (VALUES {", ".join(["(?)"] * count)}),
+        place (position) AS (VALUES (?)),
+        next (content, occurrence) AS (
+            SELECT asked.content, ifnull((
+                SELECT rows.occurrence + 1
+                FROM rows
+                WHERE rows.content = asked.content AND rows.position < place.position
+                ORDER BY rows.position DESC
+                LIMIT 1
+            ), 0)
+            FROM asked, place
+        )
+    """
+
+
+def _encodable(value: Any) -> Any:
+    """Text without the lone surrogates that a model may write, and that UTF-8 has no form for."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
 def _marks(values: Sequence[Any]) -> str:
     return ", ".join("?" * len(values))
 
@@ -486,6 +517,8 @@ async def _connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connectio
 
 
 async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
+    if 0 < path.stat().st_size < _HEADER_SIZE:  # SQLite would take it for an empty database
+        raise StoreError(f"{path} is no database: move it away to start anew")
     application = await _number(database, "PRAGMA application_id")
     version = await _number(database, "PRAGMA user_version")
     tables = await _number(database, "SELECT count(*) FROM sqlite_master")
