@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from virtual_time import now, other_tasks, settle, virtual_time
 
 from runner.concurrency import SoftStart, Window
+from virtual_time import now, other_tasks, settle, virtual_time
 
 
 class Users:
@@ -106,15 +106,16 @@ async def test_a_smaller_limit_takes_effect_as_slots_come_back() -> None:
 @virtual_time
 async def test_a_window_is_crowded_while_somebody_waits() -> None:
     window = Window(1)
-    assert not window.crowded
+    crowded = [window.crowded]
     await window.enter()
-    assert not window.crowded
+    crowded.append(window.crowded)
     waiting = asyncio.create_task(window.enter())
     await settle()
-    assert window.crowded
+    crowded.append(window.crowded)
     window.leave()
     await waiting
-    assert not window.crowded
+    crowded.append(window.crowded)
+    assert crowded == [False, False, True, False]
 
 
 @virtual_time
@@ -247,11 +248,15 @@ async def step_aside_for(window: Window, seconds: float) -> None:
 async def test_an_error_while_aside_goes_on_and_the_count_stays_right() -> None:
     window = Window(1)
     users = Users(window)
-    with pytest.raises(LookupError):
+
+    async def fail() -> None:
         async with window, window.aside():
             users.start("other", 3)
             await settle()
             raise LookupError
+
+    with pytest.raises(LookupError):
+        await fail()
     assert window.active == 1
     await asyncio.sleep(4)
     assert window.active == 0

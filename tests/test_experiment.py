@@ -185,7 +185,7 @@ async def test_a_refusal_among_good_answers_fails_that_row_only(tmp_path: Path, 
         return refusal(401, "invalid_api_key") if asked.text == f"row {refused}" else shout(asked)
 
     async with serving(answer) as provider:
-        experiment = Experiment(tmp_path, api_base=provider.url)
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=1))
         report = await experiment(numbered(10))
 
     assert report.exit_code == 3

@@ -3,9 +3,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
-from virtual_time import START, now, other_tasks, settle, virtual_time
 
 from runner import errors
 from runner.concurrency import Window
@@ -20,8 +20,9 @@ from runner.errors import (
     ServiceUnavailableError,
     Timeout,
 )
-from runner.retry import HintThenJitter, Retrying, failed_attempt
+from runner.retry import Retrying, failed_attempt
 from runner.types import Attempt, Generation, GenerationRequest, Request, Response, Trace
+from virtual_time import START, now, other_tasks, settle, virtual_time
 
 ANSWER = Response(output=Generation(text="yes"), model_id="m", request_id=None, usage=None, headers={})
 
@@ -78,9 +79,7 @@ def quickly(max_retries: int = 3) -> RetryConfig:
 
 
 def test_the_error_tree_is_the_one_that_is_tested_here() -> None:
-    kinds = {
-        name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RequestError)
-    }
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RequestError)}
     assert kinds == RETRIED | GIVEN_UP
 
 
@@ -154,7 +153,7 @@ async def waits(config: RetryConfig, failures: Sequence[RequestError]) -> list[f
     provider = Provider(*failures)
     await Retrying(provider, config).send(asking())
     times = [at - began for at in provider.attempts]
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 @virtual_time
@@ -193,12 +192,6 @@ async def test_each_attempt_waits_for_the_hint_of_its_own_failure() -> None:
     config = RetryConfig(max_retries=2, base_s=0.0)
     failures = [RateLimitError("slow", retry_after_s=7.0), InternalServerError("oops")]
     assert await waits(config, failures) == [pytest.approx(7.0), pytest.approx(0.0)]
-
-
-def test_the_wait_is_a_policy_of_tenacitys() -> None:
-    from tenacity.wait import wait_base
-
-    assert isinstance(HintThenJitter(base_s=1.0, cap_s=2.0), wait_base)
 
 
 # The ledger

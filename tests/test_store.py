@@ -39,7 +39,8 @@ def content(name: object) -> bytes:
 def claims(*names: object, first: int = 0) -> list[Claim]:
     """Rows that ask these things, at consecutive positions."""
     return [
-        Claim(position=first + n, content=content(name), metadata=f'{{"name":"{name}"}}') for n, name in enumerate(names)
+        Claim(position=first + n, content=content(name), metadata=f'{{"name":"{name}"}}')
+        for n, name in enumerate(names)
     ]
 
 
@@ -168,7 +169,9 @@ async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(p
         await claim(store, "a", "b")
         await store.save(
             0,
-            failure("a", settled_at=100.0, service_time_s=2.0, retries=3, error_status=504, deployment="x", cost_usd=0.5),
+            failure(
+                "a", settled_at=100.0, service_time_s=2.0, retries=3, error_status=504, deployment="x", cost_usd=0.5
+            ),
         )
         await store.save(1, answer("b"))
     async with await Store.open(path) as store:
@@ -584,7 +587,9 @@ async def test_another_versions_database_is_refused_and_left_alone(path: Path, v
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", [b"Dear diary, nothing happened today.\n" * 50, b"x", b"SQLite format 3\x00" + b"?" * 500])
+@pytest.mark.parametrize(
+    "text", [b"Dear diary, nothing happened today.\n" * 50, b"x", b"SQLite format 3\x00" + b"?" * 500]
+)
 async def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, text: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(text)
@@ -727,7 +732,9 @@ async def test_a_full_disk_is_a_store_error_and_what_was_settled_stays(path: Pat
         assert sum(text == "safe" for text in texts.values()) == 100
         assert len(texts) == int(reported)
         known = await store.claim(
-            [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(100)], retry_failed=True, scored=False
+            [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(100)],
+            retry_failed=True,
+            scored=False,
         )
         assert all(each.answered for each in known)
 
@@ -780,9 +787,8 @@ async def test_what_was_reported_survives_a_kill_and_what_was_in_flight_is_enter
                     taken.add(words[1])
             await asyncio.sleep(chance.random() * 0.01)
             process.kill()
-            for words in ((await process.communicate())[0].decode().split("\n"))[:-1]:
-                event, _, name = words.partition(" ")
-                (kept if event == "kept" else taken).add(name)
+            for words in map(str.split, (await process.communicate())[0].decode().split("\n")[:-1]):
+                (kept if words[0] == "kept" else taken).add(words[1])
         async with await Store.open(path) as store:
             there = {name for name, _ in await answers(store)}
             lost = Counter(name for name, _, kind in await attempts(store) if kind == "Lost")
@@ -849,7 +855,9 @@ async def victim(script: str, path: Path) -> AsyncIterator[asyncio.subprocess.Pr
 class Model:
     """What a store should hold, as dicts."""
 
-    rows: dict[int, tuple[str, int, int, str | None]] = field(default_factory=dict)  # name, occurrence, metadata, scores
+    rows: dict[int, tuple[str, int, int, str | None]] = field(
+        default_factory=dict
+    )  # name, occurrence, metadata, scores
     asked: dict[int, int] = field(default_factory=dict)  # session by position
     answers: dict[tuple[str, int], bool] = field(default_factory=dict)  # True: succeeded
     ledger: Counter[tuple[str, int, str]] = field(default_factory=Counter)

@@ -106,8 +106,9 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         _complain(f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}")
         exit_code = BUG
     cell = {"cell": name, "swept": swept, "exit_code": exit_code, "summary": dict(summary)}
-    with open(os.environ[_CELLS], "a", encoding="utf-8") as notes:
-        notes.write(f"{json.dumps(cell)}\n")
+    if path := os.environ.get(_CELLS):  # a worker on another host may have none
+        with open(path, "a", encoding="utf-8") as notes:
+            notes.write(f"{json.dumps(cell)}\n")
     if exit_code > 128 and swept:
         raise KeyboardInterrupt  # ends the sweep too
     return cell

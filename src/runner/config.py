@@ -7,6 +7,7 @@ reads stand beside the keys in ``conf/``; this page holds the types, the default
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
@@ -339,6 +340,7 @@ def check(config: RunnerConfig) -> None:
     _check_dataset(config.dataset)
     _at_least("retry.max_retries", config.retry.max_retries, 0)
     _at_least("retry.base_s", config.retry.base_s, 0)
+    _at_least("retry.cap_s", config.retry.cap_s, 0)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
     _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
@@ -362,6 +364,8 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
     base = deployment.api_base
     if base is not None and not base.startswith(("http://", "https://")):
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
+    if not 0 < deployment.weight < math.inf:
+        raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
     _check_secrets(f"{prefix}extra_kwargs", deployment.extra_kwargs or {})
@@ -378,6 +382,8 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
         value = getattr(limits, key)
         if value is not None and not value > 0:
             raise ConfigError(f"{where}.{key}={value}: a number above 0, or null for no limit")
+    for key in ("rpm", "rpd"):
+        _at_least(f"{where}.{key}", getattr(limits, key), 1)
     _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
     if limits.header_bucket_scope is not Scope.auto:
         raise ConfigError(f"{where}.header_bucket_scope={limits.header_bucket_scope.value} {_NOT_AVAILABLE}")

@@ -146,7 +146,7 @@ class Run:
         self._in_flight: set[tuple[bytes, int]] = set()
         self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
         self._any_answer = False
-        self._signals = 0
+        self._interrupted = False
         self._total = workload.count()
 
     async def all_settled(self) -> bool:
@@ -161,7 +161,7 @@ class Run:
             try:
                 await batch
             except asyncio.CancelledError:
-                if self.stop.reason is None:
+                if not self._interrupted or _is_cancelled():
                     raise
             except StoreError as error:
                 self.stop(SystemicError(str(error)))
@@ -271,15 +271,12 @@ class Run:
     # Ending early
 
     def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        """The first signal lets what is in flight come in, the second cancels it, the third does not even tidy up."""
-        self._signals += 1
-        if self._signals == 1:
-            self.stop(Interrupted(signum))
-            asyncio.get_running_loop().call_later(GRACE_S, batch.cancel)
-        elif self._signals == 2:
-            batch.cancel()
-        else:
+        """The first signal lets what is in flight come in, the second one ends the process; what is stored is safe."""
+        if self._interrupted:
             os._exit(128 + signum)
+        self._interrupted = True
+        self.stop(Interrupted(signum))
+        asyncio.get_running_loop().call_later(GRACE_S, batch.cancel)
 
 
 _SETTLED = """
@@ -473,6 +470,12 @@ async def _closing(client: Client, store: Store) -> AsyncIterator[None]:
         await client.aclose()
         with suppress(StoreError):  # what was to be kept is flushed by now, or its failure is told
             await store.aclose()
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this task itself, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,5 +90,16 @@ def dump_json(value: Any) -> bytes:
     """JSON with sorted keys, of anything: what JSON does not know is written as its text."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
-    except TypeError:  # lone surrogates, integers beyond 64 bits
-        return json.dumps(value, sort_keys=True, default=str).encode()
+    except TypeError:  # lone surrogates, integers beyond 64 bits, deep nesting, odd keys
+        return json.dumps(_plain(value), sort_keys=True, default=str).encode()
+
+
+def _plain(value: Any) -> Any:
+    """With text for keys, and null for floats that JSON has no form for, as orjson writes them."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

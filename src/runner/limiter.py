@@ -328,7 +328,19 @@ def _characters(content: Any) -> int:
 class _Bucket:
     """One quota. A level that fills up steadily paces what is taken, a log of the last window keeps it to the limit."""
 
-    __slots__ = ("burst", "ceiling", "charged", "cost", "level", "limit", "name", "rate", "spans", "updated", "window_s")
+    __slots__ = (
+        "burst",
+        "ceiling",
+        "charged",
+        "cost",
+        "level",
+        "limit",
+        "name",
+        "rate",
+        "spans",
+        "updated",
+        "window_s",
+    )
 
     def __init__(
         self, *, name: str, limit: float, window_s: float, burst: float | None, cost: Callable[[Estimate], float]

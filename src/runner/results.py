@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from runner.identity import dump_json
 from runner.store import Store
 
 _CURRENT = """
@@ -21,7 +22,7 @@ _CURRENT = """
 async def result_rows(store: Store, *, limit: int | None = None) -> AsyncIterator[dict[str, Any]]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
-    JSON that is stored as such (metadata, scores) is an `orjson.Fragment` here: write it with orjson.
+    JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
     """
     samples = int((await store.meta()).get("samples", "1"))
     sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT} ORDER BY rows.position"
@@ -119,6 +120,7 @@ _ERRORS = (
 
 def _result_row(record: Any, samples: int) -> dict[str, Any]:
     details = json.loads(record["details"]) if record["details"] else {}
+    details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}
     if samples > 1:
         row["_sample"] = record["position"] % samples

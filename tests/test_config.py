@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from runner.config import (
+    BudgetConfig,
+    DatasetConfig,
+    DatasetKind,
+    DeploymentConfig,
+    FaultsConfig,
+    LimitsConfig,
+    Resume,
+    RetryConfig,
+    RoutingConfig,
+    RunnerConfig,
+    Scope,
+    ShardConfig,
+    Shared,
+    SimulatorConfig,
+    TaskConfig,
+    TaskKind,
+    TrackerConfig,
+    check,
+    check_deployment,
+    check_limits,
+    nearest_key,
+    replicas,
+    unknown_key_message,
+    unknown_keys,
+)
+from runner.errors import ConfigError
+
+# Checks
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "the defaults": {},
+    "a hosted model": {"model": "openai/gpt-4.1-mini"},
+    "a model with slashes": {"model": "hosted_vllm/meta-llama/Llama-3", "api_base": "http://localhost:8000/v1"},
+    "every limit": {
+        "limits": LimitsConfig(
+            concurrency=1,
+            rpm=1,
+            tpm=0.5,
+            rpd=1,
+            tpd=1,
+            itpm=1,
+            otpm=1,
+            max_request_burst=0.5,
+            max_token_burst=1,
+            default_output_tokens=0,
+        )
+    },
+    "no retries": {"retry": RetryConfig(max_retries=0, base_s=0)},
+    "a dataset of nothing": {"dataset": DatasetConfig(limit=0)},
+    "the last shard": {"dataset": DatasetConfig(shard=ShardConfig(index=3, count=4))},
+    "a fleet": {"deployments": {"a": DeploymentConfig(model="openai/x", weight=0.5, limits=LimitsConfig(rpm=5))}},
+    "a model that no deployment needs": {"model": "x", "deployments": {"a": DeploymentConfig(model="openai/x")}},
+    "certain faults": {"simulator": SimulatorConfig(faults=FaultsConfig(http_429=0.0, hang=1.0))},
+    "ordinary parameters": {"request": {"temperature": 0, "max_tokens": 5, "metadata": {"user": "x"}}},
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_can_be_run_passes(name: str) -> None:
+    check(RunnerConfig(**GOOD[name]))
+
+
+def limited(**limits: Any) -> dict[str, Any]:
+    return {"limits": LimitsConfig(**limits)}
+
+
+def rows(**dataset: Any) -> dict[str, Any]:
+    return {"dataset": DatasetConfig(**dataset)}
+
+
+def served(**deployment: Any) -> dict[str, Any]:
+    return {"deployments": {"east": DeploymentConfig(**{"model": "openai/x", **deployment})}}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"model": "gpt-4.1-mini"}, r"^model='gpt-4\.1-mini' has no provider: .*openai/gpt-4\.1-mini"),
+    ({"model": "openai/"}, "^model='openai/' has no provider"),
+    ({"model": ""}, "^model='' has no provider"),
+    ({"api_base": "localhost:8000"}, "^api_base='localhost:8000': a URL begins with http"),
+    (limited(concurrency=0), r"^limits\.concurrency=0: a number of at least 1"),
+    (limited(concurrency=-1), r"^limits\.concurrency=-1"),
+    (limited(concurrency=True), r"^limits\.concurrency=True"),
+    (limited(concurrency=1.5), r"^limits\.concurrency=1\.5"),
+    (limited(concurrency="many"), r"^limits\.concurrency='many'"),
+    (limited(concurrency=None), r"^limits\.concurrency=None"),
+    *[
+        (limited(**{key: value}), rf"^limits\.{key}={value}: a number above 0")
+        for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst")
+        for value in (0, -1, float("nan"))
+    ],
+    (limited(rpm=0.5), r"^limits\.rpm=0\.5: at least 1"),
+    (limited(rpd=0.5), r"^limits\.rpd=0\.5: at least 1"),
+    (limited(default_output_tokens=-1), r"^limits\.default_output_tokens=-1: at least 0"),
+    ({"retry": RetryConfig(max_retries=-1)}, r"^retry\.max_retries=-1: at least 0"),
+    ({"retry": RetryConfig(base_s=-1)}, r"^retry\.base_s=-1: at least 0"),
+    ({"retry": RetryConfig(cap_s=-1)}, r"^retry\.cap_s=-1: at least 0"),
+    ({"samples": 0}, "^samples=0: at least 1"),
+    (rows(limit=-1), r"^dataset\.limit=-1: at least 0"),
+    (rows(kind=DatasetKind.jsonl), r"^dataset\.path must be set: dataset=jsonl dataset\.path=FILE"),
+    (rows(kind=DatasetKind.csv), r"^dataset\.path must be set: dataset=csv"),
+    (rows(shard=ShardConfig(count=0)), r"^dataset\.shard\.count=0: at least 1"),
+    (rows(shard=ShardConfig(index=2, count=2)), r"^dataset\.shard\.index=2 is outside 0 to 1"),
+    (rows(shard=ShardConfig(index=-1, count=2)), r"^dataset\.shard\.index=-1 is outside 0 to 1"),
+    ({"routing": RoutingConfig(strategy="fastest")}, r"^routing\.strategy='fastest': choose one of simple-shuffle, "),
+    ({"tracker": TrackerConfig(log_every_s=0.01)}, r"^tracker\.log_every_s=0\.01: at least 0\.1"),
+    ({"tracker": TrackerConfig(table_rows=-1)}, r"^tracker\.table_rows=-1: at least 0"),
+    ({"simulator": SimulatorConfig(faults=FaultsConfig(reset=1.5))}, r"^simulator\.faults\.reset=1\.5: a share"),
+    ({"simulator": SimulatorConfig(faults=FaultsConfig(hang=-0.1))}, r"^simulator\.faults\.hang=-0\.1: a share"),
+    *[({"name": name}, "becomes a folder's name") for name in ("", "a/b", ".", "..")],
+    (served(model="x"), r"^deployments\.east\.model='x' has no provider"),
+    (served(api_base="host:1"), r"^deployments\.east\.api_base='host:1': a URL begins"),
+    (served(limits=LimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
+    (served(limits=LimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
+    *[(served(weight=weight), r"^deployments\.east\.weight=") for weight in (0.0, -1.0, float("inf"), float("nan"))],
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD)
+def test_what_cannot_be_run_is_rejected_by_the_name_of_its_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(RunnerConfig(**values))
+
+
+SECRET = "sk-do-not-print-me"
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        (served(api_key=SECRET), "deployments.east.api_key"),
+        (served(extra_kwargs={"api_key": SECRET}), "deployments.east.extra_kwargs.api_key"),
+        ({"request": {"api_key": SECRET}}, "request.api_key"),
+        ({"request": {"aws_secret_access_key": SECRET}}, "request.aws_secret_access_key"),
+        ({"request": {"extra_headers": {"Authorization": SECRET}}}, "request.extra_headers.Authorization"),
+        ({"request": {"extra_headers": {"X-Api-Key": SECRET}}}, "request.extra_headers.X-Api-Key"),
+    ],
+)
+def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(RunnerConfig(**values))
+    assert str(caught.value).startswith(f"{key}: ")
+    assert "api_key_env" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        (limited(concurrency="auto"), "limits.concurrency=auto"),
+        (limited(header_bucket_scope=Scope.day), "limits.header_bucket_scope=day"),
+        (limited(shared=Shared.redis), "limits.shared=redis"),
+        ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
+        ({"task": TaskConfig(kind=TaskKind.embed)}, "task=embed"),
+        ({"response_format": {"type": "object"}}, "response_format"),
+        ({"budget": BudgetConfig(usd=1.0)}, "budget"),
+        ({"budget": BudgetConfig(requests=0)}, "budget"),
+        ({"resume": Resume.fresh}, "resume=fresh"),
+        ({"reuse": True}, "reuse=true"),
+        ({"plan": True}, "plan=true"),
+        ({"request": {"stream": True}}, "request.stream=true"),
+    ],
+)
+def test_a_key_that_would_have_no_effect_is_rejected(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(RunnerConfig(**values))
+    assert str(caught.value).startswith(f"{key} is not available in this version")
+
+
+def test_parts_can_be_checked_alone_and_name_their_own_place() -> None:
+    with pytest.raises(ConfigError, match=r"^deployments\['a'\]\.model='x' has no provider"):
+        check_deployment("deployments['a']", DeploymentConfig(model="x"))
+    with pytest.raises(ConfigError, match=r"^here\.rpm=0"):
+        check_limits("here", LimitsConfig(rpm=0))
+
+
+# Deployments
+
+
+def test_the_short_way_is_one_deployment_named_by_its_model() -> None:
+    config = RunnerConfig(model="openai/x", api_base="http://host/v1", api_key_env="MY_KEY")
+    assert replicas(config) == {
+        "openai/x": DeploymentConfig(model="openai/x", api_base="http://host/v1", api_key_env="MY_KEY")
+    }
+
+
+def test_the_deployments_group_replaces_the_short_way() -> None:
+    fleet = {"a": DeploymentConfig(model="openai/a"), "b": DeploymentConfig(model="openai/b")}
+    assert replicas(RunnerConfig(model="openai/x", deployments=fleet)) == fleet
+
+
+def test_a_key_is_not_shown_when_a_deployment_is_printed() -> None:
+    assert SECRET not in repr(DeploymentConfig(model="openai/x", api_key=SECRET))
+
+
+def test_configurations_share_no_state() -> None:
+    RunnerConfig().request["temperature"] = 1
+    RunnerConfig().limits.rpm = 5
+    assert RunnerConfig().request == {}
+    assert RunnerConfig().limits == LimitsConfig()
+    assert replace(RunnerConfig(), name="x") == RunnerConfig(name="x")
+
+
+# Misspelt keys
+
+
+@pytest.mark.parametrize(
+    ("node", "unknown"),
+    [
+        ({}, []),
+        ({"model": "x", "limits": {"rpm": 5}, "dataset": {"shard": {"index": 1}}}, []),
+        ({"request": {"whatever": 1, "deep": {"er": 2}}}, []),
+        ({"modell": "x"}, ["modell"]),
+        ({"limits": {"rmp": 5, "rpm": 5}}, ["limits.rmp"]),
+        ({"dataset": {"shard": {"indx": 1}}}, ["dataset.shard.indx"]),
+        ({"deployments": {"my label": {"model": "openai/x"}}}, []),
+        (
+            {"deployments": {"a": {"modell": "x", "limits": {"rmp": 5}}}},
+            ["deployments.a.modell", "deployments.a.limits.rmp"],
+        ),
+        ({"deployments": {"a": {"extra_kwargs": {"anything": 1}}}}, []),
+        ({"scorers": {"mine": {"kind": "regex", "patern": "x"}}}, ["scorers.mine.patern"]),
+        ({"response_format": {"type": "object", "properties": {}}}, []),
+        ({"limits": None, "deployments": {"a": None}}, []),
+        ({"a": 1, "b": {"c": 2}}, ["a", "b"]),
+    ],
+)
+def test_keys_that_are_no_field_are_found(node: dict[str, Any], unknown: list[str]) -> None:
+    assert list(unknown_keys(node)) == unknown
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("modell", "model"),
+        ("limits.rmp", "limits.rpm"),
+        ("limit.rpm", "limits.rpm"),
+        ("rpm", "limits.rpm"),
+        ("concurrency", "limits.concurrency"),
+        ("max_retries", "retry.max_retries"),
+        ("datset.path", "dataset.path"),
+        ("dataset.shard.idx", "dataset.shard.index"),
+        ("deployments.a.modell", "deployments.a.model"),
+        ("deployments.my label.wieght", "deployments.my label.weight"),
+        ("scorers.mine.patern", "scorers.mine.pattern"),
+        ("qqqqqqqq", None),
+        ("", None),
+    ],
+)
+def test_the_key_that_was_meant_is_guessed(path: str, meant: str | None) -> None:
+    assert nearest_key(path) == meant
+
+
+def test_the_message_names_the_key_that_was_meant_or_where_to_look() -> None:
+    assert unknown_key_message("limits.rmp") == "unknown key 'limits.rmp'. Did you mean 'limits.rpm'?"
+    assert "--help" in unknown_key_message("qqqqqqqq")

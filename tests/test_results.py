@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from runner.errors import StoreError
+from runner.identity import dump_json
+from runner.results import replace_file, result_rows, summarize, write_jsonl
+from runner.store import Claim, Outcome, Store
+from runner.types import Attempt
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    async with await Store.open(tmp_path / "results.sqlite") as store:
+        yield store
+
+
+def content(position: int) -> bytes:
+    return b"%016d" % position
+
+
+async def settle(
+    store: Store, position: int, *, metadata: Any = None, scores: Any = None, occurrence: int = 0, **columns: Any
+) -> None:
+    """Enter a row and what came of it."""
+    text = dump_json(metadata or {}).decode()
+    await store.claim(
+        [Claim(position=position, content=content(position), metadata=text)], retry_failed=False, scored=False
+    )
+    await store.save(
+        position,
+        Outcome(content=content(position), occurrence=occurrence, settled_at=1.0, **columns),
+        None if scores is None else dump_json(scores).decode(),
+    )
+    await store.flush()
+
+
+def failed(error: str = "Timeout", **columns: Any) -> dict[str, Any]:
+    return {"error_type": error, "error_message": "slow", **columns}
+
+
+async def rows(store: Store, **options: Any) -> list[dict[str, Any]]:
+    """The result rows as they are in the file."""
+    read: list[dict[str, Any]] = json.loads(orjson.dumps([row async for row in result_rows(store, **options)]))
+    return read
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# Rows
+
+
+async def test_an_answered_row_has_everything_that_is_known_of_it(store: Store) -> None:
+    await settle(
+        store,
+        0,
+        metadata={"id": "x", "n": 1.5},
+        scores={"exact": 1.0},
+        output_text="Grüße",
+        details='{"reasoning":"because","tool_calls":[{"id":"1","name":"f","arguments":null}],"output_parsed":[1]}',
+        finish_reason="stop",
+        request_id="req-1",
+        model_id="m-2",
+        prompt_tokens=1,
+        completion_tokens=2,
+        total_tokens=3,
+        cached_tokens=0,
+        deployment="east",
+        retries=1,
+        queue_wait_s=0.5,
+        service_time_s=1.5,
+        end_to_end_s=2.5,
+        ttft_s=0.25,
+        cost_usd=0.001,
+    )
+    assert await rows(store) == [
+        {
+            "_index": 0,
+            "output_text": "Grüße",
+            "output_parsed": [1],
+            "token_usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": 2,
+                "total_tokens": 3,
+                "reasoning_tokens": None,
+                "cached_tokens": 0,
+            },
+            "request_id": "req-1",
+            "model_id": "m-2",
+            "finish_reason": "stop",
+            "tool_calls": [{"id": "1", "name": "f", "arguments": None}],
+            "reasoning": "because",
+            "error": None,
+            "metadata": {"id": "x", "n": 1.5},
+            "scores": {"exact": 1.0},
+            "metrics": {
+                "queue_wait_s": 0.5,
+                "service_time_s": 1.5,
+                "end_to_end_s": 2.5,
+                "deployment": "east",
+                "retries": 1,
+                "cost_usd": 0.001,
+                "ttft_s": 0.25,
+            },
+        }
+    ]
+
+
+async def test_a_failed_row_has_the_same_shape_and_its_error(store: Store) -> None:
+    await settle(store, 0, output_text="fine")
+    await settle(store, 1, error_type="RateLimitError", error_message="slow down", error_status=429)
+    answered, failed_row = await rows(store)
+    assert answered.keys() == failed_row.keys()
+    assert failed_row["error"] == {"type": "RateLimitError", "message": "slow down", "status": 429}
+    assert (failed_row["output_text"], failed_row["token_usage"], failed_row["tool_calls"]) == (None, None, [])
+    assert (failed_row["metadata"], failed_row["scores"]) == ({}, {})
+
+
+async def test_rows_come_in_the_datasets_order_however_they_were_settled(store: Store) -> None:
+    for position in range(5):
+        await store.claim(
+            [Claim(position=position, content=content(position), metadata=None)], retry_failed=True, scored=False
+        )
+    for position in (3, 0, 4, 1):
+        await store.save(position, Outcome(content=content(position), occurrence=0, settled_at=1.0))
+    await store.flush()
+    assert [row["_index"] for row in await rows(store)] == [0, 1, 3, 4]
+
+
+async def test_repeats_of_a_row_are_numbered(store: Store) -> None:
+    await store.put_meta({"samples": "3"})
+    for position in range(6):
+        await settle(store, position)
+    assert [(row["_index"], row["_sample"]) for row in await rows(store)] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
+
+
+async def test_a_row_that_is_asked_once_has_no_number_of_the_repeat(store: Store) -> None:
+    await settle(store, 0)
+    assert "_sample" not in (await rows(store))[0]
+
+
+async def test_no_more_rows_are_read_than_wanted(store: Store) -> None:
+    for position in range(5):
+        await settle(store, position)
+    assert [row["_index"] for row in await rows(store, limit=2)] == [0, 1]
+    assert await rows(store, limit=0) == []
+
+
+# The file
+
+
+async def test_the_file_has_a_line_for_each_settled_row(store: Store, tmp_path: Path) -> None:
+    for position in range(3):
+        await settle(store, position, output_text=f"line\nbreak {position}")
+    path = tmp_path / "results.jsonl"
+    assert await write_jsonl(store, path) == 3
+    assert lines(path) == await rows(store)
+    assert path.read_bytes().endswith(b"}\n")
+
+
+async def test_a_store_without_results_makes_an_empty_file(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert await write_jsonl(store, path) == 0
+    assert path.read_bytes() == b""
+
+
+async def test_the_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text("the old results\n")
+    store = await Store.open(tmp_path / "results.sqlite")
+    await settle(store, 0)
+    reader = await Store.open_readonly(tmp_path / "results.sqlite")
+    await reader.aclose()
+    with pytest.raises((StoreError, ValueError)):
+        await write_jsonl(reader, path)
+    assert path.read_text() == "the old results\n"
+    await write_jsonl(store, path)
+    assert len(lines(path)) == 1
+    await store.aclose()
+    assert {each.name for each in tmp_path.iterdir()} <= {"results.jsonl", "results.sqlite", ".lock"}
+
+
+async def test_the_file_can_be_written_while_another_connection_writes(store: Store, tmp_path: Path) -> None:
+    rows_there = 1_500  # more than a chunk of the projection
+    for first in range(0, rows_there, 250):
+        await store.claim(
+            [Claim(position=n, content=content(n), metadata="{}") for n in range(first, first + 250)],
+            retry_failed=True,
+            scored=False,
+        )
+    for n in range(rows_there):
+        await store.save(n, Outcome(content=content(n), occurrence=0, settled_at=1.0))
+    await store.flush()
+    stopped = False
+
+    async def keep_writing() -> int:
+        n = rows_there
+        while not stopped:
+            await settle(store, n, output_text="later")
+            n += 1
+        return n - rows_there
+
+    writing = asyncio.create_task(keep_writing())
+    async with await Store.open_readonly(store.path) as reader:
+        written = [await write_jsonl(reader, tmp_path / f"{n}.jsonl") for n in range(3)]
+    stopped = True
+    assert await writing > 0
+    assert written == sorted(written)
+    assert written[0] >= rows_there
+    for n, count in enumerate(written):
+        assert [row["_index"] for row in lines(tmp_path / f"{n}.jsonl")] == list(range(count))
+
+
+def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    replace_file(path, b"{}")
+    replace_file(path, b'{"rows": 1}')
+    assert path.read_bytes() == b'{"rows": 1}'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def nested(depth: int) -> Any:
+    value: Any = "bottom"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ODD_VALUES: dict[str, Any] = {
+    "an integer beyond 64 bits": 2**80,
+    "a negative one": -(2**80),
+    "deep nesting": nested(400),
+    "half a surrogate pair": "x\ud83dy",
+    "a surrogate as a key": {"\udc00": 1},
+    "null": None,
+    "floats": [1e308, 5e-324],
+}
+
+
+@pytest.mark.parametrize("value", list(ODD_VALUES.values()), ids=list(ODD_VALUES))
+async def test_odd_values_in_a_rows_fields_survive_to_the_file(store: Store, tmp_path: Path, value: Any) -> None:
+    await settle(store, 0, metadata={"odd": value, "plain": 1})
+    await settle(store, 1)
+    path = tmp_path / "results.jsonl"
+    assert await write_jsonl(store, path) == 2
+    assert lines(path)[0]["metadata"] == {"odd": value, "plain": 1}
+
+
+@pytest.mark.parametrize("value", list(ODD_VALUES.values()), ids=list(ODD_VALUES))
+async def test_odd_values_in_an_answer_survive_to_the_file(store: Store, tmp_path: Path, value: Any) -> None:
+    details = {"output_parsed": value, "choices": [value], "tool_calls": [{"id": "1", "name": "f", "arguments": value}]}
+    await settle(store, 0, details=dump_json(details).decode())
+    path = tmp_path / "results.jsonl"
+    assert await write_jsonl(store, path) == 1
+    [row] = lines(path)
+    assert {name: row[name] for name in details} == details
+
+
+# The summary
+
+
+async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
+    summary = await summarize(store)
+    assert summary["elapsed_s"] == 0
+    assert summary == {
+        "rows": 0,
+        "succeeded": 0,
+        "failed": 0,
+        "tokens": {"prompt": 0, "completion": 0, "total": 0, "cached": 0, "reasoning": 0},
+        "cost_usd": 0.0,
+        "cost_usd_upper_bound": None,
+        "attempts_of_unknown_cost": 0,
+        "elapsed_s": 0,
+        "requests_per_s": None,
+        "tokens_per_s": None,
+        "latency_s": {"p50": None, "p95": None, "p99": None},
+        "queue_wait_s": {"p50": None, "p95": None, "p99": None},
+        "retries": 0,
+        "errors": {},
+        "scores": {},
+    }
+
+
+async def test_rows_are_counted_by_what_came_of_them(store: Store) -> None:
+    await settle(store, 0, retries=2)
+    await settle(store, 1)
+    await settle(store, 2, **failed("Timeout", retries=3))
+    await settle(store, 3, **failed("RowError"))
+    await settle(store, 4, **failed("RowError"))
+    await store.claim([Claim(position=5, content=content(5), metadata=None)], retry_failed=False, scored=False)
+    summary = await summarize(store)
+    assert (summary["rows"], summary["succeeded"], summary["failed"]) == (6, 2, 3)
+    assert summary["retries"] == 5
+    assert list(summary["errors"].items()) == [("RowError", 2), ("Timeout", 1)]
+
+
+async def test_tokens_add_up(store: Store) -> None:
+    await settle(store, 0, prompt_tokens=10, completion_tokens=5, total_tokens=15, cached_tokens=4)
+    await settle(store, 1, prompt_tokens=1, completion_tokens=2, total_tokens=3, reasoning_tokens=1)
+    await settle(store, 2)
+    assert (await summarize(store))["tokens"] == {
+        "prompt": 11,
+        "completion": 7,
+        "total": 18,
+        "cached": 4,
+        "reasoning": 1,
+    }
+
+
+async def test_latency_is_that_of_answered_requests_by_nearest_rank(store: Store) -> None:
+    for n in range(1, 102):
+        await settle(store, n - 1, service_time_s=float(n), queue_wait_s=n / 10)
+    await settle(store, 101, **failed(service_time_s=9_999.0, queue_wait_s=9_999.0))
+    summary = await summarize(store)
+    assert summary["latency_s"] == {"p50": 51.0, "p95": 96.0, "p99": 100.0}
+    assert summary["queue_wait_s"] == {"p50": 5.1, "p95": 9.6, "p99": 10.0}
+
+
+async def test_one_answer_is_every_quantile(store: Store) -> None:
+    await settle(store, 0, service_time_s=0.5)
+    assert (await summarize(store))["latency_s"] == {"p50": 0.5, "p95": 0.5, "p99": 0.5}
+
+
+async def test_rates_are_over_the_time_of_all_sessions(tmp_path: Path) -> None:
+    path = tmp_path / "results.sqlite"
+    for position in range(2):
+        async with await Store.open(path) as store:
+            await asyncio.sleep(0.03)
+            await settle(store, position, total_tokens=50)
+        await asyncio.sleep(0.1)
+    async with await Store.open_readonly(path) as store:
+        summary = await summarize(store)
+    assert 0.06 <= summary["elapsed_s"] < 0.2
+    assert summary["requests_per_s"] == pytest.approx(2 / summary["elapsed_s"])
+    assert summary["tokens_per_s"] == pytest.approx(100 / summary["elapsed_s"])
+
+
+# Money
+
+
+async def test_costs_of_answers_and_failed_attempts_add_up(store: Store) -> None:
+    await settle(store, 0, cost_usd=0.25)
+    await settle(store, 1, cost_usd=0.5)
+    await settle(store, 2, **failed("BadRequestError", cost_usd=0.0))
+    await store.note_attempt((content(0), 0), attempt(cost_usd=0.125))
+    summary = await summarize(store)
+    assert summary["cost_usd"] == summary["cost_usd_upper_bound"] == 0.875
+    assert summary["attempts_of_unknown_cost"] == 0
+
+
+async def test_what_an_attempt_of_unknown_cost_cost_is_bounded_by_the_dearest_answer(store: Store) -> None:
+    await settle(store, 0, cost_usd=0.25)
+    await settle(store, 1, cost_usd=0.5)
+    await settle(store, 2, **failed("Timeout", cost_usd=None))
+    await store.note_attempt((content(0), 0), attempt(cost_usd=None))
+    await store.note_lost([(content(1), 0)])
+    summary = await summarize(store)
+    assert summary["cost_usd"] == 0.75
+    assert summary["attempts_of_unknown_cost"] == 3
+    assert summary["cost_usd_upper_bound"] == 0.75 + 3 * 0.5
+
+
+async def test_without_a_price_the_cost_is_unknown_and_not_nothing(store: Store) -> None:
+    await settle(store, 0, total_tokens=5)
+    await settle(store, 1, **failed("BadRequestError", cost_usd=0.0))
+    summary = await summarize(store)
+    assert (summary["cost_usd"], summary["cost_usd_upper_bound"]) == (None, None)
+
+
+async def test_a_run_that_only_failed_for_free_cost_nothing(store: Store) -> None:
+    await settle(store, 0, **failed("BadRequestError", cost_usd=0.0))
+    assert (await summarize(store))["cost_usd"] == 0.0
+
+
+def attempt(*, cost_usd: float | None) -> Attempt:
+    return Attempt(
+        number=1,
+        deployment="east",
+        started_at=1.0,
+        service_time_s=0.5,
+        error="Timeout",
+        message="slow",
+        status=None,
+        cost_usd=cost_usd,
+    )
+
+
+async def test_answers_of_rows_that_left_the_dataset_do_not_count(store: Store) -> None:
+    await settle(store, 0, output_text="kept", cost_usd=0.5, scores={"exact": 1})
+    await settle(store, 1, output_text="gone", cost_usd=0.5, scores={"exact": 0})
+    await store.truncate(1)
+    summary = await summarize(store)
+    assert (summary["rows"], summary["succeeded"]) == (1, 1)
+    assert summary["scores"] == {"exact": {"mean": 1.0, "n": 1}}
+    assert [row["output_text"] for row in await rows(store)] == ["kept"]
+
+
+# Scores
+
+
+async def test_scores_are_averaged_by_scorer_over_the_rows_that_have_them(store: Store) -> None:
+    await settle(store, 0, scores={"exact": 1, "words": 10})
+    await settle(store, 1, scores={"exact": 0})
+    await settle(store, 2, scores={"exact": True, "words": None})
+    await settle(store, 3)
+    await settle(store, 4, **failed())
+    assert (await summarize(store))["scores"] == {
+        "exact": {"mean": pytest.approx(2 / 3), "n": 3},
+        "words": {"mean": 10.0, "n": 1},
+    }
+
+
+async def test_a_summary_is_json(store: Store) -> None:
+    await settle(store, 0, scores={"exact": 1}, service_time_s=0.5, cost_usd=0.1)
+    assert json.loads(orjson.dumps(await summarize(store)))["rows"] == 1
