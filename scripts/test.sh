@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 "$python" -m ruff check
 "$python" -m ruff format --check
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 "$@"

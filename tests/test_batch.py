@@ -396,6 +396,39 @@ async def test_a_single_user_of_the_window_is_served_while_a_batch_runs() -> Non
 
 
 @virtual_time
+async def test_a_batch_makes_progress_among_single_users_that_never_stop_coming() -> None:
+    window = Window(1)
+
+    async def keep_coming() -> None:
+        while True:
+            async with window:
+                await asyncio.sleep(1)
+
+    guests = [asyncio.create_task(keep_coming()) for _ in range(3)]
+    await asyncio.sleep(0.5)
+    work = Work(1.0)
+    await run_batch(chunked(range(5), 2), work, window=window)
+    assert now() == pytest.approx(20.0)
+    for guest in guests:
+        guest.cancel()
+    await asyncio.wait(guests)
+    assert window.active == 0
+
+
+@virtual_time
+async def test_a_batch_takes_no_more_slots_than_it_has_items() -> None:
+    window = Window(8)
+    seen: list[int] = []
+
+    async def look(item: int) -> None:
+        seen.append(window.active)
+        await asyncio.sleep(1)
+
+    await run_batch(chunked(range(6), 3), look, window=window)
+    assert seen == [3, 3, 3, 6, 6, 6]
+
+
+@virtual_time
 async def test_a_single_user_is_served_while_a_batch_waits_for_its_source() -> None:
     window = Window(4)
     batch = asyncio.create_task(run_batch(Source(range(4), size=2, delay_s=100.0)(), Work(1.0), window=window))

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from harness import SOURCES, Asked, Command, get, read_rows, read_summary, refusal, serving, shout
-from runner.cli import friendly, main
+from runner.arguments import friendly
+from runner.cli import main
 from runner.config import RunnerConfig, SimulatorConfig
 from runner.experiment import GRACE_S
 from runner.progress import sweep_table

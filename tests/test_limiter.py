@@ -519,6 +519,26 @@ async def test_a_settlement_a_minute_later_does_not_let_the_limit_be_passed() ->
     assert len(granted) * 10 <= 1_000
 
 
+@virtual_time
+async def test_what_comes_back_after_its_window_is_too_late_to_be_used() -> None:
+    limiter = RateLimiter(tokens_per_minute=1_000, max_token_burst=1_000)
+    handle = await limiter.acquire(500)
+    await asyncio.sleep(MINUTE + 1)
+    await limiter.acquire(1_000)
+    handle.settle(used())
+    assert await waits(limiter, 500) >= MINUTE - 1
+
+
+@virtual_time
+async def test_what_comes_back_from_long_requests_does_not_add_up_to_a_burst() -> None:
+    limiter = RateLimiter(tokens_per_minute=1_000)
+    handles = [await limiter.acquire(100) for _ in range(5)]
+    await asyncio.sleep(5 * MINUTE)
+    for handle in handles:
+        handle.settle(used())
+    assert len(await grants_within(limiter, 0.05, 10)) == 2
+
+
 # A pause
 
 

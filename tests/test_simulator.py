@@ -28,19 +28,14 @@ import pytest
 
 from runner.config import FaultsConfig, SimulatorConfig
 from runner.errors import ConfigError
-from runner.simulator import (
-    SETTINGS,
-    AnswerKey,
-    Pace,
-    Simulator,
-    SlidingMinute,
-    Slots,
-    document_for,
-    duration_text,
-    filler,
-    main,
-    tokens_in,
-)
+from runner.simulator import Simulator
+from runner.simulator.__main__ import main
+from runner.simulator.document import document_for
+from runner.simulator.model import AnswerKey
+from runner.simulator.quota import SlidingMinute, duration_text
+from runner.simulator.service import Pace, Slots
+from runner.simulator.settings import SETTINGS
+from runner.simulator.text import filler, tokens_in
 
 CHAT = "/v1/chat/completions"
 

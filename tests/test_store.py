@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import StoreError
-from runner.store import SCHEMA_VERSION, Claim, Known, Outcome, Store
+from runner.store import Claim, Known, Outcome, Store
 from runner.types import Attempt
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
@@ -472,6 +472,25 @@ async def test_a_claim_that_is_cancelled_leaves_the_store_in_order(path: Path) -
         assert await store.meta() == {"n": "39"}
 
 
+async def test_a_claim_that_is_cancelled_moves_all_failures_to_the_ledger_or_none(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, *range(50))
+        for n in range(50):
+            await store.save(n, failure(n))
+        await store.flush()
+        for n in range(60):
+            claiming = asyncio.create_task(claim(store, *range(50)))
+            for _ in range(n % 15):
+                await asyncio.sleep(0.0001 * (n // 15))
+            claiming.cancel()
+            await asyncio.wait([claiming])
+            await store.put_meta({"n": str(n)})
+            moved, left = len(await attempts(store)), len(await answers(store))
+            assert (moved, left) in ((0, 50), (50, 0))
+            if moved:
+                break
+
+
 async def test_a_note_that_is_cancelled_leaves_the_store_in_order(path: Path) -> None:
     async with await Store.open(path) as store:
         for n in range(40):
@@ -573,11 +592,12 @@ async def test_a_foreign_database_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
-async def test_another_versions_database_is_refused_and_left_alone(path: Path, version: int) -> None:
+@pytest.mark.parametrize("newer", [-1, 1])
+async def test_another_versions_database_is_refused_and_left_alone(path: Path, newer: int) -> None:
     async with await Store.open(path) as store:
         await store.put_meta({"kept": "yes"})
     other = sqlite3.connect(path)
+    version = other.execute("PRAGMA user_version").fetchone()[0] + newer
     other.execute(f"PRAGMA user_version = {version}")
     other.close()
     before = path.read_bytes()
@@ -806,6 +826,27 @@ async def test_what_was_reported_survives_a_kill_and_what_was_in_flight_is_enter
     assert lost_before
 
 
+async def test_a_kill_before_anything_was_taken_up_loses_nothing_more(path: Path, tmp_path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+        first = as_killed(path, tmp_path / "first")
+    async with await Store.open(first) as store:
+        assert await attempts(store) == [("a", 0, "Lost"), ("b", 0, "Lost")]
+        second = as_killed(first, tmp_path / "second")
+    async with await Store.open(second) as store:
+        assert len(await attempts(store)) == 2
+        await claim(store, "a")
+        third = as_killed(second, tmp_path / "third")
+    async with await Store.open(third) as store:
+        assert await attempts(store) == [("a", 0, "Lost"), ("b", 0, "Lost"), ("a", 0, "Lost")]
+
+
+def as_killed(path: Path, folder: Path) -> Path:
+    """A copy of a store in use: the files are as they would be if its process were killed now."""
+    shutil.copytree(path.parent, folder, ignore=shutil.ignore_patterns(".lock", "*-shm"))
+    return folder / path.name
+
+
 async def test_a_run_that_ended_in_order_lost_nothing(path: Path) -> None:
     async with await Store.open(path) as store:
         await claim(store, "a", "b")
@@ -944,11 +985,9 @@ async def play(sessions: list[Session], folder: Path) -> None:
             model.rows = {position: (*row[:3], None) for position, row in model.rows.items()}
         await run_session(store, model, session, number)
         await compare(store, model)
-        if session.crashes:  # the files as they are now are those that a killed process leaves
-            crashed = folder / str(number + 1)
-            shutil.copytree(path.parent, crashed, ignore=shutil.ignore_patterns(".lock", "*-shm"))
+        if session.crashes:
             model.crash(number)
-            path = crashed / path.name
+            path = as_killed(path, folder / str(number + 1))
         await store.aclose()
 
 

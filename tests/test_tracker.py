@@ -17,7 +17,7 @@ import orjson
 import pytest
 
 from runner.config import TrackerConfig, TrackerKind, TrackerMode
-from runner.tracker import PENDING_POINTS, TABLE_TEXT, Outcome, Tracker, open_tracker, redact
+from runner.tracker import PENDING_POINTS, TABLE_TEXT, Ending, Tracker, open_tracker, redact
 from wandb_offline import OfflineRun, read_offline_run
 
 CANARY = "sk-canary-5f1d0c9ab7e2"
@@ -189,7 +189,7 @@ async def test_the_summary_is_the_last_line(folder: Path) -> None:
     tracker = track(folder, kind=TrackerKind.none)
     tracker.log({"ts/elapsed_s": 1.0})
 
-    await tracker.finish(Outcome(summary=SUMMARY, exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY, exit_code=0))
 
     assert lines(folder) == [{"ts/elapsed_s": 1.0}, {"summary": SUMMARY}]
 
@@ -217,7 +217,7 @@ async def test_a_file_that_cannot_be_written_is_told_once_and_harms_nothing(
 
     tracker.log({"ts/elapsed_s": 1.0})
     tracker.log({"ts/elapsed_s": 2.0})
-    await tracker.finish(Outcome(summary=SUMMARY, exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY, exit_code=0))
 
     assert len(caplog.records) == 1
     assert "metrics.jsonl cannot be written" in caplog.text
@@ -230,11 +230,11 @@ def test_wandb_is_not_even_imported_where_it_is_not_wanted(folder: Path, environ
 import asyncio, sys
 from pathlib import Path
 from runner.config import TrackerConfig, TrackerKind
-from runner.tracker import Outcome, open_tracker
+from runner.tracker import Ending, open_tracker
 config = TrackerConfig(kind=TrackerKind.{kind})
 tracker = open_tracker(config, folder=Path(sys.argv[1]), name="n", run_id="i", settings={{}})
 tracker.log({{"ts/elapsed_s": 1.0}})
-asyncio.run(tracker.finish(Outcome(summary={{}}, exit_code=0)))
+asyncio.run(tracker.finish(Ending(summary={{}}, exit_code=0)))
 assert "wandb" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env={**os.environ, **environment})
@@ -258,7 +258,7 @@ async def test_an_offline_run_holds_everything_that_was_tracked(folder: Path) ->
     for second in range(3):
         tracker.log({"ts/elapsed_s": float(second), "done": second * 2})
 
-    await tracker.finish(Outcome(summary=SUMMARY, samples=[ROW, FAILED_ROW], artifacts=[results], exit_code=3))
+    await tracker.finish(Ending(summary=SUMMARY, samples=[ROW, FAILED_ROW], artifacts=[results], exit_code=3))
 
     (run,) = offline_runs(folder)
     assert (run.id, run.name, run.project, run.group, run.tags) == (
@@ -280,7 +280,7 @@ async def test_an_offline_run_holds_everything_that_was_tracked(folder: Path) ->
 async def test_the_summary_has_the_keys_that_wandb_users_look_for(folder: Path) -> None:
     tracker = track(folder)
 
-    await tracker.finish(Outcome(summary=SUMMARY, exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY, exit_code=0))
 
     (run,) = offline_runs(folder)
     assert {key: value for key, value in run.summary.items() if not key.startswith("_")} == {
@@ -315,7 +315,7 @@ async def test_the_sample_table_shows_rows_with_their_texts_cut(folder: Path) ->
     long = ROW | {"_index": 2, "output_text": "x" * (TABLE_TEXT + 1), "metadata": orjson.Fragment('{"id": 9}')}
     tracker = track(folder)
 
-    await tracker.finish(Outcome(summary=SUMMARY, samples=[ROW, FAILED_ROW, long], exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY, samples=[ROW, FAILED_ROW, long], exit_code=0))
 
     (run,) = offline_runs(folder)
     table = run.tables["samples"]
@@ -348,7 +348,7 @@ async def test_two_runs_in_one_process_stay_apart(tmp_path: Path) -> None:
         folder.mkdir()
         tracker = track(folder, run_id=name, settings={"cell": name})
         tracker.log({"ts/elapsed_s": 1.0, f"ts/{name}": 1})
-        await tracker.finish(Outcome(summary={"rows": 1}, samples=[ROW], exit_code=0))
+        await tracker.finish(Ending(summary={"rows": 1}, samples=[ROW], exit_code=0))
 
     for name, other in (("first", "second"), ("second", "first")):
         (run,) = offline_runs(tmp_path / name)
@@ -362,7 +362,7 @@ async def test_two_runs_in_one_process_stay_apart(tmp_path: Path) -> None:
 
 async def test_a_resumed_run_keeps_its_identity(folder: Path) -> None:
     for _ in range(2):
-        await track(folder, run_id="cell:1/rate#2").finish(Outcome(summary={}, exit_code=0))
+        await track(folder, run_id="cell:1/rate#2").finish(Ending(summary={}, exit_code=0))
 
     assert [run.id for run in offline_runs(folder)] == ["cell-1-rate-2", "cell-1-rate-2"]
 
@@ -375,7 +375,7 @@ async def test_environment_and_home_are_left_as_they_were(
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/gone")
     before = dict(os.environ)
 
-    await track(folder).finish(Outcome(summary=SUMMARY, samples=[ROW], exit_code=0))
+    await track(folder).finish(Ending(summary=SUMMARY, samples=[ROW], exit_code=0))
 
     assert len(offline_runs(folder)) == 1
     assert dict(os.environ) == before
@@ -388,14 +388,14 @@ def test_wandb_prints_nothing_takes_no_output_and_lets_the_process_exit(tmp_path
 import asyncio, sys, time
 from pathlib import Path
 from runner.config import TrackerConfig
-from runner.tracker import Outcome, open_tracker
+from runner.tracker import Ending, open_tracker
 tracker = open_tracker(TrackerConfig(), folder=Path(sys.argv[1]), name="n", run_id="i", settings={})
 while not list(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
     time.sleep(0.02)
 for _ in range(20):
     time.sleep(0.02)
     print(sys.argv[3])
-asyncio.run(tracker.finish(Outcome(summary={"rows": 1}, exit_code=0)))
+asyncio.run(tracker.finish(Ending(summary={"rows": 1}, exit_code=0)))
 Path(sys.argv[1], "finished").write_text(str(time.time()))
 """)
     done = subprocess.run(
@@ -438,7 +438,7 @@ async def test_a_wandb_that_does_not_start_costs_one_warning(
     tracker = track(folder)
     tracker.log({"ts/elapsed_s": 1.0})
 
-    await tracker.finish(Outcome(summary=SUMMARY, exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY, exit_code=0))
 
     assert [record.getMessage() for record in caplog.records] == [
         "W&B does not track this run, metrics.jsonl does: RuntimeError: no disk"
@@ -451,7 +451,7 @@ async def test_a_wandb_that_is_not_installed_costs_one_warning(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
 
-    await track(folder, mode=TrackerMode.offline).finish(Outcome(summary=SUMMARY, exit_code=0))
+    await track(folder, mode=TrackerMode.offline).finish(Ending(summary=SUMMARY, exit_code=0))
 
     assert len(caplog.records) == 1
     assert "W&B does not track this run" in caplog.text
@@ -468,7 +468,7 @@ async def test_a_run_that_cannot_begin_online_is_kept_offline(
     tracker = track(folder)
     tracker.log({"ts/elapsed_s": 1.0})
 
-    await tracker.finish(Outcome(summary={"rows": 1}, exit_code=0))
+    await tracker.finish(Ending(summary={"rows": 1}, exit_code=0))
 
     assert wandb.order == ["online", "teardown", "offline", "teardown"]
     assert wandb.runs[0].logged == [{"ts/elapsed_s": 1.0}]
@@ -491,7 +491,7 @@ async def test_a_real_server_that_refuses_leaves_a_whole_offline_run(
     async with server:
         tracker = track(folder)
         tracker.log({"ts/elapsed_s": 1.0})
-        await tracker.finish(Outcome(summary={"rows": 1}, exit_code=0))
+        await tracker.finish(Ending(summary={"rows": 1}, exit_code=0))
 
     (run,) = offline_runs(folder)
     assert [point["ts/elapsed_s"] for point in run.history] == [1.0]
@@ -509,7 +509,7 @@ async def test_a_hanging_wandb_neither_blocks_a_point_nor_the_end(
     began = time.perf_counter()
     for second in range(1_000):
         tracker.log({"ts/elapsed_s": second})
-    await tracker.finish(Outcome(summary=SUMMARY, exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY, exit_code=0))
 
     assert time.perf_counter() - began < 2
     assert len(lines(folder)) == 1_001
@@ -524,12 +524,12 @@ import asyncio, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 from runner.config import TrackerConfig, TrackerMode
-from runner.tracker import Outcome, open_tracker
+from runner.tracker import Ending, open_tracker
 hang = lambda **_: threading.Event().wait()
 sys.modules["wandb"] = SimpleNamespace(init=hang, teardown=hang)
 config = TrackerConfig(mode=TrackerMode.offline, finish_timeout_s=0.05)
 tracker = open_tracker(config, folder=Path(sys.argv[1]), name="n", run_id="i", settings={})
-asyncio.run(tracker.finish(Outcome(summary={}, exit_code=0)))
+asyncio.run(tracker.finish(Ending(summary={}, exit_code=0)))
 """
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=20)
 
@@ -545,7 +545,7 @@ async def test_a_wandb_left_behind_says_no_more(
         raise RuntimeError("service is gone")
 
     fake(init=hang_and_fail)
-    await track(folder, mode=TrackerMode.offline, finish_timeout_s=0.01).finish(Outcome(summary=SUMMARY, exit_code=0))
+    await track(folder, mode=TrackerMode.offline, finish_timeout_s=0.01).finish(Ending(summary=SUMMARY, exit_code=0))
     gate.set()
     ended.wait(5)
 
@@ -561,7 +561,7 @@ async def test_the_oldest_points_are_dropped_where_too_many_wait(
         tracker.log({"ts/elapsed_s": second})
     gate.set()
 
-    await tracker.finish(Outcome(summary={}, exit_code=0))
+    await tracker.finish(Ending(summary={}, exit_code=0))
 
     assert [point["ts/elapsed_s"] for point in wandb.runs[0].logged] == list(range(5, PENDING_POINTS + 5))
 
@@ -581,7 +581,7 @@ async def test_what_wandb_refuses_does_not_take_the_rest_along(
     tracker.log({"ts/elapsed_s": 1.0})
     tracker.log({"ts/elapsed_s": 2.0})
 
-    await tracker.finish(Outcome(summary={"rows": 1}, samples=[ROW], exit_code=3))
+    await tracker.finish(Ending(summary={"rows": 1}, samples=[ROW], exit_code=3))
 
     assert wandb.runs[0].summary == {"rows": 1}
     assert wandb.runs[0].exit_code == 3
@@ -594,7 +594,7 @@ async def test_what_wandb_refuses_does_not_take_the_rest_along(
 async def test_all_calls_come_from_one_thread(folder: Path, fake: Callable[..., FakeWandb]) -> None:
     wandb = fake()
 
-    await track(folder).finish(Outcome(summary={}, exit_code=0))
+    await track(folder).finish(Ending(summary={}, exit_code=0))
 
     assert wandb.threads == {"runner-wandb"}
 
@@ -631,7 +631,7 @@ async def test_the_mode_follows_configuration_variable_and_key(
         monkeypatch.setenv("WANDB_MODE", variable)
     wandb = fake(has_key=has_key)
 
-    await track(folder, mode=TrackerMode(configured)).finish(Outcome(summary={}, exit_code=0))
+    await track(folder, mode=TrackerMode(configured)).finish(Ending(summary={}, exit_code=0))
 
     assert [call["mode"] for call in wandb.calls] == [mode]
 
@@ -641,7 +641,7 @@ async def test_an_unknown_wandb_mode_is_ignored_with_a_warning(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "bogus")
 
-    await track(folder).finish(Outcome(summary={}, exit_code=0))
+    await track(folder).finish(Ending(summary={}, exit_code=0))
 
     assert "WANDB_MODE=bogus is ignored" in caplog.text
     assert len(offline_runs(folder)) == 1
@@ -652,7 +652,7 @@ async def test_online_without_a_key_says_what_is_missing(
 ) -> None:
     fake(has_key=False)
 
-    await track(folder, mode=TrackerMode.online).finish(Outcome(summary={}, exit_code=0))
+    await track(folder, mode=TrackerMode.online).finish(Ending(summary={}, exit_code=0))
 
     assert "set WANDB_API_KEY" in caplog.text
 
@@ -697,7 +697,7 @@ async def test_a_canary_key_is_in_no_byte_below_the_run_folder(folder: Path, mon
     )
     tracker.log({"ts/elapsed_s": 1.0})
 
-    await tracker.finish(Outcome(summary=SUMMARY | {"errors": {echo: 1}, "note": echo}, samples=[row], exit_code=0))
+    await tracker.finish(Ending(summary=SUMMARY | {"errors": {echo: 1}, "note": echo}, samples=[row], exit_code=0))
 
     (run,) = offline_runs(folder)
     assert run.tables["samples"]["data"][0][2] == "Incorrect API key provided: *** or ***."

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import gc
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +21,17 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import Mark, MarkedYAMLError, YAMLError
+from yaml import YAMLError
 
 from runner import config as schema
+from runner.arguments import friendly
+from runner.complaints import explain
 from runner.config import DatasetKind, RunnerConfig
 from runner.errors import ConfigError, RunnerError, StoreError
 from runner.progress import printable, summary_table, sweep_table, write
@@ -40,12 +39,6 @@ from runner.progress import printable, summary_table, sweep_table, write
 BAD_CONFIG = 2
 CELLS_FAILED = 1
 BUG = 70  # EX_SOFTWARE
-
-_OPEN_MAPPINGS = ("request", "deployments", "scorers")
-"""Groups whose keys the user makes up."""
-
-_TEXTS = ("prompt", "system")
-"""Keys that hold prose, which Hydra would otherwise parse."""
 
 _CELLS = "RUNNER_CELLS"
 """Environment variable: the file in which cells note how they ended, whichever process they run in."""
@@ -73,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             task()
         except (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OSError, ValueError) as error:
-            exit_code = _complain(_explain(error))
+            exit_code = _complain(explain(error))
         except KeyboardInterrupt:
             exit_code = 130
         cells = [json.loads(line) for line in notes]
@@ -130,32 +123,9 @@ def typed(composed: DictConfig) -> RunnerConfig:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(RunnerConfig, content))
     except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
     assert isinstance(config, RunnerConfig)
     return config
-
-
-def friendly(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments as Hydra wants them, so that nobody has to know its grammar.
-
-    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes.
-    """
-    multirun = "-m" in arguments or "--multirun" in arguments
-    parser = OverridesParser.create()
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument.startswith("-") or not equals:
-            yield argument
-            continue
-        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
-            key = f"++{key}"
-        elif key == "experiment":
-            key = "+experiment"
-        if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
-            value = _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
-        elif not _parses(parser, f"{key}={value}"):
-            value = _quoted(value)
-        yield f"{key}={value}"
 
 
 def conf_folder() -> Path:
@@ -291,81 +261,6 @@ def _conclude_sweep(cells: Sequence[Mapping[str, Any]], exit_code: int) -> int:
     if interrupted := {code for code in exit_codes if code > 128}:
         return max(interrupted)
     return CELLS_FAILED if exit_codes - {0, 3} else 0
-
-
-def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
-    """Whether a text is to be taken as it stands. Hydra's own are quoted ones, ``null``, and what a multirun sweeps.
-
-    A comma in a multirun separates two texts, unless a space follows it.
-    """
-    try:
-        override = parser.parse_override(f"text={value}")
-    except HydraException:
-        return True
-    quoted = value[:1] in ("'", '"')
-    if override.is_sweep_override():
-        plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not quoted
-        return not multirun or (plain and ", " in value)
-    return not quoted and value != "null"
-
-
-def _parses(parser: OverridesParser, argument: str) -> bool:
-    try:
-        parser.parse_override(argument)
-    except HydraException:
-        return False
-    return True
-
-
-def _quoted(value: str) -> str:
-    """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"'{escaped}'"
-
-
-def _explain(error: BaseException) -> str:
-    """One message for whatever composing the configuration raised."""
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    for cause in causes:
-        match cause:
-            case RunnerError():
-                return str(cause)
-            case OverrideParseException(override=argument) if "=" not in argument:
-                return f"{argument!r}: write key=value. `python -m runner --help` lists the keys."
-            case MarkedYAMLError(problem_mark=Mark() as mark):
-                return f"{mark.name}:{mark.line + 1}: {cause.problem}"
-            case OSError(filename=str() as path):
-                return f"{path}: {cause.strerror}. Runs go to runs_dir/name/: can they be written there?"
-    text = "\n".join(map(str, causes))
-    place = re.match(r"In '(\w+/\w+)'", text)
-    where = f"{place[1]}.yaml: " if place else ""
-    for pattern, explain in _EXPLANATIONS:
-        if found := re.search(pattern, text):
-            return where + explain(found)
-    telling = (cause for cause in causes if "full_key" in str(cause))
-    message = str(next(telling, causes[-1]))
-    lines = (line.strip() for line in message.splitlines() if not re.search("object_type|reference_type", line))
-    return where + re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines)).strip()
-
-
-def _unknown_option(found: re.Match[str]) -> str:
-    """``dataset=jsnl``: a group's option that does not exist."""
-    group, _, option = found[1].rpartition("/")
-    options = found[2].split()
-    near = difflib.get_close_matches(option, options, n=1)
-    prefix = "+" if group == "experiment" else ""
-    hint = f" Did you mean {prefix}{group}={near[0]}?" if near else ""
-    return f"{prefix}{group}={option}: choose one of {', '.join(options)}.{hint}"
-
-
-_EXPLANATIONS = (
-    (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: schema.unknown_key_message(found[1])),
-    (r"Key '[^']+' not in '\w+'\s+full_key: (\S+)", lambda found: schema.unknown_key_message(found[1])),
-    (r"Could not find '([^']+)'\s+Available options in '[^']+':((?:\n\t\S+)*)", _unknown_option),
-)
-"""What to say for a pattern in Hydra's or OmegaConf's words."""
 
 
 def _complain(message: str) -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,15 +32,16 @@ from runner.errors import (
 )
 from runner.identity import dump_json
 from runner.metrics import Meter, Snapshot
+from runner.outcomes import count, failure, success
 from runner.progress import Progress, open_progress
 from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.retry import failed_attempt
+from runner.signals import handled_signals
 from runner.stack import open_stack
-from runner.store import Claim, Outcome, Store
-from runner.tracker import Outcome as Ending
-from runner.tracker import Tracker, open_tracker
+from runner.store import Claim, Store
+from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import DIRECT, check_addresses
-from runner.types import Client, Generation, Response, TokenUsage, Trace
+from runner.types import Client, Response, Trace
 from runner.workload import Item, Workload, claimed_chunk_size
 
 FINISHED, SOME_FAILED, STOPPED = 0, 3, 4
@@ -90,7 +89,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     window = Window(config.limits.concurrency)
     client = _open_client(config, window)
     meter = Meter()
-    store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: _count(meter, outcomes))
+    store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
     async with _closing(client, store):
         await _prepare(store, config, workload)
         run = Run(config, workload, client=client, store=store, meter=meter, window=window)
@@ -157,7 +156,7 @@ class Run:
     async def until_done(self) -> None:
         """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
         batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
-        with _signals(lambda signum: self._interrupt(signum, batch)):
+        with handled_signals(lambda signum: self._interrupt(signum, batch)):
             try:
                 await batch
             except asyncio.CancelledError:
@@ -287,55 +286,6 @@ _SETTLED = """
 """
 
 
-def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
-    """The stored form of an answered request."""
-    now = time.perf_counter()
-    usage = response.usage
-    output = response.output
-    assert isinstance(output, Generation)
-    return Outcome(
-        content=key[0],
-        occurrence=key[1],
-        settled_at=time.time(),
-        output_text=output.text,
-        details=_details(output),
-        finish_reason=output.finish_reason,
-        request_id=response.request_id,
-        model_id=response.model_id,
-        prompt_tokens=usage.prompt_tokens if usage else None,
-        completion_tokens=usage.completion_tokens if usage else None,
-        total_tokens=usage.total_tokens if usage else None,
-        reasoning_tokens=usage.reasoning_tokens if usage else None,
-        cached_tokens=usage.cached_tokens if usage else None,
-        deployment=trace.deployment,
-        retries=trace.retries,
-        queue_wait_s=trace.queue_wait_s,
-        service_time_s=trace.service_time_s,
-        end_to_end_s=now - trace.started,
-        ttft_s=trace.ttft_s,
-        cost_usd=trace.price.cost_usd(usage) if trace.price and usage else None,
-    )
-
-
-def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
-    """The stored form of a row that failed."""
-    row = error.as_row()
-    return Outcome(
-        content=key[0],
-        occurrence=key[1],
-        settled_at=time.time(),
-        error_type=row["type"],
-        error_message=row["message"],
-        error_status=row["status"],
-        deployment=trace.deployment or None,
-        retries=trace.retries,
-        queue_wait_s=trace.queue_wait_s,
-        service_time_s=trace.service_time_s,
-        end_to_end_s=time.perf_counter() - trace.started,
-        cost_usd=None if isinstance(error, RequestError) and error.billing == "unknown" else 0.0,
-    )
-
-
 def _open_client(config: RunnerConfig, window: Window) -> Client:
     return open_stack(
         replicas(config),
@@ -426,42 +376,6 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     return Report(exit_code=exit_code, summary=summary, message=str(reason) if reason else None)
 
 
-def _count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
-    """Count what has just become durable."""
-    for outcome in outcomes:
-        if outcome.error_type is not None:
-            meter.failed(outcome.error_type, retries=outcome.retries)
-            continue
-        usage = None
-        if outcome.total_tokens is not None:
-            usage = TokenUsage(
-                prompt_tokens=outcome.prompt_tokens or 0,
-                completion_tokens=outcome.completion_tokens or 0,
-                total_tokens=outcome.total_tokens,
-                reasoning_tokens=outcome.reasoning_tokens,
-                cached_tokens=outcome.cached_tokens,
-            )
-        meter.answered(
-            usage,
-            cost_usd=outcome.cost_usd,
-            latency_s=outcome.service_time_s,
-            queue_wait_s=outcome.queue_wait_s,
-            retries=outcome.retries,
-        )
-
-
-def _details(output: Generation) -> str | None:
-    """What few answers have, as JSON; None where this one has none of it."""
-    details: dict[str, Any] = {}
-    if output.reasoning:
-        details["reasoning"] = output.reasoning
-    if output.tool_calls:
-        details["tool_calls"] = [asdict(call) for call in output.tool_calls]
-    if output.choices:
-        details["choices"] = output.choices
-    return dump_json(details).decode() if details else None
-
-
 @asynccontextmanager
 async def _closing(client: Client, store: Store) -> AsyncIterator[None]:
     try:
@@ -476,20 +390,3 @@ def _is_cancelled() -> bool:
     """Whether somebody cancelled this task itself, and not only what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-@contextmanager
-def _signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM handled on the event loop; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for signum in signals:
-        loop.add_signal_handler(signum, handle, signum)
-    try:
-        yield
-    finally:
-        for signum in signals:
-            loop.remove_signal_handler(signum)

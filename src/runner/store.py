@@ -8,14 +8,11 @@ what is not was in flight.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from importlib import resources
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +20,9 @@ from typing import IO, Any
 
 import aiosqlite
 
+from runner.database import connect, lock_folder, translated
 from runner.errors import StoreError
 from runner.types import Attempt
-
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
 
 _GROUP_SIZE = 1024
 """Outcomes that may wait for their commit before savers have to wait too."""
@@ -37,9 +32,6 @@ _GROUP_DELAY_S = 0.01
 
 _BLOCK = 64
 """Rows in one INSERT."""
-
-_HEADER_SIZE = 100
-"""Bytes that every SQLite file begins with, at least."""
 
 _CHUNK = 1000
 """Rows read at a time when the store is projected."""
@@ -121,16 +113,16 @@ class Store:
         Raises:
             StoreError: Not ours, of another version, damaged, unwritable, or in use by another process.
         """
-        lock = _lock(path)
+        lock = lock_folder(path)
         try:
-            database = await _connect(path)
+            database = await connect(path)
         except BaseException:
             lock.close()
             raise
         store = cls(database, path, lock)
         store._on_commit = on_commit
         try:
-            async with _translated(path):
+            async with translated(path):
                 await store._begin_session()
         except BaseException:
             await store.aclose()
@@ -147,7 +139,7 @@ class Store:
         """
         if not path.is_file():
             raise StoreError(f"{path}: no such file")
-        return cls(await _connect(path, readonly=True), path, None)
+        return cls(await connect(path, readonly=True), path, None)
 
     async def __aenter__(self) -> Store:
         return self
@@ -163,7 +155,7 @@ class Store:
             if self._writer is not None:
                 self._writer.cancel()
                 await asyncio.wait([self._writer])
-                async with _translated(self.path):
+                async with translated(self.path):
                     await self._commit_pending()
                     await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (time.time(), self._session))
         finally:
@@ -265,13 +257,13 @@ class Store:
 
     async def flush(self) -> None:
         """Commit what is pending."""
-        async with _translated(self.path):
+        async with translated(self.path):
             await self._commit_pending()
 
     # Facts about the run
 
     async def meta(self) -> dict[str, str]:
-        async with _translated(self.path), self._database.execute("SELECT name, value FROM meta") as cursor:
+        async with translated(self.path), self._database.execute("SELECT name, value FROM meta") as cursor:
             return {row["name"]: row["value"] async for row in cursor}
 
     async def put_meta(self, facts: Mapping[str, str]) -> None:
@@ -283,7 +275,7 @@ class Store:
 
     async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
-        async with _translated(self.path), self._database.execute(sql, parameters) as cursor:
+        async with translated(self.path), self._database.execute(sql, parameters) as cursor:
             while rows := await cursor.fetchmany(_CHUNK):
                 for row in rows:
                     yield row
@@ -293,7 +285,7 @@ class Store:
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[None]:
         """All or nothing, one at a time."""
-        async with self._transacting, _translated(self.path):
+        async with self._transacting, translated(self.path):
             try:
                 yield  # the first write begins the transaction
                 if self._database.in_transaction:
@@ -331,7 +323,7 @@ class Store:
             await self._wake.wait()
             await asyncio.sleep(_GROUP_DELAY_S)
             try:
-                async with _translated(self.path):
+                async with translated(self.path):
                     await self._commit_pending()
             except Exception as failure:
                 self._failure = failure
@@ -477,87 +469,3 @@ def _encodable(value: Any) -> Any:
 
 def _marks(values: Sequence[Any]) -> str:
     return ", ".join("?" * len(values))
-
-
-def _lock(path: Path) -> IO[str]:
-    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path.parent}: cannot write there ({error.strerror}); choose another runs_dir") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise StoreError(
-            f"{path.parent} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
-            " or give this run another name=…"
-        ) from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()}")
-    file.flush()
-    return file
-
-
-async def _connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connection:
-    """Open the file, check that it is ours, and lay the schema where it is new."""
-    async with _translated(path):
-        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        database = await aiosqlite.connect(uri, uri=True, isolation_level="IMMEDIATE")
-        try:
-            database.row_factory = sqlite3.Row
-            await _check_or_create(database, path, readonly=readonly)
-        except BaseException:
-            await database.close()
-            raise
-        return database
-
-
-async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
-    if 0 < path.stat().st_size < _HEADER_SIZE:  # SQLite would take it for an empty database
-        raise StoreError(f"{path} is no database: move it away to start anew")
-    application = await _number(database, "PRAGMA application_id")
-    version = await _number(database, "PRAGMA user_version")
-    tables = await _number(database, "SELECT count(*) FROM sqlite_master")
-    if application == 0 and tables == 0 and not readonly:
-        schema = resources.files("runner").joinpath("schema.sql").read_text(encoding="utf-8")
-        await database.execute_fetchall("PRAGMA journal_mode = WAL")
-        await database.executescript(
-            f"BEGIN; {schema} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        )
-    elif application != APPLICATION_ID:
-        raise StoreError(f"{path} is no results database of runner; nothing was changed in it")
-    elif version != SCHEMA_VERSION:
-        raise StoreError(
-            f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: use the version of"
-            " runner that made it, or start a new run with another name=…"
-        )
-    for pragma in ("synchronous = NORMAL", "cache_size = -16384", "temp_store = MEMORY", "busy_timeout = 10000"):
-        await database.execute_fetchall(f"PRAGMA {pragma}")
-
-
-async def _number(database: aiosqlite.Connection, sql: str) -> int:
-    async with database.execute(sql) as cursor:
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0
-
-
-@asynccontextmanager
-async def _translated(path: Path) -> AsyncIterator[None]:
-    """SQLite's errors as ours, with the file and the way out."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        text = str(error)
-        if "full" in text:
-            hint = f"the disk that holds {path.parent} is full: make room, and the same command goes on"
-        elif "readonly" in text or "unable to open" in text:
-            hint = f"{path} cannot be opened for writing ({text}): check the folder's permissions"
-        elif "malformed" in text or "not a database" in text:
-            hint = f"{path} is damaged or no database ({text}): move it away to start anew"
-        else:
-            hint = f"{path}: {text}"
-        raise StoreError(hint) from error

@@ -34,7 +34,7 @@ TABLE_TEXT = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Ending:
     """What is tracked when a run has ended."""
 
     summary: Mapping[str, Any]  # the content of summary.json
@@ -50,7 +50,7 @@ class Tracker(Protocol):
         """One point of the time series, with ``elapsed_s`` as its x axis. Returns at once."""
         ...
 
-    async def finish(self, outcome: Outcome) -> None:
+    async def finish(self, ending: Ending) -> None:
         """The end of the run. Takes ``tracker.finish_timeout_s`` at most."""
         ...
 
@@ -142,8 +142,8 @@ class LocalTracker:
     def log(self, metrics: Mapping[str, float]) -> None:
         self._append(metrics)
 
-    async def finish(self, outcome: Outcome) -> None:
-        self._append({"summary": self._hide(outcome.summary)})
+    async def finish(self, ending: Ending) -> None:
+        self._append({"summary": self._hide(ending.summary)})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         try:
@@ -192,7 +192,7 @@ class WandbTracker:
         self._settings = hide(settings)
         self._hide = hide
         self._points: deque[dict[str, Any]] = deque(maxlen=PENDING_POINTS)
-        self._outcome: Outcome | None = None
+        self._ending: Ending | None = None
         self._changed = threading.Condition()  # guards the two above
         self._path = folder / "wandb"  # what `wandb sync` takes; narrowed once the run has begun
         self._troubles: set[str] = set()
@@ -206,10 +206,10 @@ class WandbTracker:
             self._points.append({f"ts/{key.removeprefix('ts/')}": value for key, value in metrics.items()})
             self._changed.notify()
 
-    async def finish(self, outcome: Outcome) -> None:
-        await self._inner.finish(outcome)
+    async def finish(self, ending: Ending) -> None:
+        await self._inner.finish(ending)
         with self._changed:
-            self._outcome = outcome
+            self._ending = ending
             self._changed.notify()
         ended, _ = await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=self._config.finish_timeout_s)
         if not ended:
@@ -233,12 +233,12 @@ class WandbTracker:
         finally:
             self._ended.set_result(None)
 
-    def _next(self) -> dict[str, Any] | Outcome:
-        """The oldest point or, after the last one, the outcome."""
+    def _next(self) -> dict[str, Any] | Ending:
+        """The oldest point or, after the last one, the ending."""
         with self._changed:
             while not self._points:
-                if self._outcome is not None:
-                    return self._outcome
+                if self._ending is not None:
+                    return self._ending
                 self._changed.wait()
             return self._points.popleft()
 
@@ -292,14 +292,14 @@ class WandbTracker:
             logger.info("W&B: %s", run.url)
         return run
 
-    def _end(self, run: Any, outcome: Outcome) -> None:
-        self._attempt("the summary", lambda: run.summary.update(_flat(self._hide(outcome.summary))))
-        if outcome.samples:
-            self._attempt("the sample table", lambda: run.log({"samples": self._table(outcome.samples)}))
-        if outcome.artifacts:
-            self._attempt("the results", lambda: run.log_artifact(self._artifact(outcome.artifacts, run.offline)))
+    def _end(self, run: Any, ending: Ending) -> None:
+        self._attempt("the summary", lambda: run.summary.update(_flat(self._hide(ending.summary))))
+        if ending.samples:
+            self._attempt("the sample table", lambda: run.log({"samples": self._table(ending.samples)}))
+        if ending.artifacts:
+            self._attempt("the results", lambda: run.log_artifact(self._artifact(ending.artifacts, run.offline)))
         try:
-            run.finish(exit_code=outcome.exit_code)
+            run.finish(exit_code=ending.exit_code)
             if run.offline:
                 logger.info("W&B: kept offline; `wandb sync %s` uploads it", self._path)
         except TimeoutError:

@@ -243,6 +243,7 @@ def _import_litellm() -> Any:
     os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")  # a 0 in the former would mean aiohttp's 100
     litellm: Any = importlib.import_module("litellm")
     litellm.suppress_debug_info = True
+    warnings.filterwarnings("ignore", r"Item '\w+' on TypedDict class", UserWarning)  # its types, when first used
     # A request that is cancelled while a thread prepares it leaves a coroutine that was not begun. Nothing is lost.
     warnings.filterwarnings("ignore", r"coroutine '\w+\.\w*completion\w*' was never awaited", RuntimeWarning)
     worker = importlib.import_module("litellm.litellm_core_utils.logging_worker").GLOBAL_LOGGING_WORKER

@@ -1,0 +1,69 @@
+"""The command line's arguments as Hydra wants them, so that nobody has to learn its grammar for plain values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
+from hydra.errors import HydraException
+
+_OPEN_MAPPINGS = ("request", "deployments", "scorers")
+"""Groups whose keys the user makes up."""
+
+_TEXTS = ("prompt", "system")
+"""Keys that hold prose, which Hydra would otherwise parse."""
+
+
+def friendly(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments as Hydra wants them, so that nobody has to know its grammar.
+
+    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes.
+    """
+    multirun = "-m" in arguments or "--multirun" in arguments
+    parser = OverridesParser.create()
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-") or not equals:
+            yield argument
+            continue
+        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
+            key = f"++{key}"
+        elif key == "experiment":
+            key = "+experiment"
+        if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
+            value = _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+        elif not _parses(parser, f"{key}={value}"):
+            value = _quoted(value)
+        yield f"{key}={value}"
+
+
+def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
+    """Whether a text is to be taken as it stands. Hydra's own are quoted ones, ``null``, and what a multirun sweeps.
+
+    A comma in a multirun separates two texts, unless a space follows it.
+    """
+    try:
+        override = parser.parse_override(f"text={value}")
+    except HydraException:
+        return True
+    quoted = value[:1] in ("'", '"')
+    if override.is_sweep_override():
+        plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not quoted
+        return not multirun or (plain and ", " in value)
+    return not quoted and value != "null"
+
+
+def _parses(parser: OverridesParser, argument: str) -> bool:
+    try:
+        parser.parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def _quoted(value: str) -> str:
+    """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{escaped}'"

@@ -1,0 +1,57 @@
+"""What Hydra, OmegaConf and YAML find wrong with a configuration, in one sentence with the place and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from hydra.errors import OverrideParseException
+from yaml import Mark, MarkedYAMLError
+
+from runner.config import unknown_key_message
+from runner.errors import RunnerError
+
+
+def explain(error: BaseException) -> str:
+    """One message for whatever composing the configuration raised."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in causes:
+        match cause:
+            case RunnerError():
+                return str(cause)
+            case OverrideParseException(override=argument) if "=" not in argument:
+                return f"{argument!r}: write key=value. `python -m runner --help` lists the keys."
+            case MarkedYAMLError(problem_mark=Mark() as mark):
+                return f"{mark.name}:{mark.line + 1}: {cause.problem}"
+            case OSError(filename=str() as path):
+                return f"{path}: {cause.strerror}. Runs go to runs_dir/name/: can they be written there?"
+    text = "\n".join(map(str, causes))
+    place = re.match(r"In '(\w+/\w+)'", text)
+    where = f"{place[1]}.yaml: " if place else ""
+    for pattern, say in _EXPLANATIONS:
+        if found := re.search(pattern, text):
+            return where + say(found)
+    telling = (cause for cause in causes if "full_key" in str(cause))
+    message = str(next(telling, causes[-1]))
+    lines = (line.strip() for line in message.splitlines() if not re.search("object_type|reference_type", line))
+    return where + re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines)).strip()
+
+
+def _unknown_option(found: re.Match[str]) -> str:
+    """``dataset=jsnl``: a group's option that does not exist."""
+    group, _, option = found[1].rpartition("/")
+    options = found[2].split()
+    near = difflib.get_close_matches(option, options, n=1)
+    prefix = "+" if group == "experiment" else ""
+    hint = f" Did you mean {prefix}{group}={near[0]}?" if near else ""
+    return f"{prefix}{group}={option}: choose one of {', '.join(options)}.{hint}"
+
+
+_EXPLANATIONS = (
+    (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
+    (r"Key '[^']+' not in '\w+'\s+full_key: (\S+)", lambda found: unknown_key_message(found[1])),
+    (r"Could not find '([^']+)'\s+Available options in '[^']+':((?:\n\t\S+)*)", _unknown_option),
+)
+"""What to say for a pattern in Hydra's or OmegaConf's words."""

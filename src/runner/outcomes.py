@@ -1,0 +1,99 @@
+"""Outcomes: what came of a request, in the form that the store keeps and the meter counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from runner.errors import ItemError, RequestError
+from runner.identity import dump_json
+from runner.metrics import Meter
+from runner.store import Outcome
+from runner.types import Generation, Response, TokenUsage, Trace
+
+
+def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
+    """The stored form of an answered request."""
+    now = time.perf_counter()
+    usage = response.usage
+    output = response.output
+    assert isinstance(output, Generation)
+    return Outcome(
+        content=key[0],
+        occurrence=key[1],
+        settled_at=time.time(),
+        output_text=output.text,
+        details=_details(output),
+        finish_reason=output.finish_reason,
+        request_id=response.request_id,
+        model_id=response.model_id,
+        prompt_tokens=usage.prompt_tokens if usage else None,
+        completion_tokens=usage.completion_tokens if usage else None,
+        total_tokens=usage.total_tokens if usage else None,
+        reasoning_tokens=usage.reasoning_tokens if usage else None,
+        cached_tokens=usage.cached_tokens if usage else None,
+        deployment=trace.deployment,
+        retries=trace.retries,
+        queue_wait_s=trace.queue_wait_s,
+        service_time_s=trace.service_time_s,
+        end_to_end_s=now - trace.started,
+        ttft_s=trace.ttft_s,
+        cost_usd=trace.price.cost_usd(usage) if trace.price and usage else None,
+    )
+
+
+def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
+    """The stored form of a row that failed."""
+    row = error.as_row()
+    return Outcome(
+        content=key[0],
+        occurrence=key[1],
+        settled_at=time.time(),
+        error_type=row["type"],
+        error_message=row["message"],
+        error_status=row["status"],
+        deployment=trace.deployment or None,
+        retries=trace.retries,
+        queue_wait_s=trace.queue_wait_s,
+        service_time_s=trace.service_time_s,
+        end_to_end_s=time.perf_counter() - trace.started,
+        cost_usd=None if isinstance(error, RequestError) and error.billing == "unknown" else 0.0,
+    )
+
+
+def count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
+    """Count what has just become durable."""
+    for outcome in outcomes:
+        if outcome.error_type is not None:
+            meter.failed(outcome.error_type, retries=outcome.retries)
+            continue
+        usage = None
+        if outcome.total_tokens is not None:
+            usage = TokenUsage(
+                prompt_tokens=outcome.prompt_tokens or 0,
+                completion_tokens=outcome.completion_tokens or 0,
+                total_tokens=outcome.total_tokens,
+                reasoning_tokens=outcome.reasoning_tokens,
+                cached_tokens=outcome.cached_tokens,
+            )
+        meter.answered(
+            usage,
+            cost_usd=outcome.cost_usd,
+            latency_s=outcome.service_time_s,
+            queue_wait_s=outcome.queue_wait_s,
+            retries=outcome.retries,
+        )
+
+
+def _details(output: Generation) -> str | None:
+    """What few answers have, as JSON; None where this one has none of it."""
+    details: dict[str, Any] = {}
+    if output.reasoning:
+        details["reasoning"] = output.reasoning
+    if output.tool_calls:
+        details["tool_calls"] = [asdict(call) for call in output.tool_calls]
+    if output.choices:
+        details["choices"] = output.choices
+    return dump_json(details).decode() if details else None
