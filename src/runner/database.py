@@ -47,9 +47,12 @@ def lock_folder(path: Path) -> IO[str]:
 
 async def connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connection:
     """Open the file, check that it is ours, and lay the schema where it is new."""
+    _look_at(path, readonly=readonly)
     async with translated(path):
         uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        database = await aiosqlite.connect(uri, uri=True, isolation_level="IMMEDIATE")
+        # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
+        opened = sqlite3.connect(uri, uri=True, isolation_level="IMMEDIATE", check_same_thread=False)
+        database = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
         try:
             database.row_factory = sqlite3.Row
             await _check_or_create(database, path, readonly=readonly)
@@ -59,9 +62,17 @@ async def connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connection
         return database
 
 
-async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
+def _look_at(path: Path, *, readonly: bool) -> None:
+    """Refuse what SQLite would take for something else, or fail over with fewer words."""
+    if not path.exists():
+        return
+    if path.is_dir() or not os.access(path, os.R_OK if readonly else os.R_OK | os.W_OK):
+        raise StoreError(f"{path} cannot be opened{'' if readonly else ' for writing'}: check the folder's permissions")
     if 0 < path.stat().st_size < _HEADER_SIZE:  # SQLite would take it for an empty database
         raise StoreError(f"{path} is no database: move it away to start anew")
+
+
+async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
     application = await _number(database, "PRAGMA application_id")
     version = await _number(database, "PRAGMA user_version")
     tables = await _number(database, "SELECT count(*) FROM sqlite_master")
