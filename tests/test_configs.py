@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from runner.checks import check
 from runner.cli import conf_folder, typed
-from runner.config import RunnerConfig, check
+from runner.config import RunnerConfig
 
 CONF = conf_folder()
 FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")

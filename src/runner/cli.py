@@ -29,8 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner import config as schema
 from runner.arguments import friendly
+from runner.checks import unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import DatasetKind, RunnerConfig
 from runner.errors import ConfigError, RunnerError, StoreError
@@ -115,8 +115,8 @@ def typed(composed: DictConfig) -> RunnerConfig:
     """
     content = _plain(composed)
     content.pop("hydra", None)
-    for path in schema.unknown_keys(content):
-        raise ConfigError(schema.unknown_key_message(path))
+    for path in unknown_keys(content):
+        raise ConfigError(unknown_key_message(path))
     missing = sorted(OmegaConf.missing_keys(OmegaConf.create(content)))
     if missing:
         raise ConfigError(f"{' and '.join(missing)} must be set: {missing[0]}=…")

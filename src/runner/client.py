@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from runner.background import BackgroundLoop, synchronous
 from runner.batch import chunked, run_batch
+from runner.checks import check_deployment, check_limits, check_routing
 from runner.concurrency import Window
 from runner.config import (
     DeploymentConfig,
@@ -19,9 +20,6 @@ from runner.config import (
     RoutingConfig,
     Scope,
     SimulatorConfig,
-    check_deployment,
-    check_limits,
-    check_routing,
 )
 from runner.errors import ConfigError, ItemError
 from runner.stack import open_stack

@@ -8,7 +8,7 @@ import re
 from hydra.errors import OverrideParseException
 from yaml import Mark, MarkedYAMLError
 
-from runner.config import unknown_key_message
+from runner.checks import unknown_key_message
 from runner.errors import RunnerError
 
 

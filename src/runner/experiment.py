@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import orjson
 
 from runner.batch import Stop, chunked, run_batch
+from runner.checks import check
 from runner.concurrency import SoftStart, Window
-from runner.config import DeploymentConfig, Resume, RunnerConfig, check, replicas
+from runner.config import DeploymentConfig, Resume, RunnerConfig, replicas
 from runner.errors import (
     AuthenticationError,
     ConfigError,

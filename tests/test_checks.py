@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from runner.checks import check, check_deployment, check_limits, nearest_key, unknown_key_message, unknown_keys
 from runner.config import (
     BudgetConfig,
     DatasetConfig,
@@ -23,13 +24,7 @@ from runner.config import (
     TaskConfig,
     TaskKind,
     TrackerConfig,
-    check,
-    check_deployment,
-    check_limits,
-    nearest_key,
     replicas,
-    unknown_key_message,
-    unknown_keys,
 )
 from runner.errors import ConfigError
 

@@ -1,0 +1,222 @@
+"""What the types let through: values out of range, secrets, and misspelt keys with the right one beside them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from runner.config import (
+    SECRET_KEYS,
+    STRATEGIES,
+    DatasetConfig,
+    DatasetKind,
+    DeploymentConfig,
+    LimitsConfig,
+    Resume,
+    RoutingConfig,
+    RunnerConfig,
+    Scope,
+    ScorerConfig,
+    Shared,
+    TaskKind,
+    replicas,
+)
+from runner.errors import ConfigError
+
+
+def check(config: RunnerConfig) -> None:
+    """Reject what the types let through.
+
+    Raises:
+        ConfigError: The first problem found, naming its key.
+    """
+    _check_secrets("request", config.request)
+    for label, deployment in config.deployments.items():
+        if deployment.api_key:
+            raise ConfigError(_no_place_for_a_key(f"deployments.{label}.api_key"))
+        check_deployment(f"deployments.{label}", deployment)
+    if not config.deployments:
+        check_deployment("", replicas(config)[config.model])
+    check_limits("limits", config.limits)
+    check_routing(config.routing)
+    _check_dataset(config.dataset)
+    _at_least("retry.max_retries", config.retry.max_retries, 0)
+    _at_least("retry.base_s", config.retry.base_s, 0)
+    _at_least("retry.cap_s", config.retry.cap_s, 0)
+    _at_least("samples", config.samples, 1)
+    _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
+    _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
+    _at_least("tracker.table_rows", config.tracker.table_rows, 0)
+    for key, rate in vars(config.simulator.faults).items():
+        if not 0 <= rate <= 1:
+            raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
+    if not config.name or "/" in config.name or config.name in (".", ".."):
+        raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    _reject_unavailable(config)
+
+
+def check_deployment(where: str, deployment: DeploymentConfig) -> None:
+    """Check one deployment; ``where`` is the path of its keys, empty for the root."""
+    prefix = f"{where}." if where else ""
+    if "/" not in deployment.model.strip("/"):
+        raise ConfigError(
+            f"{prefix}model={deployment.model!r} has no provider: write provider/model, for example"
+            f" openai/{deployment.model}, or hosted_vllm/{deployment.model} with api_base=http://HOST:PORT/v1"
+        )
+    base = deployment.api_base
+    if base is not None and not base.startswith(("http://", "https://")):
+        raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
+    if not 0 < deployment.weight < math.inf:
+        raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
+    if deployment.limits is not None:
+        check_limits(f"{prefix}limits", deployment.limits)
+    _check_secrets(f"{prefix}extra_kwargs", deployment.extra_kwargs or {})
+
+
+def check_limits(where: str, limits: LimitsConfig) -> None:
+    """Check limits whose keys are below ``where``."""
+    concurrency = limits.concurrency
+    if concurrency == "auto":
+        raise ConfigError(f"{where}.concurrency=auto {_NOT_AVAILABLE}: give a number")
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+        raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1")
+    for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst"):
+        value = getattr(limits, key)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{where}.{key}={value}: a number above 0, or null for no limit")
+    for key in ("rpm", "rpd"):
+        _at_least(f"{where}.{key}", getattr(limits, key), 1)
+    _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
+    if limits.header_bucket_scope is not Scope.auto:
+        raise ConfigError(f"{where}.header_bucket_scope={limits.header_bucket_scope.value} {_NOT_AVAILABLE}")
+    if limits.shared is not Shared.none:
+        raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
+
+
+def check_routing(routing: RoutingConfig) -> None:
+    """Check the strategy."""
+    if routing.strategy not in STRATEGIES:
+        raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    if routing.strategy != "simple-shuffle":
+        raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
+
+
+_NOT_AVAILABLE = "is not available in this version"
+
+
+def _reject_unavailable(config: RunnerConfig) -> None:
+    """Keys whose capability this version does not have: better an error than a key without effect."""
+    wanted = {
+        f"task={config.task.kind.value}": config.task.kind is not TaskKind.generate,
+        "response_format": config.response_format is not None,
+        "budget": any(value is not None for value in vars(config.budget).values()),
+        "resume=fresh": config.resume is Resume.fresh,
+        "reuse=true": config.reuse,
+        "plan=true": config.plan,
+        "request.stream=true": bool(config.request.get("stream")),
+    }
+    for key, is_wanted in wanted.items():
+        if is_wanted:
+            raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    if dataset.kind in (DatasetKind.jsonl, DatasetKind.csv) and not dataset.path:
+        raise ConfigError(f"dataset.path must be set: dataset={dataset.kind.value} dataset.path=FILE")
+    _at_least("dataset.limit", dataset.limit, 0)
+    _at_least("dataset.shard.count", dataset.shard.count, 1)
+    if not 0 <= dataset.shard.index < dataset.shard.count:
+        raise ConfigError(
+            f"dataset.shard.index={dataset.shard.index} is outside 0 to {dataset.shard.count - 1}"
+            " (dataset.shard.count - 1)"
+        )
+
+
+def _check_secrets(where: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if any(part in str(key).lower().replace("-", "_") for part in SECRET_KEYS):
+            raise ConfigError(_no_place_for_a_key(f"{where}.{key}"))
+        if isinstance(value, Mapping):
+            _check_secrets(f"{where}.{key}", value)
+
+
+def _no_place_for_a_key(path: str) -> str:
+    return (
+        f"{path}: configurations are stored with the run, so a key has no place in them. Put it in the environment or"
+        " in .env, and name the variable: api_key_env=NAME, or deployments.LABEL.api_key_env=NAME"
+    )
+
+
+def _at_least(key: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{key}={value}: at least {least}")
+
+
+def unknown_keys(node: Mapping[str, Any], schema: type = RunnerConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted paths in a composed configuration that are no field of ``schema``."""
+    hints = get_type_hints(schema)
+    for key, value in node.items():
+        path = f"{prefix}{key}"
+        if key not in hints:
+            yield path
+            continue
+        kind = _dataclass_of(hints[key])
+        if kind is None or not isinstance(value, Mapping):
+            continue
+        if _is_mapping(hints[key]):
+            for label, entry in value.items():
+                if isinstance(entry, Mapping):
+                    yield from unknown_keys(entry, kind, f"{path}.{label}.")
+        else:
+            yield from unknown_keys(value, kind, f"{path}.")
+
+
+def nearest_key(path: str) -> str | None:
+    """The key that ``path`` was most likely meant to be."""
+    known = list(_paths(RunnerConfig))
+    group, _, last = path.rpartition(".")
+    entry = _ENTRIES.get(path.partition(".")[0])
+    if entry is not None and path.count(".") > 1:  # below a label of the user's own
+        known += [f"{group}.{each.name}" for each in fields(entry)]
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if not close:  # the right name in the wrong place: rpm for limits.rpm
+        tails: dict[str, str] = {}
+        for candidate in known:
+            tails.setdefault(candidate.rpartition(".")[2], candidate)
+        near = difflib.get_close_matches(last, tails, n=1, cutoff=0.75)
+        close = [tails[near[0]]] if near else []
+    return close[0] if close else None
+
+
+_ENTRIES = {"deployments": DeploymentConfig, "scorers": ScorerConfig}
+
+
+def unknown_key_message(path: str) -> str:
+    near = nearest_key(path)
+    hint = f" Did you mean {near!r}?" if near else " `python -m runner --help` lists the keys."
+    return f"unknown key {path!r}.{hint}"
+
+
+def _paths(schema: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        path = f"{prefix}{entry.name}"
+        yield path
+        kind = _dataclass_of(hints[entry.name])
+        if kind is not None and not _is_mapping(hints[entry.name]):
+            yield from _paths(kind, f"{path}.")
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    """The dataclass in ``X``, ``Optional[X]`` or ``dict[str, X]``."""
+    for candidate in (hint, *get_args(hint)):
+        if isinstance(candidate, type) and is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _is_mapping(hint: Any) -> bool:
+    return get_origin(hint) is dict
