@@ -89,7 +89,7 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: use the version of"
             " runner that made it, or start a new run with another name=…"
         )
-    for pragma in ("synchronous = NORMAL", "cache_size = -16384", "temp_store = MEMORY", "busy_timeout = 10000"):
+    for pragma in ("synchronous = NORMAL", "cache_size = -8192", "temp_store = MEMORY", "busy_timeout = 10000"):
         await database.execute_fetchall(f"PRAGMA {pragma}")
 
 
