@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 
+from runner.config import LimitsConfig, RunnerConfig
+from runner.errors import ConfigError
+
 _OPEN_MAPPINGS = ("request", "deployments", "scorers")
 """Groups whose keys the user makes up."""
+
+_KEYS = {entry.name for entry in fields(RunnerConfig)} | {entry.name for entry in fields(LimitsConfig)}
 
 _TEXTS = ("prompt", "system")
 """Keys that hold prose, which Hydra would otherwise parse."""
@@ -25,6 +31,8 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
     parser = OverridesParser.create()
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if argument.startswith("--") and argument[2:].partition("=")[0].partition(".")[0] in _KEYS:
+            raise ConfigError(f"{argument}: keys have no dashes, write {argument[2:].partition('=')[0]}=…")
         if argument.startswith("-") or not equals:
             yield argument
             continue

@@ -50,9 +50,10 @@ class BackgroundLoop:
             raise
 
     def close(self) -> None:
-        """Stop the loop and its thread. Safe to call twice."""
+        """Stop the loop and its thread; who still waits for an answer gets a CancelledError. Safe to call twice."""
         self._closed = True
         if self._loop is not None and self._thread is not None and self._process == os.getpid():
+            asyncio.run_coroutine_threadsafe(_cancel_the_others(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -71,6 +72,14 @@ class BackgroundLoop:
             if threading.current_thread() is self._thread:
                 raise RuntimeError("a synchronous method cannot be called from within a callback: await its a… twin")
             return self._loop
+
+
+async def _cancel_the_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others)
 
 
 def synchronous(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from runner.config import (
     SECRET_KEYS,
@@ -33,10 +34,9 @@ def check(config: RunnerConfig) -> None:
     Raises:
         ConfigError: The first problem found, naming its key.
     """
-    _check_secrets("request", config.request)
+    check_secrets(config)
+    _check_request(config.request)
     for label, deployment in config.deployments.items():
-        if deployment.api_key:
-            raise ConfigError(_no_place_for_a_key(f"deployments.{label}.api_key"))
         check_deployment(f"deployments.{label}", deployment)
     if not config.deployments:
         check_deployment("", replicas(config)[config.model])
@@ -58,6 +58,22 @@ def check(config: RunnerConfig) -> None:
     _reject_unavailable(config)
 
 
+def check_secrets(config: RunnerConfig) -> None:
+    """Refuse keys in a configuration, which is stored with the run.
+
+    Raises:
+        ConfigError: There is one; the message names its place, and not the key.
+    """
+    _check_secrets("request", config.request)
+    for label, deployment in replicas(config).items():
+        where = f"deployments.{label}." if config.deployments else ""
+        if deployment.api_key:
+            raise ConfigError(_no_place_for_a_key(f"{where}api_key"))
+        if "@" in urlsplit(deployment.api_base or "").netloc:
+            raise ConfigError(_no_place_for_a_key(f"{where}api_base (user:password@host)"))
+        _check_secrets(f"{where}extra_kwargs", deployment.extra_kwargs or {})
+
+
 def check_deployment(where: str, deployment: DeploymentConfig) -> None:
     """Check one deployment; ``where`` is the path of its keys, empty for the root."""
     prefix = f"{where}." if where else ""
@@ -73,7 +89,6 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
         raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
-    _check_secrets(f"{prefix}extra_kwargs", deployment.extra_kwargs or {})
 
 
 def check_limits(where: str, limits: LimitsConfig) -> None:
@@ -121,6 +136,14 @@ def _reject_unavailable(config: RunnerConfig) -> None:
     for key, is_wanted in wanted.items():
         if is_wanted:
             raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
+
+
+def _check_request(request: Mapping[str, Any]) -> None:
+    """Check the parameters that this program itself reckons with."""
+    for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
+        value = request.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise ConfigError(f"request.{key}={value!r}: a number above 0")
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:

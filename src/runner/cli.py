@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner.arguments import friendly
-from runner.checks import unknown_key_message, unknown_keys
+from runner.checks import check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import DatasetKind, RunnerConfig
 from runner.errors import ConfigError, RunnerError, StoreError
@@ -38,6 +38,7 @@ from runner.progress import printable, summary_table, sweep_table, write
 
 BAD_CONFIG = 2
 CELLS_FAILED = 1
+SOME_FAILED = 3
 BUG = 70  # EX_SOFTWARE
 
 _CELLS = "RUNNER_CELLS"
@@ -53,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _register()
+    logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
-    sys.argv[1:] = list(friendly(arguments))
+    try:
+        sys.argv[1:] = list(friendly(arguments))
+    except ConfigError as error:
+        return _complain(str(error))
 
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
     def task(composed: DictConfig) -> dict[str, Any]:
@@ -172,9 +177,11 @@ def _run_id(*, _root_: DictConfig) -> str:
     job = _root_.hydra
     if job.mode is RunMode.MULTIRUN:
         try:
-            return run_id(typed(_root_), swept=dict(_swept(job.overrides.task, job.sweeper)))
+            config = typed(_root_)
         except ConfigError:
             return f"rejected-{job.job.num}"
+        check_secrets(config)  # Hydra would write them into the cell's folder
+        return run_id(config, swept=dict(_swept(job.overrides.task, job.sweeper)))
     _load_environment(_root_.env_file)
     config = typed(_root_)
     try:
@@ -217,9 +224,10 @@ def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
     if report.summary:
         if config.dataset.kind is DatasetKind.single and report.summary["rows"] <= _SHOWN_ANSWERS:
             _show_answers(folder / "results.jsonl")
-        summary_table(report.summary, results=folder / "results.jsonl")
+        summary_table(report.summary, results=Path(os.path.relpath(folder / "results.jsonl")))
     if report.message:
-        write(sys.stderr, f"{printable(report.message)}\nThe same command goes on from here.\n")
+        again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
+        write(sys.stderr, f"{printable(report.message)}\nThe same command {again}.\n")
     return report.exit_code, report.summary
 
 
@@ -260,7 +268,7 @@ def _conclude_sweep(cells: Sequence[Mapping[str, Any]], exit_code: int) -> int:
     exit_codes: set[int] = {exit_code, *(cell["exit_code"] for cell in cells)}
     if interrupted := {code for code in exit_codes if code > 128}:
         return max(interrupted)
-    return CELLS_FAILED if exit_codes - {0, 3} else 0
+    return CELLS_FAILED if exit_codes - {0, SOME_FAILED} else 0
 
 
 def _complain(message: str) -> int:

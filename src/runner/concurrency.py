@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 
+_ASIDE_PER_SLOT = 4
+"""How many may be aside for each slot there is."""
+
 
 class Window:
     """Slots for work, handed out first come, first served.
@@ -24,6 +27,7 @@ class Window:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._active = 0
+        self._aside = 0
         self._returning: deque[asyncio.Future[None]] = deque()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._fillers: list[Callable[[], None]] = []
@@ -79,8 +83,13 @@ class Window:
     async def aside(self) -> AsyncIterator[None]:
         """Give the slot back for a while, and take one again before going on.
 
-        An error, or a cancellation, goes on at once: its slot counts as taken until the holder leaves, free or not.
+        Where many are aside already, it keeps its slot, so that their number stays bounded. An error, or a
+        cancellation, goes on at once: its slot counts as taken until the holder leaves, free or not.
         """
+        if self._aside >= _ASIDE_PER_SLOT * self._limit:
+            yield
+            return
+        self._aside += 1
         self.leave()
         try:
             yield
@@ -88,6 +97,8 @@ class Window:
         except BaseException:
             self._active += 1
             raise
+        finally:
+            self._aside -= 1
 
     def add_filler(self, fill: Callable[[], None]) -> None:
         """Have ``fill`` called whenever a slot is free and nobody waits for it."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import orjson
 
-from runner.batch import Stop, chunked, run_batch
+from runner.batch import Stop, run_batch
 from runner.checks import check
 from runner.concurrency import SoftStart, Window
 from runner.config import DeploymentConfig, Resume, RunnerConfig, replicas
@@ -21,6 +23,7 @@ from runner.errors import (
     AuthenticationError,
     ConfigError,
     ConnectError,
+    DatasetError,
     InsufficientQuotaError,
     Interrupted,
     ItemError,
@@ -43,7 +46,7 @@ from runner.store import Claim, Store
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import DIRECT, check_addresses
 from runner.types import Client, Response, Trace
-from runner.workload import Item, Workload, claimed_chunk_size
+from runner.workload import ClaimSize, Item, Workload
 
 FINISHED, SOME_FAILED, STOPPED = 0, 3, 4
 """Exit codes. A `ConfigError` is 2, an interrupt 128 + signal."""
@@ -51,8 +54,11 @@ FINISHED, SOME_FAILED, STOPPED = 0, 3, 4
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
 
+_ECHO_S = 0.3
+"""A second signal that follows so closely is the first one, forwarded by a wrapper such as ``timeout``."""
+
 _REDRAW_S = 0.2
-_SUSPECTS = 3
+_SUSPECTS = 4
 """Rows that must fail the same systemic way, with no success between, before the run gives up."""
 
 _UNREACHED = 8
@@ -94,7 +100,8 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     async with _closing(client, store):
         await _prepare(store, config, workload)
         run = Run(config, workload, client=client, store=store, meter=meter, window=window)
-        if not await run.all_settled():
+        settled = await run.settled()
+        if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
         tracker = open_tracker(
             config.tracker,
@@ -103,8 +110,12 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             run_id=f"{config.name}-{folder.name}",
             settings=settings or {},
         )
-        async with _shown(run, config, tracker):
-            await run.until_done()
+        async with _shown(run, config, tracker, settled):
+            try:
+                await run.until_done()
+            except Exception:  # a bug; what was paid for is shown all the same
+                await _conclude(run, store, folder)
+                raise
         report = await _conclude(run, store, folder)
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(
@@ -143,16 +154,16 @@ class Run:
         self._meter = meter
         self._window = window
         self._soft_start = SoftStart(window)
-        self._in_flight: set[tuple[bytes, int]] = set()
+        self._in_flight: dict[tuple[bytes, int], tuple[asyncio.Task[None], Trace]] = {}
         self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
         self._any_answer = False
-        self._interrupted = False
-        self._total = workload.count()
+        self._interrupted_at: float | None = None
+        self.total = workload.count()
 
-    async def all_settled(self) -> bool:
-        """Whether as many rows are settled as there are: then there is most likely nothing to ask."""
+    async def settled(self) -> int:
+        """How many rows the store has that need not be asked again, by the dataset as it was last time."""
         [settled] = [row["n"] async for row in self._store.query(_SETTLED, (not self._config.retry_failed,))]
-        return self._total is not None and settled >= self._total
+        return int(settled)
 
     async def until_done(self) -> None:
         """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
@@ -161,23 +172,26 @@ class Run:
             try:
                 await batch
             except asyncio.CancelledError:
-                if not self._interrupted or _is_cancelled():
+                if self._interrupted_at is None or _is_cancelled():
                     raise
-            except StoreError as error:
+            except (StoreError, DatasetError) as error:
                 self.stop(SystemicError(str(error)))
             finally:
                 self._soft_start.close()
                 await self._keep_ledger()
 
     def snapshot(self) -> Snapshot:
-        return self._meter.snapshot(total=self._total, in_flight=self._window.active, window=self._window.limit)
+        return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
 
     # Taking up
 
     async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
         """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
-        chunk: Sequence[Item] = ()
-        async for chunk in chunked(self._workload.items(), claimed_chunk_size(self._config.limits.concurrency)):
+        items = self._workload.items()
+        size = ClaimSize(self._config.limits.concurrency)
+        length = 0
+        while chunk := list(islice(items, size.next())):
+            length = chunk[-1].position + 1
             claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
             known = await self._store.claim(
                 claims, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
@@ -193,7 +207,7 @@ class Run:
                 await self._store.put_scores(scores)
             self._meter.reused(len(chunk) - len(todo))
             yield todo
-        await self._store.truncate(chunk[-1].position + 1 if chunk else 0)
+        await self._store.truncate(length)
 
     # Asking
 
@@ -205,17 +219,19 @@ class Run:
         except RowError as error:
             await self._store.save(item.position, failure(key, Trace(), error))
             return
-        self._in_flight.add(key)
+        task = asyncio.current_task()
+        assert task is not None
+        self._in_flight[key] = task, request.trace  # a request that is cancelled stays in it
         try:
             response = await self._client.send(request)
         except RequestError as error:
-            self._in_flight.discard(key)
+            del self._in_flight[key]
             await self._failed(claimed, request.trace, error)
         except ItemError as error:
-            self._in_flight.discard(key)
+            del self._in_flight[key]
             await self._store.save(item.position, failure(key, request.trace, error))
         else:
-            self._in_flight.discard(key)
+            del self._in_flight[key]
             await self._answered(claimed, request.trace, response)
 
     async def _answered(self, claimed: Claimed, trace: Trace, response: Response) -> None:
@@ -259,7 +275,7 @@ class Run:
             if self.stop.reason is None:
                 await self._clear_suspects()
             await self._store.flush()
-            await self._store.note_lost(self._in_flight)
+            await self._store.note_lost(key for key, (_, trace) in self._in_flight.items() if trace.on_the_wire)
             for (item, occurrence), trace, error in self._suspects:
                 await self._store.note_attempt((item.content, occurrence), failed_attempt(trace, error))
 
@@ -271,12 +287,18 @@ class Run:
     # Ending early
 
     def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        """The first signal lets what is in flight come in, the second one ends the process; what is stored is safe."""
-        if self._interrupted:
+        """Let what is on the wire come in; at a second signal end the process, as what is stored is safe."""
+        loop = asyncio.get_running_loop()
+        if self._interrupted_at is None:
+            self._interrupted_at = loop.time()
+            self.stop(Interrupted(signum))
+            for task, trace in self._in_flight.values():
+                if not trace.on_the_wire:
+                    task.cancel()
+            loop.call_later(GRACE_S, batch.cancel)
+        elif loop.time() - self._interrupted_at > _ECHO_S:
+            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
-        self._interrupted = True
-        self.stop(Interrupted(signum))
-        asyncio.get_running_loop().call_later(GRACE_S, batch.cancel)
 
 
 _SETTLED = """
@@ -303,6 +325,8 @@ async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> No
     meta = await store.meta()
     if config.resume is Resume.require and "scorers" not in meta:
         raise ConfigError(f"resume=require, but {store.path.parent} holds no earlier run: use resume=auto")
+    if meta.get("samples", str(workload.samples)) != str(workload.samples):
+        await store.truncate(0)  # positions mean other rows now; answers are found again by what they answer
     if meta.get("scorers", workload.scorers.fingerprint) != workload.scorers.fingerprint:
         await store.forget_scores()
     await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
@@ -316,16 +340,20 @@ def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
             variable = deployment.api_key_env or (provider.key_env if provider else "the provider's variable")
             return f"Check the key in {variable}"
         case NotFoundError() if deployment is not None:
-            return f"Check model={deployment.model} and api_base"
+            base = deployment.api_base
+            hint = "" if base is None or base.rstrip("/").endswith("/v1") else f"; perhaps {base.rstrip('/')}/v1"
+            return f"Check model={deployment.model} and api_base{hint}"
         case InsufficientQuotaError():
             return "Check the account's balance and limits"
     return "Check the server"
 
 
 @asynccontextmanager
-async def _shown(run: Run, config: RunnerConfig, tracker: Tracker) -> AsyncIterator[None]:
+async def _shown(run: Run, config: RunnerConfig, tracker: Tracker, settled: int) -> AsyncIterator[None]:
     """Keep progress and the tracker's time series up to date while the run is on."""
     progress = open_progress(config.name)
+    if settled:
+        progress.note(f"going on: {settled:,} rows have their answers")
     run.stop.listen(lambda: progress.note(_ending_note(run)))
     ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
     try:
@@ -365,6 +393,8 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
         await write_jsonl(store, folder / "results.jsonl")
         summary = await summarize(store)
         summary |= {"reused": reused, "stopped": reason.reason if reason else None}
+        if reason is not None and run.total is not None:
+            summary["rows"] = run.total
         replace_file(folder / "summary.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))
     except (StoreError, OSError) as error:
         return Report(exit_code=STOPPED, summary={}, message=str(reason or error))
@@ -374,7 +404,16 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
         exit_code = STOPPED
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
-    return Report(exit_code=exit_code, summary=summary, message=str(reason) if reason else None)
+    message = str(reason) if reason else await _first_failure(store)
+    return Report(exit_code=exit_code, summary=summary, message=message)
+
+
+async def _first_failure(store: Store) -> str | None:
+    """A failed row as an example, since a number alone tells nobody what to do."""
+    async for row in result_rows(store, failed=True, limit=1):
+        error = row["error"]
+        return f"{error['type']}, for example in row {row['_index']}: {error['message']}"
+    return None
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from runner.config import RunnerConfig, TaskKind, replicas
+from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 
 _NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers"})
 """Request parameters that do not change the answer."""
@@ -51,7 +51,7 @@ def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> s
 
 def model_identity(config: RunnerConfig) -> str:
     """The logical model: what answers, wherever it is served. For a simulated one, what decides its answers too."""
-    name = ",".join(sorted({deployment.model for deployment in replicas(config).values()}))
+    name = ",".join(sorted({_asked_of(deployment) for deployment in replicas(config).values()}))
     if "simulated/" in name:
         simulator = config.simulator
         name += f"#{simulator.seed},{simulator.accuracy},{simulator.output_tokens},{simulator.answers}"
@@ -78,6 +78,11 @@ class ContentHasher:
         return digest.digest()
 
 
+def _asked_of(deployment: DeploymentConfig) -> str:
+    extra = _asked_parameters(deployment.extra_kwargs or {})
+    return f"{deployment.model}{dump_json(extra).decode()}" if extra else deployment.model
+
+
 def _asked_parameters(request: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in request.items() if key not in _NOT_ASKED}
 
@@ -87,11 +92,20 @@ def _digest(value: Any, *, size: int) -> bytes:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON with sorted keys, of anything: what JSON does not know is written as its text."""
+    """JSON with sorted keys, of anything: what JSON does not know is written as its text.
+
+    Raises:
+        ValueError: It is nested too deeply to be written.
+    """
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
     except TypeError:  # lone surrogates, integers beyond 64 bits, deep nesting, odd keys
-        return json.dumps(_plain(value), sort_keys=True, default=str).encode()
+        pass
+    try:
+        text = json.dumps(_plain(value), sort_keys=True, default=str, ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return text.encode("utf-8", "replace")
 
 
 def _plain(value: Any) -> Any:

@@ -271,13 +271,16 @@ class Limited:
         handle = await self._limiter.acquire(self._estimate(request))
         sent = time.perf_counter()
         trace.queue_wait_s += sent - queued
+        trace.on_the_wire = True  # and stays so where this is cancelled
         try:
             response = await self._client.send(request)
         except RequestError as error:
+            trace.on_the_wire = False
             self._settle_failure(handle, error)
             raise
         finally:
             trace.service_time_s = time.perf_counter() - sent
+        trace.on_the_wire = False
         if response.usage is not None:
             handle.settle(response.usage)
         return response
@@ -385,6 +388,7 @@ class _Bucket:
     def give_back(self, charge: Charge, amount: float, now: float) -> None:
         """Take ``amount`` off a charge; below zero it is a debt. What has left the window is too late to be used."""
         self._update(now)
+        amount = max(amount, charge.cost - self.limit)  # a debt beyond the limit is a server's nonsense
         if charge.span.counts:
             charge.span.amount -= amount
             self.charged -= amount

@@ -96,4 +96,8 @@ def _details(output: Generation) -> str | None:
         details["tool_calls"] = [asdict(call) for call in output.tool_calls]
     if output.choices:
         details["choices"] = output.choices
-    return dump_json(details).decode() if details else None
+    try:
+        return dump_json(details).decode() if details else None
+    except ValueError:  # choices nested beyond measure: the text of the first one is what was paid for
+        details.pop("choices", None)
+        return dump_json(details).decode()

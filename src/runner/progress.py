@@ -381,6 +381,9 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
             yield _Fact(key, f"{summary[key]:,}")
     if summary.get("failed") is not None:
         yield _Fact("failed", f"{summary['failed']:,}", "red" if summary["failed"] else "")
+    open_rows = summary.get("rows", 0) - summary.get("succeeded", 0) - summary.get("failed", 0)
+    if open_rows > 0:
+        yield _Fact("not asked yet", f"{open_rows:,}", "yellow")
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")

@@ -19,13 +19,20 @@ _CURRENT = """
 """
 
 
-async def result_rows(store: Store, *, limit: int | None = None) -> AsyncIterator[dict[str, Any]]:
+async def result_rows(
+    store: Store, *, limit: int | None = None, failed: bool | None = None
+) -> AsyncIterator[dict[str, Any]]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
+
+    ``failed`` leaves only those that failed, or only those that did not.
 
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
     """
     samples = int((await store.meta()).get("samples", "1"))
-    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT} ORDER BY rows.position"
+    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT}"
+    if failed is not None:
+        sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
+    sql += " ORDER BY rows.position"
     if limit is not None:
         sql += f" LIMIT {limit:d}"
     async for record in store.query(sql):
@@ -55,15 +62,17 @@ async def summarize(store: Store) -> dict[str, Any]:
     """The figures of ``summary.json``, from the store alone.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
-    is ``queue_wait_s``, beside it. Rates are answers and tokens per second of all sessions together.
+    is ``queue_wait_s``, beside it. Rates are answers and tokens per second of all sessions together. Cost and rates
+    count all that was ever answered in this run, the rest what the dataset holds now.
     """
     totals = await _one(store, _TOTALS)
+    spent = await _one(store, _SPENT)
     attempts = await _one(store, _ATTEMPTS)
     sessions = await _one(store, "SELECT coalesce(sum(last_seen - started_at), 0) AS elapsed_s FROM sessions")
     rows = await _one(store, "SELECT count(*) AS n FROM rows")
     elapsed_s = sessions["elapsed_s"]
-    known_cost = totals["cost_usd"] + attempts["cost_usd"]
-    unknown = totals["unknown_costs"] + attempts["unknown_costs"]
+    known_cost = spent["cost_usd"] + attempts["cost_usd"]
+    unknown = spent["unknown_costs"] + attempts["unknown_costs"]
     return {
         "rows": rows["n"],
         "succeeded": totals["succeeded"],
@@ -75,12 +84,12 @@ async def summarize(store: Store) -> dict[str, Any]:
             "cached": totals["cached"],
             "reasoning": totals["reasoning"],
         },
-        "cost_usd": known_cost if totals["priced"] or not totals["succeeded"] else None,
-        "cost_usd_upper_bound": known_cost + unknown * totals["highest_cost"] if totals["priced"] else None,
+        "cost_usd": known_cost if spent["priced"] or not spent["answers"] else None,
+        "cost_usd_upper_bound": known_cost + unknown * spent["highest_cost"] if spent["priced"] else None,
         "attempts_of_unknown_cost": unknown,
         "elapsed_s": elapsed_s,
-        "requests_per_s": totals["succeeded"] / elapsed_s if elapsed_s else None,
-        "tokens_per_s": totals["total"] / elapsed_s if elapsed_s else None,
+        "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
+        "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
         "latency_s": await _quantiles(store, "service_time_s", totals["succeeded"]),
         "queue_wait_s": await _quantiles(store, "queue_wait_s", totals["succeeded"]),
         "retries": totals["retries"],
@@ -98,12 +107,19 @@ _TOTALS = f"""
         coalesce(sum(total_tokens), 0) AS total,
         coalesce(sum(cached_tokens), 0) AS cached,
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
+        coalesce(sum(retries), 0) AS retries
+    {_CURRENT}
+"""
+
+_SPENT = """
+    SELECT
+        count(*) FILTER (WHERE error_type IS NULL) AS answers,
+        coalesce(sum(total_tokens), 0) AS tokens,
         coalesce(sum(cost_usd), 0.0) AS cost_usd,
         coalesce(max(cost_usd), 0.0) AS highest_cost,
         count(cost_usd) FILTER (WHERE error_type IS NULL) AS priced,
-        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs,
-        coalesce(sum(retries), 0) AS retries
-    {_CURRENT}
+        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs
+    FROM answers
 """
 
 _ATTEMPTS = """

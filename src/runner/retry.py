@@ -8,11 +8,17 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
 from runner.config import RetryConfig
-from runner.errors import RequestError
+from runner.errors import ConnectError, RequestError
 from runner.types import Attempt, Client, Request, Response, Trace
+
+UNREACHABLE_S = 30.0
+"""How long a request is tried again while nobody listens at the address, however often that is."""
+
+_RECONNECT_CAP_S = 5.0
 
 
 class Slot(Protocol):
@@ -72,7 +78,7 @@ class Retrying:
 
         policy = AsyncRetrying(
             retry=retry_if_exception(_is_retryable),
-            stop=stop_after_attempt(1 + self._config.max_retries),
+            stop=_EnoughAttempts(1 + self._config.max_retries),
             wait=HintThenJitter(base_s=self._config.base_s, cap_s=self._config.cap_s),
             before_sleep=note,
             sleep=self._rest,
@@ -97,8 +103,24 @@ class HintThenJitter(wait_base):
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
+        jitter = float(self._jitter(retry_state))
+        if isinstance(error, ConnectError):
+            return min(jitter, _RECONNECT_CAP_S)
         hint = error.retry_after_s if isinstance(error, RequestError) else None
-        return (hint or 0.0) + self._jitter(retry_state)
+        return (hint or 0.0) + jitter
+
+
+class _EnoughAttempts(stop_base):
+    """Stop after so many attempts; a server that nobody reaches is given some time instead, as it may be restarting."""
+
+    def __init__(self, attempts: int) -> None:
+        self._attempts = stop_after_attempt(attempts)
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        if isinstance(error, ConnectError):
+            return (retry_state.seconds_since_start or 0.0) >= UNREACHABLE_S
+        return self._attempts(retry_state)
 
 
 def _is_retryable(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -94,18 +95,47 @@ class Workload:
                 metadata = row.fields
             else:
                 asked, metadata = ask.input, ask.metadata
-        identity = asked if error is None else ["unusable", str(error)]
-        for sample in range(self.samples):
+        try:
+            text = dump_json(metadata).decode()
+            contents = [self._hash(asked, sample) for sample in range(self.samples)]
+        except ValueError as failure:
+            error, asked, text = RowError(f"{row.source}: {failure}"), None, "{}"
+        if error is not None:
+            contents = [self._hash(["unusable", str(error)], sample) for sample in range(self.samples)]
+        for sample, content in enumerate(contents):
             yield Item(
                 position=row.index * self.samples + sample,
                 fields=row.fields,
-                content=self._hash(identity, sample),
-                metadata=dump_json(metadata).decode(),
+                content=content,
+                metadata=text,
                 input=asked,
                 error=error,
             )
 
 
-def claimed_chunk_size(slots: int) -> int:
-    """How many items to claim at once: enough to share a transaction, few enough to be in flight soon."""
-    return max(16, min(256, 4 * slots))
+class ClaimSize:
+    """How many items to claim at once: enough to share a transaction, few enough to be in flight soon.
+
+    What a killed run had claimed counts as perhaps paid for, so a slow run claims no more than its slots.
+    """
+
+    MOST = 256
+    _SOON_S = 0.25
+
+    def __init__(self, slots: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._least = min(max(slots, 8), self.MOST)
+        self._size = self._least
+        self._clock = clock
+        self._asked_at: float | None = None
+
+    def next(self) -> int:
+        """The size of the next claim, by how long the last one lasted."""
+        now = self._clock()
+        if self._asked_at is not None:
+            lasted_s = now - self._asked_at
+            if lasted_s < self._SOON_S:
+                self._size = min(2 * self._size, self.MOST)
+            elif lasted_s > 4 * self._SOON_S:
+                self._size = max(self._size // 2, self._least)
+        self._asked_at = now
+        return self._size

@@ -114,17 +114,19 @@ def key_of(deployment: DeploymentConfig) -> str | None:
     """The deployment's key: from code, from the variable that it names, or from its provider's usual one.
 
     Raises:
-        ConfigError: The variable that the deployment names is not set.
+        ConfigError: The variable that the deployment names is not set, or holds no key.
     """
-    if deployment.api_key:
-        return deployment.api_key
-    if deployment.api_key_env:
-        key = os.environ.get(deployment.api_key_env)
-        if not key:
-            raise ConfigError(f"api_key_env={deployment.api_key_env!r}: the environment has no such variable")
-        return key
     provider = DIRECT.get(deployment.model.partition("/")[0])
-    return os.environ.get(provider.key_env) if provider else None
+    variable = deployment.api_key_env or (provider.key_env if provider else None)
+    key = deployment.api_key or (os.environ.get(variable) if variable else None)
+    if not key:
+        if deployment.api_key_env:
+            raise ConfigError(f"api_key_env={deployment.api_key_env!r}: the environment has no such variable")
+        return None
+    key = key.strip()  # a line feed at the end is what files and pipes leave
+    if not key.isprintable() or not key.isascii():
+        raise ConfigError(f"the key in {variable or 'api_key'} holds characters that no key has: set it again")
+    return key
 
 
 async def _unreachable(api_base: str | None) -> str | None:
