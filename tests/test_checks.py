@@ -257,3 +257,16 @@ def test_the_key_that_was_meant_is_guessed(path: str, meant: str | None) -> None
 def test_the_message_names_the_key_that_was_meant_or_where_to_look() -> None:
     assert unknown_key_message("limits.rmp") == "unknown key 'limits.rmp'. Did you mean 'limits.rpm'?"
     assert "--help" in unknown_key_message("qqqqqqqq")
+
+
+@pytest.mark.parametrize("value", ["abc", 0, -1, True])
+@pytest.mark.parametrize("key", ["timeout", "max_tokens", "n"])
+def test_parameters_that_are_reckoned_with_are_numbers(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"request.{key}"):
+        check(RunnerConfig(request={key: value}))
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="no place") as caught:
+        check(RunnerConfig(model="hosted_vllm/m", api_base="http://me:hunter2@host/v1"))
+    assert "hunter2" not in str(caught.value)

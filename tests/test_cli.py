@@ -698,3 +698,8 @@ def test_what_hydra_would_not_parse_is_taken_as_it_is(here: Path, capfd: pytest.
     assert exit_code == 0
     assert out.startswith(r"echo: Say {this}: 'it''s' ${x} \\" + "\n\n")
     assert Command(here).run().parent == here / "runs" / "a=b"
+
+
+def test_a_key_with_dashes_is_shown_the_right_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--prompt=hello"]) == 2
+    assert "write prompt=" in capsys.readouterr().err

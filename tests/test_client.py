@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -265,3 +267,22 @@ def test_the_synchronous_twin_has_the_signature_and_documentation(name: str) -> 
     assert twin.__doc__ == written.__doc__
     assert twin.__name__ == name
     assert not inspect.iscoroutinefunction(twin)
+
+
+def test_closing_from_another_thread_ends_those_who_wait() -> None:
+    client = echo(simulator=SimulatorConfig(latency_s=600.0))
+    ended = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(BaseException):
+            client.generate("hello")
+        ended.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not client.background.started:
+        time.sleep(0.01)
+    client.close()
+
+    assert ended.wait(10)
+    thread.join()

@@ -403,3 +403,23 @@ async def test_a_soft_start_wakes_those_who_wait() -> None:
     await asyncio.gather(*(users.start(f"user {n}") for n in range(8)))
     assert users.most == 8
     assert now() == pytest.approx(1.1)
+
+
+@virtual_time
+async def test_no_more_step_aside_than_four_for_each_slot() -> None:
+    window = Window(1)
+    begun = 0
+
+    async def wait_for_long() -> None:
+        nonlocal begun
+        async with window:
+            begun += 1
+            async with window.aside():
+                await asyncio.sleep(1000)
+
+    tasks = [asyncio.create_task(wait_for_long()) for _ in range(20)]
+    await asyncio.sleep(1)
+    assert begun == 5  # four are aside, the fifth keeps the slot
+    await asyncio.gather(*tasks)
+    assert begun == 20
+    assert window.active == 0

@@ -297,3 +297,57 @@ async def asked_of(simulator: Simulator) -> int:
     """Requests that the simulator has counted."""
     async with ClientSession() as session, session.get(simulator.url.removesuffix("/v1") + "/ledger") as response:
         return int((await response.json())["requests"])
+
+
+async def test_another_number_of_samples_keeps_the_answers_and_their_places(tmp_path: Path) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        await experiment(numbered(5))
+        more = await experiment(samples=3)
+        fewer = await experiment(samples=1)
+
+    assert (more.summary["rows"], more.summary["reused"]) == (15, 5)
+    assert (fewer.summary["rows"], fewer.summary["reused"]) == (5, 5)
+    assert len(provider.requests) == 15
+    assert [row["_index"] for row in read_rows(experiment.folder)] == [0, 1, 2, 3, 4]
+    assert experiment.texts() == [f"ROW {index}" for index in range(5)]
+
+
+async def test_rows_that_were_not_sent_when_a_signal_came_cost_nothing(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> web.Response:
+        os.kill(os.getpid(), signal.SIGINT)
+        return shout(asked)
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=8, rpm=1))
+        async with asyncio.timeout(5):
+            report = await experiment(numbered(50))
+
+    assert report.exit_code == 130
+    assert len(provider.requests) == 1
+    assert (report.summary["rows"], report.summary["succeeded"]) == (50, 1)
+    assert report.summary["attempts_of_unknown_cost"] == 1  # the answer itself: no price is known
+
+
+async def test_a_row_nested_beyond_measure_fails_alone(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"row {index}"}) for index in range(3)]
+    lines[1] = '{"prompt": "deep", "x": ' + "[" * 900 + "]" * 900 + "}"
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        report = await experiment(dataset=DatasetConfig(kind=DatasetKind.jsonl, path=str(rows)))
+
+    assert report.exit_code in (0, 3)
+    assert [row["_index"] for row in read_rows(experiment.folder)] == [0, 1, 2]
+    assert experiment.texts()[0] == "ROW 0"
+    assert experiment.texts()[2] == "ROW 2"
+
+
+async def test_what_was_spent_is_not_forgotten_when_the_dataset_shrinks(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, model="simulated/echo", simulator=SimulatorConfig(latency_s=0.001))
+    whole = await experiment(numbered(20))
+    part = await experiment(numbered(2))
+
+    assert part.summary["rows"] == 2
+    assert part.summary["cost_usd"] == pytest.approx(whole.summary["cost_usd"])

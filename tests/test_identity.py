@@ -249,3 +249,20 @@ def test_json_is_written_of_anything(value: Any) -> None:
 def test_what_json_has_no_number_for_is_null(big: int) -> None:
     written = dump_json({"x": float("nan"), "y": [float("inf"), -float("inf")], "n": big}).decode()
     assert json.loads(written, parse_constant=pytest.fail) == {"x": None, "y": [None, None], "n": big}
+
+
+def test_what_deployments_add_to_requests_is_asked_too() -> None:
+    def model(**extra: object) -> str:
+        deployment = DeploymentConfig(model="openai/m", extra_kwargs=dict(extra))
+        return model_identity(RunnerConfig(deployments={"a": deployment}))
+
+    assert len({model(), model(temperature=0), model(temperature=1)}) == 3
+    assert model(timeout=5) == model()
+
+
+def test_what_is_nested_beyond_measure_is_refused_and_no_crash() -> None:
+    deep: object = 1
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        dump_json(deep)

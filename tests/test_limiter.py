@@ -803,3 +803,11 @@ async def test_the_errors_of_the_transport_come_through_unchanged() -> None:
     with pytest.raises(RequestError) as caught:
         await Limited(Provider(error), RateLimiter(), label="a").send(asking())
     assert caught.value is error
+
+
+@virtual_time
+async def test_a_usage_beyond_all_measure_is_a_debt_of_one_limit_at_most() -> None:
+    limiter = RateLimiter(tokens_per_minute=6000)
+    handle = await limiter.acquire(100)
+    handle.settle(used(prompt=2**48))
+    assert await waits(limiter, 100) <= 2 * MINUTE

@@ -20,7 +20,7 @@ from runner.errors import (
     ServiceUnavailableError,
     Timeout,
 )
-from runner.retry import Retrying, failed_attempt
+from runner.retry import UNREACHABLE_S, Retrying, failed_attempt
 from runner.types import Attempt, Generation, GenerationRequest, Request, Response, Trace
 from virtual_time import START, now, other_tasks, settle, virtual_time
 
@@ -380,3 +380,19 @@ async def test_closing_closes_the_client_below() -> None:
     provider = Provider()
     await Retrying(provider, RetryConfig()).aclose()
     assert provider.closed
+
+
+@virtual_time
+async def test_a_server_that_nobody_reaches_is_given_half_a_minute() -> None:
+    """It may be restarting: the number of attempts does not count, the time does."""
+    provider = Provider(*(ConnectError("nobody listens") for _ in range(1000)))
+    with pytest.raises(ConnectError):
+        await Retrying(provider, RetryConfig(max_retries=1, base_s=1.0)).send(asking())
+    assert UNREACHABLE_S <= provider.attempts[-1] - provider.attempts[0] < UNREACHABLE_S + 10
+    assert len(provider.attempts) > 5
+
+
+@virtual_time
+async def test_a_server_that_comes_back_is_reached_again() -> None:
+    provider = Provider(*(ConnectError("nobody listens") for _ in range(6)))
+    assert await Retrying(provider, RetryConfig(max_retries=1, base_s=0.1)).send(asking()) is ANSWER
