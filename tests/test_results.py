@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from runner.errors import StoreError
-from runner.identity import dump_json
+from runner.identity import dump_json, dump_text
 from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.store import Claim, Outcome, Store
 from runner.types import Attempt
@@ -31,7 +31,7 @@ async def settle(
     store: Store, position: int, *, metadata: Any = None, scores: Any = None, occurrence: int = 0, **columns: Any
 ) -> None:
     """Enter a row and what came of it."""
-    text = dump_json(metadata or {}).decode()
+    text = dump_text(metadata or {})
     await store.claim(
         [Claim(position=position, content=content(position), metadata=text)], retry_failed=False, scored=False
     )

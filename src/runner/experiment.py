@@ -34,7 +34,7 @@ from runner.errors import (
     StoreError,
     SystemicError,
 )
-from runner.identity import dump_json
+from runner.identity import dump_text
 from runner.metrics import Meter, Snapshot
 from runner.outcomes import count, failure, success
 from runner.progress import Progress, open_progress
@@ -282,7 +282,7 @@ class Run:
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)
         self._meter.scored(scores)
-        return dump_json(scores).decode()
+        return dump_text(scores)
 
     # Ending early
 

@@ -102,10 +102,17 @@ def dump_json(value: Any) -> bytes:
     except TypeError:  # lone surrogates, integers beyond 64 bits, deep nesting, odd keys
         pass
     try:
-        text = json.dumps(_plain(value), sort_keys=True, default=str, ensure_ascii=False)
+        return json.dumps(_plain(value), sort_keys=True, default=str).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    return text.encode("utf-8", "replace")
+
+
+def dump_text(value: Any) -> str:
+    """JSON that every reader takes: as `dump_json`, with a question mark for each half of a surrogate pair."""
+    exact = dump_json(value).decode()
+    if "\\ud" not in exact:
+        return exact
+    return json.dumps(json.loads(exact), ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def _plain(value: Any) -> Any:

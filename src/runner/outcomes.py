@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from runner.errors import ItemError, RequestError
-from runner.identity import dump_json
+from runner.identity import dump_text
 from runner.metrics import Meter
 from runner.store import Outcome
 from runner.types import Generation, Response, TokenUsage, Trace
@@ -97,7 +97,7 @@ def _details(output: Generation) -> str | None:
     if output.choices:
         details["choices"] = output.choices
     try:
-        return dump_json(details).decode() if details else None
+        return dump_text(details) if details else None
     except ValueError:  # choices nested beyond measure: the text of the first one is what was paid for
         details.pop("choices", None)
-        return dump_json(details).decode()
+        return dump_text(details)

@@ -11,7 +11,7 @@ from typing import Any
 from runner.config import RunnerConfig
 from runner.dataset import Row, count_rows, open_dataset
 from runner.errors import RowError
-from runner.identity import ContentHasher, dump_json
+from runner.identity import ContentHasher, dump_text
 from runner.prompt import PromptBuilder
 from runner.scoring import Scorers
 from runner.types import Attempt, GenerateInput, GenerationRequest, Trace
@@ -96,7 +96,7 @@ class Workload:
             else:
                 asked, metadata = ask.input, ask.metadata
         try:
-            text = dump_json(metadata).decode()
+            text = dump_text(metadata)
             contents = [self._hash(asked, sample) for sample in range(self.samples)]
         except ValueError as failure:
             error, asked, text = RowError(f"{row.source}: {failure}"), None, "{}"
