@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -270,18 +269,17 @@ def test_the_synchronous_twin_has_the_signature_and_documentation(name: str) -> 
 
 
 def test_closing_from_another_thread_ends_those_who_wait() -> None:
-    client = echo(simulator=SimulatorConfig(latency_s=600.0))
-    ended = threading.Event()
+    client = echo(simulator=SimulatorConfig(latency_s=0.001, faults=FaultsConfig(hang=0.5)), max_retries=0)
+    answered, ended = threading.Event(), threading.Event()
 
     def ask() -> None:
         with contextlib.suppress(BaseException):
-            client.generate("hello")
+            client.generate_batch([f"prompt {n}" for n in range(20)], on_result=lambda *outcome: answered.set())
         ended.set()
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while not client.background.started:
-        time.sleep(0.01)
+    assert answered.wait(10)
     client.close()
 
     assert ended.wait(10)

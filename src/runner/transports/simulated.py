@@ -47,7 +47,11 @@ class SimulatedTransport:
     async def _start(self) -> DirectTransport:
         async with self._starting:
             if self._direct is None:
-                await self._simulator.start()
+                try:
+                    await self._simulator.start()
+                except BaseException:
+                    await self._simulator.aclose()
+                    raise
                 self._direct = DirectTransport(
                     model=self._model,
                     api_base=self._simulator.url,
