@@ -260,10 +260,7 @@ def raw(job: Job) -> Timing:
                     text: str = orjson.loads(await answer.read())["choices"][0]["message"]["content"]
                     return text
 
-            await ask_all(ask, job.warm_up, job.concurrency)
-            prompts = job.prompts
-            with stopwatch:
-                return await ask_all(ask, prompts, job.concurrency)
+            return await ask_timed(ask, job, stopwatch)
 
     require(all(asyncio.run(run())), "requests failed")
     return stopwatch.timing
@@ -300,10 +297,7 @@ def litellm(job: Job) -> Timing:
         return text
 
     async def run() -> list[str]:
-        await ask_all(ask, job.warm_up, job.concurrency)
-        prompts = job.prompts
-        with stopwatch:
-            return await ask_all(ask, prompts, job.concurrency)
+        return await ask_timed(ask, job, stopwatch)
 
     require(all(asyncio.run(run())), "requests failed")
     return stopwatch.timing
@@ -335,6 +329,14 @@ async def ask_all(ask: Callable[[str], Awaitable[str]], prompts: Sequence[str], 
 
     await asyncio.gather(*(work() for _ in range(concurrency)))
     return answers
+
+
+async def ask_timed(ask: Callable[[str], Awaitable[str]], job: Job, stopwatch: Stopwatch) -> list[str]:
+    """The answers to the job's prompts, timed after a warm-up."""
+    await ask_all(ask, job.warm_up, job.concurrency)
+    prompts = job.prompts
+    with stopwatch:
+        return await ask_all(ask, prompts, job.concurrency)
 
 
 def prompt(number: int) -> str:

@@ -33,12 +33,10 @@ from runner.arguments import friendly
 from runner.checks import check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import DatasetKind, RunnerConfig
-from runner.errors import ConfigError, RunnerError, StoreError
+from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
 from runner.progress import printable, summary_table, sweep_table, write
 
-BAD_CONFIG = 2
 CELLS_FAILED = 1
-SOME_FAILED = 3
 BUG = 70  # EX_SOFTWARE
 
 _CELLS = "RUNNER_CELLS"
@@ -268,7 +266,7 @@ def _conclude_sweep(cells: Sequence[Mapping[str, Any]], exit_code: int) -> int:
     exit_codes: set[int] = {exit_code, *(cell["exit_code"] for cell in cells)}
     if interrupted := {code for code in exit_codes if code > 128}:
         return max(interrupted)
-    return CELLS_FAILED if exit_codes - {0, SOME_FAILED} else 0
+    return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else 0
 
 
 def _complain(message: str) -> int:

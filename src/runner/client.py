@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -281,10 +280,10 @@ def _result(response: Response, trace: Trace) -> GenerationResult:
         metrics=RequestMetrics(
             queue_wait_s=trace.queue_wait_s,
             service_time_s=trace.service_time_s,
-            end_to_end_s=time.perf_counter() - trace.started,
+            end_to_end_s=trace.end_to_end_s,
             deployment=trace.deployment,
             retries=trace.retries,
-            cost_usd=trace.price.cost_usd(usage) if trace.price and usage else None,
+            cost_usd=trace.cost_usd(usage),
             ttft_s=trace.ttft_s,
         ),
     )

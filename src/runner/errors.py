@@ -34,6 +34,9 @@ from __future__ import annotations
 import signal
 from typing import Any, ClassVar
 
+FINISHED, BAD_CONFIG, SOME_FAILED, STOPPED = 0, 2, 3, 4
+"""Exit codes of a run; an interrupt is 128 + signal."""
+
 
 class RunnerError(Exception):
     """The root: ``except RunnerError`` catches whatever runner raises on purpose."""

@@ -20,6 +20,9 @@ from runner.checks import check
 from runner.concurrency import SoftStart, Window
 from runner.config import DeploymentConfig, Resume, RunnerConfig, replicas
 from runner.errors import (
+    FINISHED,
+    SOME_FAILED,
+    STOPPED,
     AuthenticationError,
     ConfigError,
     ConnectError,
@@ -47,9 +50,6 @@ from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import DIRECT, check_addresses
 from runner.types import Client, Response, Trace
 from runner.workload import ClaimSize, Item, Workload
-
-FINISHED, SOME_FAILED, STOPPED = 0, 3, 4
-"""Exit codes. A `ConfigError` is 2, an interrupt 128 + signal."""
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""

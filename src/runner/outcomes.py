@@ -16,7 +16,6 @@ from runner.types import Generation, Response, TokenUsage, Trace
 
 def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
     """The stored form of an answered request."""
-    now = time.perf_counter()
     usage = response.usage
     output = response.output
     assert isinstance(output, Generation)
@@ -38,9 +37,9 @@ def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome
         retries=trace.retries,
         queue_wait_s=trace.queue_wait_s,
         service_time_s=trace.service_time_s,
-        end_to_end_s=now - trace.started,
+        end_to_end_s=trace.end_to_end_s,
         ttft_s=trace.ttft_s,
-        cost_usd=trace.price.cost_usd(usage) if trace.price and usage else None,
+        cost_usd=trace.cost_usd(usage),
     )
 
 
@@ -58,7 +57,7 @@ def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
         retries=trace.retries,
         queue_wait_s=trace.queue_wait_s,
         service_time_s=trace.service_time_s,
-        end_to_end_s=time.perf_counter() - trace.started,
+        end_to_end_s=trace.end_to_end_s,
         cost_usd=None if isinstance(error, RequestError) and error.billing == "unknown" else 0.0,
     )
 

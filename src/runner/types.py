@@ -105,6 +105,15 @@ class Trace:
     def retries(self) -> int:
         return len(self.failures)
 
+    @property
+    def end_to_end_s(self) -> float:
+        """Since the request was made, everything included."""
+        return time.perf_counter() - self.started
+
+    def cost_usd(self, usage: TokenUsage | None) -> float | None:
+        """What an answer with ``usage`` costs at the deployment that gave it; None: unknown."""
+        return self.price.cost_usd(usage) if self.price and usage else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
