@@ -27,8 +27,8 @@ from harness import SOURCES, Asked, Command, get, read_rows, read_summary, refus
 from runner.arguments import friendly
 from runner.cli import main
 from runner.config import RunnerConfig, SimulatorConfig
-from runner.experiment import GRACE_S
 from runner.progress import sweep_table
+from runner.run import GRACE_S
 from runner.simulator import Simulator
 from wandb_offline import read_offline_run
 

@@ -198,7 +198,7 @@ async def test_a_refusal_among_good_answers_fails_that_row_only(tmp_path: Path, 
 async def test_a_hanging_request_holds_an_interrupted_run_no_longer_than_the_grace_period(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.experiment.GRACE_S", 0.2)
+    monkeypatch.setattr("runner.run.GRACE_S", 0.2)
     async with serving() as provider:
         hanging = Experiment(tmp_path, api_base=provider.url)
 
