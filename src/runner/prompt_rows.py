@@ -15,6 +15,9 @@ from runner.errors import ConfigError, StoreError
 DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 SHAPES = ("original", "unique")
 
+STORE_KIND = "prompt_map"
+"""The fact ``kind`` of a store whose rows are prompts: their metadata are ``idx`` and ``prompt``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
@@ -94,6 +97,15 @@ def write_rows(path: Path, rows: Sequence[PromptRow]) -> None:
         raise StoreError(f"{path}: the results cannot be written ({error}); name another results_db_url") from None
 
 
+def holds_rows(path: Path) -> bool:
+    """Whether ``path`` is what `write_rows` has written."""
+    try:
+        with closing(_connect(path)) as database:
+            return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'results'").fetchall())
+    except sqlite3.Error:
+        return False
+
+
 def read_rows(path: Path) -> Iterator[PromptRow]:
     """The rows that `write_rows` has put into ``path``.
 
@@ -101,12 +113,16 @@ def read_rows(path: Path) -> Iterator[PromptRow]:
         StoreError: There are none.
     """
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        with closing(_connect(path)) as database:
             sql = "SELECT idx, key, prompt, status, result, error FROM results ORDER BY idx"
             for idx, key, prompt, status, result, error in database.execute(sql):
                 yield PromptRow(idx=idx, key=key, prompt=prompt, status=status, result=result, error=error)
     except sqlite3.Error as failure:
         raise StoreError(f"{path} holds no results of prompt_map ({failure})") from None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
 
 _RESULTS = """
