@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from runner.database import RUN_DATABASE
 from runner.database_url import path_of, results_path
 from runner.errors import BAD_CONFIG, ConfigError, StoreError
 from runner.progress import printable, write
@@ -24,8 +25,6 @@ from runner.store import Store
 from runner.tables import Columns, Csv, JsonLines, Parquet, Writer
 
 FORMATS = ("jsonl", "csv", "parquet")
-
-_STORE = "results.sqlite"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +68,7 @@ async def export_jsonl(db_url: str | Path, out: str | Path = "results.jsonl") ->
     """
     path = path_of(db_url, key="db_url")
     if path.is_dir():
-        path = path / _STORE
+        path = path / RUN_DATABASE
     table = path if path.exists() else results_path(path)
     count = 0
     with replacing(Path(out)) as file:
@@ -104,13 +103,13 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
     """
     stores: dict[Path, None] = {}
     for path in paths:
-        found = [path] if path.is_file() else sorted(path.rglob(_STORE))
+        found = [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE))
         if not found:
             raise ConfigError(
                 f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID) or a sweep's (runs/NAME)"
             )
         stores |= dict.fromkeys(found)
-    names = {store: store.absolute().parent.name if store.name == _STORE else store.stem for store in stores}
+    names = {store: store.absolute().parent.name if store.name == RUN_DATABASE else store.stem for store in stores}
     ambiguous = {name for name, count in Counter(names.values()).items() if count > 1}
     return [ExportedRun(name=str(store) if name in ambiguous else name, store=store) for store, name in names.items()]
 

@@ -126,7 +126,7 @@ class JsonLines:
 
 
 class Csv:
-    """A `Writer` of a table as text: UTF-8, commas, a header, nothing for null.
+    """A `Writer` of a table as text: RFC 4180 in UTF-8, a header, nothing for null.
 
     Models and servers are not to be trusted: a text that a spreadsheet would take for a formula gets an apostrophe
     before it.
@@ -134,7 +134,9 @@ class Csv:
 
     def __init__(self, file: BinaryIO, columns: Columns) -> None:
         self._columns = columns
-        self._writer = csv.writer(_Utf8(file), lineterminator="\n")
+        self._writer = csv.writer(
+            _Utf8(file)
+        )  # ends lines as RFC 4180 does; with others, it would not quote all breaks
         self._writer.writerow(columns.names)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ def identity_of(worker: Worker) -> str:
     if not inspect.isroutine(worker):
         owner, worker = worker, type(worker).__call__
     function = inspect.unwrap(getattr(worker, "__func__", worker))
-    name = f"{function.__module__}.{function.__qualname__}"
+    name = f"{getattr(function, '__module__', None)}.{function.__qualname__}"
     decisive: list[Any] = [_texts(getattr(owner, "__dict__", {}))]
     if inspect.isfunction(function):
         fixed += [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items())]
