@@ -7,8 +7,8 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,10 +80,11 @@ async def export_jsonl(db_url: str | Path, out: str | Path = "results.jsonl") ->
                     count += 1
             return count
         async with await Store.open_readonly(path) as store:
-            rows = _prompt_rows(store) if (await store.meta()).get("kind") == STORE_KIND else result_rows(store)
-            async for row in rows:
-                writer.write(row)
-                count += 1
+            ours = (await store.meta()).get("kind") == STORE_KIND
+            async with aclosing(_prompt_rows(store) if ours else result_rows(store)) as rows:
+                async for row in rows:
+                    writer.write(row)
+                    count += 1
     return count
 
 
@@ -133,8 +134,8 @@ async def export_runs(runs: Sequence[ExportedRun], file: BinaryIO, form: str) ->
     count = 0
     with closing(await _open_writer(runs, file, form)) as writer:
         for run in runs:
-            async with await Store.open_readonly(run.store) as store:
-                async for row in result_rows(store):
+            async with await Store.open_readonly(run.store) as store, aclosing(result_rows(store)) as rows:
+                async for row in rows:
                     writer.write({"run": run.name, **row} if len(runs) > 1 else row)
                     count += 1
     return count
@@ -154,9 +155,10 @@ async def _open_writer(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -
 _RARE_FIELDS = "SELECT DISTINCT entry.key AS field FROM answers, json_each(answers.details) AS entry"
 
 
-async def _prompt_rows(store: Store) -> AsyncIterator[dict[str, Any]]:
-    async for row in result_rows(store, failed=False):
-        yield orjson.loads(orjson.dumps(row["metadata"])) | {"result": row["output_text"]}
+async def _prompt_rows(store: Store) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(result_rows(store, failed=False)) as rows:
+        async for row in rows:
+            yield orjson.loads(orjson.dumps(row["metadata"])) | {"result": row["output_text"]}
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +22,7 @@ _CURRENT = """
 
 async def result_rows(
     store: Store, *, limit: int | None = None, failed: bool | None = None
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
     ``failed`` leaves only those that failed, or only those that did not.
@@ -36,8 +36,9 @@ async def result_rows(
     sql += " ORDER BY rows.position"
     if limit is not None:
         sql += f" LIMIT {limit:d}"
-    async for record in store.query(sql):
-        yield _result_row(record, samples)
+    async with aclosing(store.query(sql)) as records:
+        async for record in records:
+            yield _result_row(record, samples)
 
 
 async def write_jsonl(store: Store, path: Path) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -282,7 +282,7 @@ class Store:
                 list(facts.items()),
             )
 
-    async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+    async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
         async with translated(self.path), self._database.execute(sql, parameters) as cursor:
             while rows := await cursor.fetchmany(_CHUNK):

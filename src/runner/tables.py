@@ -90,6 +90,7 @@ class Columns:
         self.names = known + sorted(names - COLUMNS.keys())
         self.kinds = [COLUMNS.get(name, "json") for name in self.names]
         self._json = [name for name, kind in zip(self.names, self.kinds, strict=True) if kind == "json"]
+        self._details = [name for name in self.names if name in _RARE and name not in self._json]
 
     def values(self, row: Mapping[str, Any]) -> list[Any]:
         """The values of ``row``, as `COLUMNS` says; JSON is a text.
@@ -109,6 +110,9 @@ class Columns:
         for name in self._json:
             if (value := values.get(name)) is not None:
                 values[name] = orjson.dumps(value).decode()
+        for name in self._details:
+            if isinstance(value := values.get(name), orjson.Fragment):
+                values[name] = orjson.loads(orjson.dumps(value))
         return list(map(values.get, self.names))
 
 
