@@ -34,6 +34,7 @@ from runner.checks import check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import DatasetKind, RunnerConfig
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
+from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
 
 CELLS_FAILED = 1
@@ -51,6 +52,12 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(arguments):
+        write(sys.stdout, help_text([conf_folder(), Path("conf")]))
+        return 0
+    if "--version" in arguments:
+        write(sys.stdout, version_text())
+        return 0
     _register()
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
