@@ -18,6 +18,7 @@ Try
   python -m runner model=hosted_vllm/llama api_base=http://localhost:8000/v1 \\
       dataset=jsonl dataset.path=rows.jsonl prompt="Summarize: {{ text }}" limits.concurrency=64
   python -m runner -m +experiment=quickstart request.temperature=0,0.7   a sweep: one run a cell
+  python -m runner.doctor +experiment=quickstart                         keys, servers, rows, disk: what to change
 
 Keys
   model, api_base, api_key_env       what answers
