@@ -9,33 +9,35 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner.arguments import friendly
+from runner.arguments import friendly, quoted
 from runner.complaints import explain
-from runner.composition import conf_folder, load_environment, register, swept_by, typed
+from runner.composition import conf_folder, is_multirun, load_environment, sweep_folder, swept_by, swept_keys, typed
 from runner.config import DatasetKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
+from runner.sweep import Cell, Sweep
+
+if TYPE_CHECKING:
+    from runner.experiment import Report
 
 CELLS_FAILED = 1
 BUG = 70  # EX_SOFTWARE
 
-_CELLS = "RUNNER_CELLS"
-"""Environment variable: the file in which cells note how they ended, whichever process they run in."""
+_BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OSError, ValueError)
+"""What a configuration that cannot be composed raises."""
 
 _SHOWN_ANSWERS = 3
 """A run without a dataset shows its answers if there are no more."""
@@ -52,67 +54,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in arguments:
         write(sys.stdout, version_text())
         return 0
-    register()
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
-        sys.argv[1:] = list(friendly(arguments))
-    except ConfigError as error:
-        return _complain(str(error))
+        arguments = list(friendly(arguments))
+        sweep = Sweep(sweep_folder(arguments)) if is_multirun(arguments) else None
+    except _BAD_INPUT as error:
+        return _complain(explain(error))
+    if sweep is not None:
+        sweep.forget()
+        arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
+    sys.argv[1:] = arguments
+    ended: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
     def task(composed: DictConfig) -> dict[str, Any]:
-        return run_cell(composed)
+        cell = run_cell(composed)
+        ended.append(cell["exit_code"])
+        return cell
 
     exit_code = 0
-    with NamedTemporaryFile("r", prefix="runner-", encoding="utf-8") as notes:
-        os.environ[_CELLS] = notes.name
-        try:
-            task()
-        except (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OSError, ValueError) as error:
-            exit_code = _complain(explain(error))
-        except KeyboardInterrupt:
-            exit_code = 130
-        cells = [json.loads(line) for line in notes]
-    if any(cell["swept"] for cell in cells):
-        return _conclude_sweep(cells, exit_code)
-    return int(cells[0]["exit_code"]) if cells else exit_code
+    try:
+        task()
+    except _BAD_INPUT as error:
+        exit_code = _complain(explain(error))
+    except KeyboardInterrupt:
+        exit_code = 130
+    if sweep is not None:
+        return _conclude_sweep(sweep, exit_code)
+    return ended[0] if ended else exit_code
 
 
 def run_cell(composed: DictConfig) -> dict[str, Any]:
     """Run one composed configuration in its folder and say how it ended. Raises nothing but an interrupt.
 
     Returns:
-        ``cell`` (what sets it apart), ``swept``, ``exit_code`` and ``summary``: plain data, which any launcher carries.
+        Its `Cell` as plain data, which any launcher carries.
     """
     job = HydraConfig.get()
-    folder = Path(job.runtime.output_dir)
-    swept = job.mode is RunMode.MULTIRUN
-    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, job.sweeper)] if swept else []
-    name = " ".join(own or job.overrides.task)
-    summary: Mapping[str, Any] = {}
-    if swept:
-        write(sys.stdout, f"\n#{job.job.num}  {printable(name)}\n")
+    sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
+    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over, job.sweeper)]
+    cell = Cell(number=job.job.num if sweep else 0, name=" ".join(own), folder=job.runtime.output_dir)
+    if sweep is not None:
+        write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
+        sweep.note(cell)
+    cell = _ended(cell, composed)
+    if sweep is not None:
+        sweep.note(cell)
+        if cell.exit_code is not None and cell.exit_code > 128:
+            raise KeyboardInterrupt  # ends the sweep too
+    return asdict(cell)
+
+
+def _ended(cell: Cell, composed: DictConfig) -> Cell:
+    """Run the cell, whatever comes."""
+    folder = Path(cell.folder)
     try:
-        exit_code, summary = _run(composed, folder)
+        report = _run(composed, folder)
     except (ConfigError, StoreError) as error:
-        exit_code = _complain(str(error))
         logger.error(error)
+        return replace(cell, exit_code=_complain(str(error)), message=str(error))
     except Exception as error:  # a bug: said in one line, with the traceback in the folder
         (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        _complain(f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}")
-        exit_code = BUG
-    cell = {"cell": name, "swept": swept, "exit_code": exit_code, "summary": dict(summary)}
-    if path := os.environ.get(_CELLS):  # a worker on another host may have none
-        with open(path, "a", encoding="utf-8") as notes:
-            notes.write(f"{json.dumps(cell)}\n")
-    if exit_code > 128 and swept:
-        raise KeyboardInterrupt  # ends the sweep too
-    return cell
+        message = f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}"
+        _complain(message)
+        return replace(cell, exit_code=BUG, message=message)
+    return replace(cell, exit_code=report.exit_code, message=report.message, summary=dict(report.summary))
 
 
-def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
-    """Run the experiment and show what came of it; its exit code and summary."""
+def _run(composed: DictConfig, folder: Path) -> Report:
+    """Run the experiment and show what came of it."""
     from runner.experiment import run_experiment
 
     load_environment(composed.env_file)
@@ -126,7 +137,7 @@ def _run(composed: DictConfig, folder: Path) -> tuple[int, Mapping[str, Any]]:
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
         write(sys.stderr, f"{printable(report.message)}\nThe same command {again}.\n")
-    return report.exit_code, report.summary
+    return report
 
 
 def _calm_garbage_collector() -> None:
@@ -143,13 +154,16 @@ def _show_answers(results: Path) -> None:
         write(sys.stdout, "\n".join(map(printable, text.splitlines())) + "\n\n")
 
 
-def _conclude_sweep(cells: Sequence[Mapping[str, Any]], exit_code: int) -> int:
-    """Show the cells of this multirun side by side, and return the exit code of the whole."""
-    sweep_table(cells)
-    exit_codes: set[int] = {exit_code, *(cell["exit_code"] for cell in cells)}
-    if interrupted := {code for code in exit_codes if code > 128}:
+def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
+    """Show the cells of a multirun side by side, and return the exit code of the whole."""
+    cells = sweep.cells()
+    if not cells:
+        return exit_code
+    sweep_table([asdict(cell) for cell in cells])
+    exit_codes: set[int | None] = {exit_code, *(cell.exit_code for cell in cells)}
+    if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
-    return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else 0
+    return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else FINISHED
 
 
 def _complain(message: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -26,6 +25,7 @@ from runner.checks import check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import RunnerConfig
 from runner.errors import ConfigError, RunnerError
+from runner.sweep import sweep_id
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,7 @@ def compose(overrides: Sequence[str]) -> RunnerConfig:
         ConfigError: It cannot be composed, or holds what no key allows.
         HydraException: A group or an option does not exist.
     """
-    register()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = hydra_compose("config", overrides=list(friendly(overrides)))
+    composed = _composed(list(friendly(overrides)))
     load_environment(composed.env_file)
     return typed(composed)
 
@@ -74,14 +72,6 @@ def conf_folder() -> Path:
     raise ConfigError(f"runner's configuration is missing from {package}: install it again")
 
 
-def register() -> None:
-    """Make our groups, resolvers and the user's folder known to Hydra."""
-    Plugins.instance().register(UserConf)
-    ConfigStore.instance().store(name="schema", node=_Composed)
-    OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
-    OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
-
-
 def load_environment(path: str) -> None:
     """Read the file of environment variables, where it exists."""
     from dotenv import load_dotenv
@@ -93,20 +83,44 @@ def load_environment(path: str) -> None:
             raise ConfigError(f"env_file={path}: it cannot be read ({error})") from None
 
 
-def swept_by(overrides: Sequence[str], sweeper: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The overrides that differ between the cells of this multirun, in a cell's own list of overrides."""
-    keys = set(sweeper.get("params") or ())
-    keys |= {argument.partition("=")[0] for argument in sys.argv[1:] if _is_sweep(argument)}
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for a sweep."""
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def swept_keys(arguments: Sequence[str]) -> list[str]:
+    """The keys that a multirun's command line sweeps over."""
+    parser = OverridesParser.create()
+    overrides = parser.parse_overrides([each for each in arguments if "=" in each and not each.startswith("-")])
+    return [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
+
+
+def sweep_folder(arguments: Sequence[str]) -> Path:
+    """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one.
+
+    Raises:
+        HydraException: The first cell cannot be composed.
+    """
+    parser = OverridesParser.create()
+    overrides = []
+    for argument in arguments:
+        if "=" not in argument or argument.startswith(("-", "hydra.", "hydra/", "+scale=")):
+            continue
+        override = parser.parse_override(argument)
+        if override.is_sweep_override():
+            argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        overrides.append(argument)
+    first = _composed(overrides)
+    return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
+
+
+def swept_by(overrides: Sequence[str], keys: Sequence[str], sweeper: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What sets a cell apart: those of its overrides that are swept over, on the command line or by ``sweeper``."""
+    swept = {*keys, *(key.lstrip("+") for key in sweeper.get("params") or ())}
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in keys:
+        if key.lstrip("+") in swept:
             yield key.lstrip("+"), value
-
-
-def _is_sweep(argument: str) -> bool:
-    if argument.startswith("-") or "=" not in argument:
-        return False
-    return bool(OverridesParser.create().parse_override(argument).is_sweep_override())
 
 
 class UserConf(SearchPathPlugin):
@@ -141,7 +155,7 @@ def _run_id(*, _root_: DictConfig) -> str:
         except ConfigError:
             return f"rejected-{job.job.num}"
         check_secrets(config)  # Hydra would write them into the cell's folder
-        return run_id(config, swept=dict(swept_by(job.overrides.task, job.sweeper)))
+        return run_id(config, swept=dict(swept_by(job.overrides.task, config.sweep.over, job.sweeper)))
     load_environment(_root_.env_file)
     config = typed(_root_)
     try:
@@ -157,8 +171,27 @@ def _package_data(name: str) -> str:
     return str(resources.files("runner").joinpath("data", name))
 
 
+def _composed(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return hydra_compose("config", overrides=overrides)
+
+
 def _plain(config: DictConfig) -> dict[str, Any]:
     """A configuration as plain data, nothing resolved."""
     content = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
+
+
+def _register() -> None:
+    """Make our groups, resolvers and the user's folder known to Hydra.
+
+    On import: a launcher's worker imports this module to unpickle its task, and then resolves the folder's name.
+    """
+    Plugins.instance().register(UserConf)
+    ConfigStore.instance().store(name="schema", node=_Composed)
+    OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
+    OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
+
+
+_register()
