@@ -72,13 +72,8 @@ def test_the_page_asks_nobody_for_anything(here: Path) -> None:
 def test_a_browser_shows_the_page_without_a_complaint(here: Path) -> None:
     written(run_evil(here))
     assert CHROMIUM is not None
-    options = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    )
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
 
     shown = subprocess.run(
         [CHROMIUM, *options, offline, f"--user-data-dir={here}/profile", "--dump-dom", f"file://{here}/out.html"],
