@@ -37,6 +37,9 @@ class DirectTransport:
         params: LiteLLM keyword arguments added to every request, under its own.
         timeout_s: How long a request may take, from sending to the last byte.
         max_response_bytes: Larger answers are refused with an `APIResponseError`.
+
+    Raises:
+        ConfigError: There is a user in ``api_base`` and a key beside it.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class DirectTransport:
         self._where = wire.address(self._base)
         self._headers = {"accept-encoding": "gzip, identity", "content-type": "application/json"}
         self._secrets = [api_key] if api_key else []
+        if api_key and "@" in urlsplit(self._base).netloc:
+            raise errors.ConfigError(f"api_base={self._where} holds a user, and there is a key: leave one of them out")
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._params = dict(params or {})
