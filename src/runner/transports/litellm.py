@@ -287,6 +287,8 @@ class _Connections:
         if self._session is not None:
             await self._session.aclose()
             self._session = litellm.aclient_session = None
+        if (shared := vars(litellm).get("module_level_aclient")) is not None:  # made at its first use
+            await shared.close()
         await litellm.close_litellm_async_clients()
         litellm.in_memory_llm_clients_cache.flush_cache()
 
