@@ -146,9 +146,27 @@ def _check_request(request: Mapping[str, Any]) -> None:
             raise ConfigError(f"request.{key}={value!r}: a number above 0")
 
 
+_DATASET_KEYS = {
+    DatasetKind.single: (),
+    DatasetKind.jsonl: ("path",),
+    DatasetKind.csv: ("path",),
+    DatasetKind.parquet: ("path",),
+    DatasetKind.files: ("path",),
+    DatasetKind.huggingface: ("path", "name", "split", "streaming"),
+    DatasetKind.python: ("function", "arguments"),
+}
+"""What describes a dataset of each kind; the first key must be set."""
+
+
 def _check_dataset(dataset: DatasetConfig) -> None:
-    if dataset.kind in (DatasetKind.jsonl, DatasetKind.csv) and not dataset.path:
-        raise ConfigError(f"dataset.path must be set: dataset={dataset.kind.value} dataset.path=FILE")
+    kind, keys = dataset.kind.value, _DATASET_KEYS[dataset.kind]
+    if keys and not getattr(dataset, keys[0]):
+        example = "package.module:function" if keys[0] == "function" else "FILE"
+        raise ConfigError(f"dataset.{keys[0]} must be set: dataset={kind} dataset.{keys[0]}={example}")
+    for key in ("path", "name", "split", "streaming", "function", "arguments"):
+        if getattr(dataset, key) and key not in keys:
+            owners = " or ".join(each.value for each, theirs in _DATASET_KEYS.items() if key in theirs)
+            raise ConfigError(f"dataset.{key} is set, and dataset={kind} has no use for it: dataset={owners} has")
     _at_least("dataset.limit", dataset.limit, 0)
     _at_least("dataset.shard.count", dataset.shard.count, 1)
     if not 0 <= dataset.shard.index < dataset.shard.count:

@@ -151,7 +151,9 @@ class DatasetConfig:
     path: str | None = None
     name: str | None = None
     split: str | None = None
+    streaming: bool = False
     function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)
 
