@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from runner.config import DatasetConfig, DatasetKind, ShardConfig
@@ -81,10 +83,11 @@ def test_images_and_audio_stay_as_they_are_stored(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"n": []}).save_to_disk(str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "empty" / "train.parquet")
 
     with pytest.raises(DatasetError, match="empty holds no rows"):
-        open_dataset(dataset(tmp_path / "empty"))
+        open_dataset(dataset(tmp_path / "empty", split="train", streaming=True))
 
 
 def test_without_the_library_the_extra_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
