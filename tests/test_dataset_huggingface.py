@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from runner.config import DatasetConfig, DatasetKind, ShardConfig
@@ -82,12 +80,11 @@ def test_images_and_audio_stay_as_they_are_stored(tmp_path: Path) -> None:
     assert row.fields == {"picture": {"bytes": "iVBORw==", "path": "a.png"}}
 
 
-def test_a_dataset_without_rows_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "empty" / "train.parquet")
+def test_what_the_library_cannot_read_is_a_dataset_error(folder: Path) -> None:
+    (folder / "train.jsonl").write_text("no JSON", encoding="utf-8")
 
-    with pytest.raises(DatasetError, match="empty holds no rows"):
-        open_dataset(dataset(tmp_path / "empty", split="train", streaming=True))
+    with pytest.raises(DatasetError, match=r"dataset\.path=.*folder: \w+: "):
+        open_dataset(dataset(folder, split="train", streaming=True))
 
 
 def test_without_the_library_the_extra_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

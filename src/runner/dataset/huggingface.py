@@ -25,21 +25,22 @@ class HuggingFace:
     def __init__(self, config: DatasetConfig) -> None:
         path = expanded(config, example="openai/gsm8k dataset.name=main dataset.split=test")
         self.name = f"{os.path.basename(path.rstrip('/'))}[{config.split}]" if config.split else path
+        self._path = path
         self._rows = _load(path, config.name, config.split, config.streaming).with_format("arrow")
         if next(self.records(), None) is None:
             raise DatasetError(f"dataset.path={config.path} holds no rows")
 
     def records(self) -> Iterator[tuple[int, arrow.Record]]:
-        return arrow.records(self._batches())
+        try:
+            yield from arrow.records(self._rows.iter(batch_size=_BATCH))
+        except Exception as error:  # whatever the library, a file or the network came across
+            raise _failed(self._path, error) from error
 
     def count(self) -> int | None:
         return len(self._rows) if hasattr(self._rows, "__len__") else None
 
     def fields(self, record: arrow.Record) -> dict[str, Any]:
         return arrow.fields(record)
-
-    def _batches(self) -> Iterator[Any]:
-        return iter(self._rows.iter(batch_size=_BATCH))
 
 
 @lru_cache(maxsize=1)
@@ -55,9 +56,8 @@ def _load(path: str, name: str | None, split: str | None, streaming: bool) -> An
             found = datasets.load_from_disk(path)
         else:
             found = datasets.load_dataset(path, name, split=split, streaming=streaming)
-    except Exception as error:  # the library's, of the network, of the file system, of the dataset's own code
-        message = " ".join(str(error).split())[:500]
-        raise DatasetError(f"dataset.path={path}: {type(error).__name__}: {message}") from None
+    except Exception as error:
+        raise _failed(path, error) from None
     if split is not None and not saved:
         return found
     splits = found if isinstance(found, Mapping) else {str(found.split): found}
@@ -67,3 +67,7 @@ def _load(path: str, name: str | None, split: str | None, streaming: bool) -> An
         return splits[split]
     wrong = "is not set" if split is None else f"{split} does not exist"
     raise DatasetError(f"dataset.split {wrong}: {path} has the splits {', '.join(map(str, splits))}")
+
+
+def _failed(path: str, error: Exception) -> DatasetError:
+    return DatasetError(f"dataset.path={path}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
