@@ -42,7 +42,8 @@ def version_1(path: Path) -> None:
             INSERT INTO meta VALUES ('samples', '1'), ('scorers', 'x');
             INSERT INTO sessions VALUES (1, 100.0, 110.0, 111.0), (2, 200.0, 210.0, NULL);
             INSERT INTO rows VALUES (0, x'00', 0, '{"n":0}', '{"exact":1}', 101.0),
-                (1, x'01', 0, '{"n":1}', NULL, 102.0), (2, x'02', 0, '{"n":2}', NULL, 103.0), (3, x'03', 0, '{"n":3}', NULL, 201.0);
+                (1, x'01', 0, '{"n":1}', NULL, 102.0), (2, x'02', 0, '{"n":2}', NULL, 103.0),
+                (3, x'03', 0, '{"n":3}', NULL, 201.0);
             INSERT INTO answers (content, occurrence, settled_at, output_text, error_type, retries, queue_wait_s,
                 service_time_s, end_to_end_s, cost_usd)
             VALUES (x'00', 0, 105.0, 'zero', NULL, 0, 0, 1, 1, 0.25), (x'01', 0, 105.0, 'one', NULL, 0, 0, 1, 1, 0.25),

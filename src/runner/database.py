@@ -143,9 +143,7 @@ async def translated(path: Path) -> AsyncIterator[None]:
             case sqlite3.SQLITE_FULL:
                 hint = f"{path} cannot be written: {_make_room(path)}"
             case sqlite3.SQLITE_IOERR:
-                hint = (
-                    f"{path} cannot be read or written ({text}): is the disk that holds {path.parent} full or failing?"
-                )
+                hint = f"{path} cannot be read or written ({text}): is the disk of {path.parent} full, or failing?"
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
                 hint = f"{path} cannot be opened for writing ({text}): {_OTHER_FOLDER}"
             case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
