@@ -21,7 +21,9 @@ CREATE TABLE rows (
     occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …
     metadata   TEXT,                -- JSON object of the row's own fields
     scores     TEXT,                -- JSON object, score by scorer; NULL: not scored yet
-    asked_at   REAL                 -- when a session took it up to be asked; NULL: it had an answer
+    asked_at   REAL,                -- when a session took it up to be asked; NULL: it had an answer
+    session    INTEGER,             -- the session that took it up
+    cost_bound_usd REAL             -- the most that one attempt at it costs; NULL: not to be known
 );
 CREATE INDEX rows_by_content ON rows (content);
 
@@ -50,12 +52,15 @@ CREATE TABLE answers (
     service_time_s    REAL NOT NULL,
     end_to_end_s      REAL NOT NULL,
     ttft_s            REAL,
-    cost_usd          REAL     -- NULL: unknown
+    cost_usd          REAL,    -- NULL: unknown
+    cost_bound_usd    REAL,    -- where the cost is unknown: the most that it can be; NULL: not to be known
+    embedding         BLOB,    -- of an embedding: its vector
+    reused_from       TEXT     -- the run that was asked and paid; NULL: this one
 );
 CREATE UNIQUE INDEX answers_by_key ON answers (content, occurrence);
 
 -- The ledger of every attempt that did not become a row's outcome: those that were retried, failed rows that were
--- taken up again, and those whose answer never came because the process ended.
+-- taken up again, answers that were given up, and those whose answer never came because the process ended.
 CREATE TABLE attempts (
     id             INTEGER PRIMARY KEY,
     content        BLOB NOT NULL,
@@ -64,8 +69,9 @@ CREATE TABLE attempts (
     deployment     TEXT,
     started_at     REAL,
     service_time_s REAL,
-    error_type     TEXT NOT NULL, -- 'Lost': the process ended before the outcome was known
+    error_type     TEXT NOT NULL, -- 'Lost': the process ended before the outcome was known; 'GivenUp': an answer
     error_message  TEXT,
     error_status   INTEGER,
-    cost_usd       REAL           -- NULL: unknown
+    cost_usd       REAL,          -- NULL: unknown
+    cost_bound_usd REAL           -- where the cost is unknown: the most that it can be; NULL: not to be known
 );

@@ -82,6 +82,9 @@ class Outcome:
     end_to_end_s: float = 0.0
     ttft_s: float | None = None
     cost_usd: float | None = None
+    cost_bound_usd: float | None = None
+    embedding: bytes | None = None
+    reused_from: str | None = None
 
 
 class Store:
