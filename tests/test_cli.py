@@ -128,6 +128,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "cost_usd_upper_bound": None,
         "attempts_of_unknown_cost": 60,
         "retries": 0,
+        "unparsed": 0,
         "errors": {},
         "scores": {},
         "stopped": None,

@@ -26,6 +26,7 @@ from runner.config import (
     replicas,
 )
 from runner.errors import ConfigError
+from runner.types import Endpoint
 
 
 def check(config: RunnerConfig) -> None:
@@ -43,6 +44,7 @@ def check(config: RunnerConfig) -> None:
     check_limits("limits", config.limits)
     check_routing(config.routing)
     _check_dataset(config.dataset)
+    _check_task(config)
     _at_least("retry.max_retries", config.retry.max_retries, 0)
     _at_least("retry.base_s", config.retry.base_s, 0)
     _at_least("retry.cap_s", config.retry.cap_s, 0)
@@ -125,8 +127,7 @@ _NOT_AVAILABLE = "is not available in this version"
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
     wanted = {
-        f"task={config.task.kind.value}": config.task.kind is not TaskKind.generate,
-        "response_format": config.response_format is not None,
+        f"task={config.task.kind.value}": config.task.kind is TaskKind.bench,
         "budget": any(value is not None for value in vars(config.budget).values()),
         "resume=fresh": config.resume is Resume.fresh,
         "reuse=true": config.reuse,
@@ -144,6 +145,28 @@ def _check_request(request: Mapping[str, Any]) -> None:
         value = request.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ConfigError(f"request.{key}={value!r}: a number above 0")
+
+
+_GENERATE_ONLY = {"system": None, "response_format": None, "endpoint": Endpoint.chat_completion}
+"""Root keys that only a generation has a use for, and what they are where they are left alone."""
+
+
+def _check_task(config: RunnerConfig) -> None:
+    task, kind = config.task, config.task.kind
+    _at_least("task.micro_batch_size", task.micro_batch_size, 1)
+    _at_least("task.max_bytes", task.max_bytes, 1)
+    if kind is TaskKind.generate:
+        if task.image is not None and config.endpoint is Endpoint.text_completion:
+            raise ConfigError("task.image: endpoint=text_completion takes no images: use chat_completion or responses")
+        if config.response_format is not None and config.request.get("response_format") is not None:
+            raise ConfigError("response_format and request.response_format are the same: leave out the latter")
+        return
+    for key, default in _GENERATE_ONLY.items():
+        if getattr(config, key) != default:
+            hint = " (request.response_format says how a transcript is written)" if key == "response_format" else ""
+            raise ConfigError(f"{key} is for task=generate, and the task here is {kind.value}: leave it out{hint}")
+    if config.scorers and kind is TaskKind.embed:
+        raise ConfigError("scorers score texts, and task=embed answers with vectors: leave them out")
 
 
 _DATASET_KEYS = {

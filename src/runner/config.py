@@ -160,7 +160,18 @@ class DatasetConfig:
 
 @dataclass(kw_only=True)
 class TaskConfig:
+    """What is asked of the model; see `runner.task`.
+
+    Args:
+        image: generate: the row's field that holds an image, or several.
+        micro_batch_size: embed: texts in one request.
+        max_bytes: transcribe: the largest audio file; None: any.
+    """
+
     kind: TaskKind = TaskKind.generate
+    image: str | None = None
+    micro_batch_size: int = 32
+    max_bytes: int | None = 25 * 2**20
 
 
 @dataclass(kw_only=True)

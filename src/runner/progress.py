@@ -387,6 +387,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
+    if summary.get("unparsed"):
+        yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
     if summary.get("retries") is not None:
         yield _Fact("retries", f"{summary['retries']:,}")
     scores: Mapping[str, Any] = summary.get("scores") or {}

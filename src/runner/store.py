@@ -8,9 +8,10 @@ what is not was in flight.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -85,6 +86,16 @@ class Outcome:
     cost_bound_usd: float | None = None
     embedding: bytes | None = None
     reused_from: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileMark:
+    """A file as it was when its content was hashed."""
+
+    path: str  # absolute
+    size: int  # bytes
+    mtime_ns: int
+    digest: bytes  # 16 bytes
 
 
 class Store:
@@ -223,14 +234,20 @@ class Store:
     # Answering
 
     async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
-        """Hand in what came of the row at ``position``. It is durable when ``on_commit`` says so.
+        """Hand in what came of the row at ``position``, and its scores; as `save_all`."""
+        await self.save_all([(position, outcome, scores)])
+
+    async def save_all(self, settled: Iterable[tuple[int, Outcome, str | None]]) -> None:
+        """Hand in what came of rows, with their positions and scores. It is durable when ``on_commit`` says so.
+
+        All of them are handed in before this waits for anything.
 
         Raises:
             StoreError: The database can no longer be written; what was handed in before is in memory only.
         """
         if self._failure is not None:
             raise self._failure
-        self._pending.append((position, outcome, scores))
+        self._pending += settled
         self._wake.set()
         if len(self._pending) >= _GROUP_SIZE:
             self._room.clear()
@@ -274,6 +291,27 @@ class Store:
             await self._database.executemany(
                 "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
                 list(facts.items()),
+            )
+
+    async def files(self, paths: Collection[str]) -> dict[str, FileMark]:
+        """What is known of the files at these absolute paths, of those of which something is."""
+        names = [os.fsencode(path) for path in paths]
+        marks: dict[str, FileMark] = {}
+        async with translated(self.path):
+            for start in range(0, len(names), _CHUNK):
+                part = names[start : start + _CHUNK]
+                sql = f"SELECT path, size, mtime_ns, digest FROM files WHERE path IN ({_marks(part)})"
+                for name, size, mtime_ns, digest in await self._fetch(sql, part):
+                    path = os.fsdecode(name)
+                    marks[path] = FileMark(path=path, size=size, mtime_ns=mtime_ns, digest=digest)
+        return marks
+
+    async def put_files(self, marks: Iterable[FileMark]) -> None:
+        """Keep what is known of files."""
+        async with self._transaction():
+            await self._database.executemany(
+                "INSERT OR REPLACE INTO files (path, size, mtime_ns, digest) VALUES (?, ?, ?, ?)",
+                [(os.fsencode(mark.path), mark.size, mark.mtime_ns, mark.digest) for mark in marks],
             )
 
     async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
