@@ -187,19 +187,11 @@ async def test_both_twins_work_within_a_running_event_loop() -> None:
     assert [result.output_text for result in batch if result] == ["echo: a", "echo: b"]
 
 
-def test_one_client_serves_one_event_loop_after_the_other() -> None:
-    client = echo()
-
+def test_one_client_serves_one_event_loop_after_the_other(client: LMClient) -> None:
     async def ask() -> str:
-        async with client:
-            return (await client.agenerate("hello")).output_text
+        return (await client.agenerate("hello")).output_text
 
-    async def ask_only() -> str:
-        text = (await client.agenerate("hello")).output_text
-        await client.aclose()
-        return text
-
-    assert asyncio.run(ask_only()) == asyncio.run(ask()) == "echo: hello"
+    assert asyncio.run(ask()) == asyncio.run(ask()) == client.generate("hello").output_text == "echo: hello"
 
 
 def test_many_threads_may_call_at_once(client: LMClient) -> None:

@@ -17,6 +17,7 @@ from runner.config import (
     DeploymentConfig,
     LimitsConfig,
     Resume,
+    RetryConfig,
     RoutingConfig,
     RunnerConfig,
     Scope,
@@ -35,7 +36,7 @@ def check(config: RunnerConfig) -> None:
         ConfigError: The first problem found, naming its key.
     """
     check_secrets(config)
-    _check_request(config.request)
+    check_request("request", config.request)
     for label, deployment in config.deployments.items():
         check_deployment(f"deployments.{label}", deployment)
     if not config.deployments:
@@ -43,9 +44,7 @@ def check(config: RunnerConfig) -> None:
     check_limits("limits", config.limits)
     check_routing(config.routing)
     _check_dataset(config.dataset)
-    _at_least("retry.max_retries", config.retry.max_retries, 0)
-    _at_least("retry.base_s", config.retry.base_s, 0)
-    _at_least("retry.cap_s", config.retry.cap_s, 0)
+    check_retry(config.retry)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
     _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
@@ -111,12 +110,26 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
         raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
 
 
+def check_retry(retry: RetryConfig) -> None:
+    """Check numbers of attempts and waits."""
+    for key, value in vars(retry).items():
+        _at_least(f"retry.{key}", value, 0)
+
+
 def check_routing(routing: RoutingConfig) -> None:
     """Check the strategy."""
     if routing.strategy not in STRATEGIES:
         raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if routing.strategy != "simple-shuffle":
         raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
+
+
+def check_request(where: str, request: Mapping[str, Any]) -> None:
+    """Check the parameters that this program itself reckons with; ``where`` is the path of their keys."""
+    for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
+        value = request.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise ConfigError(f"{where}{'.' if where else ''}{key}={value!r}: a number above 0")
 
 
 _NOT_AVAILABLE = "is not available in this version"
@@ -136,14 +149,6 @@ def _reject_unavailable(config: RunnerConfig) -> None:
     for key, is_wanted in wanted.items():
         if is_wanted:
             raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
-
-
-def _check_request(request: Mapping[str, Any]) -> None:
-    """Check the parameters that this program itself reckons with."""
-    for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
-        value = request.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigError(f"request.{key}={value!r}: a number above 0")
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:

@@ -116,7 +116,7 @@ class PromptBuilder:
         metadata = mapped.get("metadata")
         if not isinstance(metadata, Mapping | None):
             raise RowError(f"{row.source}: the mapper's metadata is of type {type(metadata).__name__}, not dict")
-        self._require_input(mapped["input"], f"{row.source}: the mapper's input")
+        require_input(mapped["input"], self._endpoint, f"{row.source}: the mapper's input")
         return mapped["input"], dict(metadata or {})
 
     def _own_input(self, row: Row) -> tuple[Any, dict[str, Any]]:
@@ -127,7 +127,7 @@ class PromptBuilder:
         if not isinstance(value, _FIELD_TYPES[name]):
             expected = " or ".join(_TYPE_NAMES[each] for each in _FIELD_TYPES[name])
             raise RowError(f"{row.source}: {name} is of type {type(value).__name__}, not {expected}")
-        self._require_input(value, f"{row.source}: {name}")
+        require_input(value, self._endpoint, f"{row.source}: {name}")
         return value, {key: each for key, each in row.fields.items() if key != name}
 
     def _input_field(self, row: Row) -> str | None:
@@ -135,25 +135,6 @@ class PromptBuilder:
             if row.fields.get(name) is not None:
                 return name
         return None
-
-    def _require_input(self, value: Any, what: str) -> None:
-        """Raise a `RowError` unless ``value`` is an input that the endpoint takes."""
-        match value:
-            case str():
-                return
-            case list() if self._endpoint is not Endpoint.text_completion:
-                if not value:
-                    raise RowError(f"{what} holds no message")
-                for number, message in enumerate(value, 1):
-                    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                        raise RowError(f"{what}: message {number} is no dictionary with a role")
-            case dict() if self._endpoint is Endpoint.responses:
-                if not isinstance(value.get("input"), str | list):
-                    raise RowError(f'{what} is a dictionary without "input", a text or a list')
-            case _:
-                taken = " or ".join(_TYPE_NAMES[each] for each in _ENDPOINT_TYPES[self._endpoint])
-                kind = type(value).__name__
-                raise RowError(f"{what} is of type {kind}, and endpoint={self._endpoint.value} takes {taken}")
 
     def _under(self, system: str, asked: GenerateInput) -> GenerateInput:
         if not system:
@@ -169,6 +150,30 @@ class PromptBuilder:
         if self._endpoint is Endpoint.text_completion:
             return f"{system}\n\n{asked}"
         return [_message("system", system), _message("user", asked)]
+
+
+def require_input(value: Any, endpoint: Endpoint, what: str) -> None:
+    """See whether ``value`` is an input that ``endpoint`` takes.
+
+    Raises:
+        RowError: It is not; the message calls it ``what``.
+    """
+    match value:
+        case str():
+            return
+        case list() if endpoint is not Endpoint.text_completion:
+            if not value:
+                raise RowError(f"{what} holds no message")
+            for number, message in enumerate(value, 1):
+                if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                    raise RowError(f"{what}: message {number} is no dictionary with a role")
+        case dict() if endpoint is Endpoint.responses:
+            if not isinstance(value.get("input"), str | list):
+                raise RowError(f'{what} is a dictionary without "input", a text or a list')
+        case _:
+            taken = " or ".join(_TYPE_NAMES[each] for each in _ENDPOINT_TYPES[endpoint])
+            kind = type(value).__name__
+            raise RowError(f"{what} is of type {kind}, and endpoint={endpoint.value} takes {taken}")
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {"prompt": (str,), "messages": (list,), "responses_input": (str, dict)}
