@@ -112,8 +112,9 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
 
 def check_retry(retry: RetryConfig) -> None:
     """Check numbers of attempts and waits."""
-    for key, value in vars(retry).items():
-        _at_least(f"retry.{key}", value, 0)
+    _at_least("retry.max_retries", retry.max_retries, 0)
+    _at_least("retry.base_s", retry.base_s, 0)
+    _at_least("retry.cap_s", retry.cap_s, 0)
 
 
 def check_routing(routing: RoutingConfig) -> None:
@@ -122,14 +123,6 @@ def check_routing(routing: RoutingConfig) -> None:
         raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
     if routing.strategy != "simple-shuffle":
         raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
-
-
-def check_request(where: str, request: Mapping[str, Any]) -> None:
-    """Check the parameters that this program itself reckons with; ``where`` is the path of their keys."""
-    for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
-        value = request.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigError(f"{where}{'.' if where else ''}{key}={value!r}: a number above 0")
 
 
 _NOT_AVAILABLE = "is not available in this version"
@@ -149,6 +142,41 @@ def _reject_unavailable(config: RunnerConfig) -> None:
     for key, is_wanted in wanted.items():
         if is_wanted:
             raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
+
+
+def check_request(where: str, request: Mapping[str, Any]) -> None:
+    """Check the names of the parameters, and the values of those that this program itself reckons with.
+
+    ``where`` is the path of their keys, empty for the arguments of a function.
+    """
+    prefix = f"{where}." if where else ""
+    _reject_misspelt(prefix, request)
+    for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
+        value = request.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise ConfigError(f"{prefix}{key}={value!r}: a number above 0")
+
+
+_PARAMETERS = (
+    *("temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream", "stream_options", "timeout", "user"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "frequency_penalty", "presence_penalty"),
+    *("repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "reasoning", "thinking", "service_tier", "store", "metadata"),
+    *("modalities", "prediction", "verbosity", "extra_body", "extra_headers", "instructions", "truncation"),
+    *("dimensions", "encoding_format", "input_type", "language", "prompt", "best_of", "echo", "suffix", "include"),
+)
+"""Parameters that a misspelt one is compared with."""
+
+
+def _reject_misspelt(prefix: str, request: Mapping[str, Any]) -> None:
+    """A parameter that is nearly one that everybody knows: servers ignore it, and nobody notices."""
+    for key in request:
+        near = [] if key in _PARAMETERS else difflib.get_close_matches(str(key), _PARAMETERS, n=1, cutoff=0.85)
+        if near:
+            raise ConfigError(
+                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write"
+                f" {prefix}extra_body.{key}"
+            )
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:
