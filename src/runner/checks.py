@@ -17,6 +17,7 @@ from runner.config import (
     DeploymentConfig,
     LimitsConfig,
     Resume,
+    RetryConfig,
     RoutingConfig,
     RunnerConfig,
     Scope,
@@ -36,7 +37,7 @@ def check(config: RunnerConfig) -> None:
         ConfigError: The first problem found, naming its key.
     """
     check_secrets(config)
-    _check_request(config.request)
+    check_request("request", config.request)
     for label, deployment in config.deployments.items():
         check_deployment(f"deployments.{label}", deployment)
     if not config.deployments:
@@ -45,9 +46,7 @@ def check(config: RunnerConfig) -> None:
     check_routing(config.routing)
     _check_dataset(config.dataset)
     _check_task(config)
-    _at_least("retry.max_retries", config.retry.max_retries, 0)
-    _at_least("retry.base_s", config.retry.base_s, 0)
-    _at_least("retry.cap_s", config.retry.cap_s, 0)
+    check_retry(config.retry)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
     _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
@@ -113,6 +112,13 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
         raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
 
 
+def check_retry(retry: RetryConfig) -> None:
+    """Check numbers of attempts and waits."""
+    _at_least("retry.max_retries", retry.max_retries, 0)
+    _at_least("retry.base_s", retry.base_s, 0)
+    _at_least("retry.cap_s", retry.cap_s, 0)
+
+
 def check_routing(routing: RoutingConfig) -> None:
     """Check the strategy."""
     if routing.strategy not in STRATEGIES:
@@ -139,12 +145,39 @@ def _reject_unavailable(config: RunnerConfig) -> None:
             raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
 
 
-def _check_request(request: Mapping[str, Any]) -> None:
-    """Check the parameters that this program itself reckons with."""
+def check_request(where: str, request: Mapping[str, Any]) -> None:
+    """Check the names of the parameters, and the values of those that this program itself reckons with.
+
+    ``where`` is the path of their keys, empty for the arguments of a function.
+    """
+    prefix = f"{where}." if where else ""
+    _reject_misspelt(prefix, request)
     for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         value = request.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigError(f"request.{key}={value!r}: a number above 0")
+            raise ConfigError(f"{prefix}{key}={value!r}: a number above 0")
+
+
+_PARAMETERS = (
+    *("temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream", "stream_options", "timeout", "user"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "frequency_penalty", "presence_penalty"),
+    *("repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "reasoning", "thinking", "service_tier", "store", "metadata"),
+    *("modalities", "prediction", "verbosity", "extra_body", "extra_headers", "instructions", "truncation"),
+    *("dimensions", "encoding_format", "input_type", "language", "prompt", "best_of", "echo", "suffix", "include"),
+)
+"""Parameters that a misspelt one is compared with."""
+
+
+def _reject_misspelt(prefix: str, request: Mapping[str, Any]) -> None:
+    """A parameter that is nearly one that everybody knows: servers ignore it, and nobody notices."""
+    for key in request:
+        near = [] if key in _PARAMETERS else difflib.get_close_matches(str(key), _PARAMETERS, n=1, cutoff=0.85)
+        if near:
+            raise ConfigError(
+                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write"
+                f" {prefix}extra_body.{key}"
+            )
 
 
 _GENERATE_ONLY = {"system": None, "response_format": None, "endpoint": Endpoint.chat_completion}

@@ -104,7 +104,8 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     """Print the cells of a sweep side by side: a table where ``stream`` is a terminal, otherwise aligned text.
 
     Args:
-        cells: Each with ``cell``, what sets it apart, its ``exit_code``, and the ``summary`` of its run, if it has one.
+        cells: Each with its ``name``, what sets it apart, its ``exit_code`` (None: killed), and the ``summary`` of
+            its run.
         stream: Where to; ``sys.stdout`` by default.
     """
     stream = sys.stdout if stream is None else stream
@@ -139,8 +140,8 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     cost = _closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
     rate = summary.get("requests_per_s")
     return [
-        printable(cell["cell"]),
-        str(cell["exit_code"]),
+        printable(cell["name"]),
+        "killed" if cell["exit_code"] is None else str(cell["exit_code"]),
         *counts,
         *(_score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,

@@ -126,7 +126,7 @@ class PromptBuilder:
         metadata = mapped.get("metadata")
         if not isinstance(metadata, Mapping | None):
             raise RowError(f"{row.source}: the mapper's metadata is of type {type(metadata).__name__}, not dict")
-        self._require_input(mapped["input"], f"{row.source}: the mapper's input")
+        require_input(mapped["input"], self._interface, f"{row.source}: the mapper's input")
         return mapped["input"], dict(metadata or {})
 
     def _own_input(self, row: Row) -> tuple[Any, dict[str, Any]]:
@@ -139,7 +139,7 @@ class PromptBuilder:
             if name == "audio":
                 expected = 'a path or {"bytes": base64, "path": name}'
             raise RowError(f"{row.source}: {name} is of type {type(value).__name__}, not {expected}")
-        self._require_input(value, f"{row.source}: {name}")
+        require_input(value, self._interface, f"{row.source}: {name}")
         if self._interface is TaskKind.transcribe and isinstance(value, str):
             return value, row.fields
         return value, {key: each for key, each in row.fields.items() if key != name}
@@ -149,28 +149,6 @@ class PromptBuilder:
             if row.fields.get(name) is not None:
                 return name
         return None
-
-    def _require_input(self, value: Any, what: str) -> None:
-        """Raise a `RowError` unless ``value`` is an input that the endpoint takes."""
-        match value:
-            case str():
-                return
-            case list() if self._interface in (Endpoint.chat_completion, Endpoint.responses):
-                if not value:
-                    raise RowError(f"{what} holds no message")
-                for number, message in enumerate(value, 1):
-                    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                        raise RowError(f"{what}: message {number} is no dictionary with a role")
-            case dict() if self._interface is Endpoint.responses:
-                if not isinstance(value.get("input"), str | list):
-                    raise RowError(f'{what} is a dictionary without "input", a text or a list')
-            case {"bytes": str()} if self._interface is TaskKind.transcribe:
-                return
-            case _:
-                taken = " or ".join(_TYPE_NAMES[each] for each in _TYPES[self._interface])
-                key = "endpoint" if isinstance(self._interface, Endpoint) else "task"
-                kind = type(value).__name__
-                raise RowError(f"{what} is of type {kind}, and {key}={self._interface.value} takes {taken}")
 
     def _under(self, system: str, asked: GenerateInput) -> GenerateInput:
         if not system:
@@ -186,6 +164,32 @@ class PromptBuilder:
         if self._interface is Endpoint.text_completion:
             return f"{system}\n\n{asked}"
         return [_message("system", system), _message("user", asked)]
+
+
+def require_input(value: Any, interface: Interface, what: str) -> None:
+    """See whether ``value`` is an input that ``interface`` takes.
+
+    Raises:
+        RowError: It is not; the message calls it ``what``.
+    """
+    match value:
+        case str():
+            return
+        case list() if interface in (Endpoint.chat_completion, Endpoint.responses):
+            if not value:
+                raise RowError(f"{what} holds no message")
+            for number, message in enumerate(value, 1):
+                if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                    raise RowError(f"{what}: message {number} is no dictionary with a role")
+        case dict() if interface is Endpoint.responses:
+            if not isinstance(value.get("input"), str | list):
+                raise RowError(f'{what} is a dictionary without "input", a text or a list')
+        case {"bytes": str()} if interface is TaskKind.transcribe:
+            return
+        case _:
+            taken = " or ".join(_TYPE_NAMES[each] for each in _TYPES[interface])
+            key = "endpoint" if isinstance(interface, Endpoint) else "task"
+            raise RowError(f"{what} is of type {type(value).__name__}, and {key}={interface.value} takes {taken}")
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {

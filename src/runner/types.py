@@ -37,6 +37,11 @@ class TokenUsage:
     reasoning_tokens: int | None = None  # part of completion_tokens
     cached_tokens: int | None = None  # part of prompt_tokens
 
+    @property
+    def output_tokens(self) -> int:
+        """Another name for `completion_tokens`."""
+        return self.completion_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPrice:
@@ -189,6 +194,7 @@ class Response:
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
+    body: Any = field(default=None, repr=False)  # the decoded answer as it came; None where it is not kept
 
 
 class Client(Protocol):
@@ -233,15 +239,21 @@ class GenerationResult:
     finish_reason: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[dict[str, Any], ...] = ()  # every choice as the provider sent it, where n > 1
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer; None where it was streamed
     request_id: str | None = None
+    cost: float | None = None  # US dollars, as in `metrics`
     metrics: RequestMetrics | None = None
+
+    def __str__(self) -> str:
+        return self.output_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingResult:
     model_id: str
     embedding: list[float]
-    token_usage: TokenUsage | None = None
+    token_usage: TokenUsage | None = None  # its share of a micro-batch, by length
+    raw_response: Any | None = None  # always None: it would hold the vectors of the whole micro-batch once more
     request_id: str | None = None
     metrics: RequestMetrics | None = None
 
@@ -253,6 +265,7 @@ class TranscriptionResult:
     language: str | None = None
     duration_s: float | None = None
     token_usage: TokenUsage | None = None
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer
     request_id: str | None = None
     metrics: RequestMetrics | None = None
 

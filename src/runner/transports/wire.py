@@ -143,6 +143,7 @@ def response_from(request: Request, body: Any, headers: Mapping[str, str]) -> Re
         or None,
         usage=usage_from(body.get("usage")),
         headers=headers,
+        body=None if isinstance(request, EmbeddingRequest) else body,
     )
 
 
