@@ -18,6 +18,7 @@ from runner.config import (
     RoutingConfig,
     RunnerConfig,
     Scope,
+    ScorerConfig,
     ShardConfig,
     Shared,
     SimulatorConfig,
@@ -27,6 +28,7 @@ from runner.config import (
     replicas,
 )
 from runner.errors import ConfigError
+from runner.types import Endpoint
 
 # Checks
 
