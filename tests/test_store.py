@@ -54,7 +54,7 @@ def failure(name: object, occurrence: int = 0, **others: Any) -> Outcome:
     return answer(name, occurrence, **values)
 
 
-async def claim(store: Store, *names: object, first: int = 0, **options: bool) -> list[Known]:
+async def claim(store: Store, *names: object, first: int = 0, **options: Any) -> list[Known]:
     return await store.claim(claims(*names, first=first), **{"retry_failed": True, "scored": False, **options})
 
 
@@ -915,6 +915,9 @@ class Model:
             self.ledger[(*key, "Timeout")] += 1
             del self.answers[key]
         row = self.rows.get(position)
+        if row is not None and row[0] != name:
+            self.truncate(position)  # from here on it is another dataset
+            row = None
         if row is None or row[:3] != (*key, metadata) or key not in self.answers:
             self.rows[position] = (*key, metadata, None)
             self.asked[position] = session if key not in self.answers else -1
@@ -995,7 +998,7 @@ async def play(sessions: list[Session], folder: Path) -> None:
 
 
 async def run_session(store: Store, model: Model, session: Session, number: int) -> None:
-    options = {"retry_failed": session.retry_failed, "scored": session.scored}
+    options: dict[str, Any] = {"retry_failed": session.retry_failed, "scored": session.scored}
     for first in range(0, min(len(session.dataset), session.stops_after), session.chunk):
         part = session.dataset[first : first + session.chunk]
         known = await store.claim(

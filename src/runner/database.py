@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import aiosqlite
 
@@ -46,26 +47,90 @@ def lock_folder(path: Path) -> IO[str]:
     return file
 
 
-async def connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connection:
-    """Open the file, check that it is ours, lay the schema where it is new, and bring an older one up to date.
+class Database:
+    """The open file: one connection on one thread (aiosqlite's), transactions one at a time.
 
-    A new file, and those that SQLite lays beside it, can be read by its owner only: there are answers in it.
+    Every error of SQLite is a `StoreError`.
     """
-    _look_at(path, readonly=readonly)
-    if not readonly:
-        _make(path)
-    async with translated(path):
-        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
-        opened = sqlite3.connect(uri, uri=True, isolation_level="IMMEDIATE", check_same_thread=False)
-        database = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
-        try:
-            database.row_factory = sqlite3.Row
-            await _check_or_create(database, path, readonly=readonly)
-        except BaseException:
-            await database.close()
-            raise
-        return database
+
+    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
+        self.path = path
+        self._connection = connection
+        self._transacting = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, path: Path, *, readonly: bool = False) -> Database:
+        """Open the file, check that it is ours, lay the schema where it is new, and bring an older one up to date.
+
+        A new file, and those that SQLite lays beside it, can be read by its owner only: there are answers in it.
+        """
+        _look_at(path, readonly=readonly)
+        if not readonly:
+            _make(path)
+        async with translated(path):
+            uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+            # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
+            opened = sqlite3.connect(uri, uri=True, isolation_level="IMMEDIATE", check_same_thread=False)
+            connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
+            try:
+                connection.row_factory = sqlite3.Row
+                await _check_or_create(connection, path, readonly=readonly)
+            except BaseException:
+                await connection.close()
+                raise
+            return cls(connection, path)
+
+    async def aclose(self) -> None:
+        await self._connection.close()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """All or nothing. Where it is cancelled, it may be all."""
+        async with self._transacting, translated(self.path):
+            try:
+                yield  # the first write begins the transaction
+                if self._connection.in_transaction:
+                    await self._connection.commit()
+            except BaseException:
+                await self._connection.rollback()
+                raise
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        async with translated(self.path):
+            return list(await self._connection.execute_fetchall(sql, parameters))
+
+    async def rows(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+        """The rows of a SELECT, a chunk in memory at a time."""
+        async with translated(self.path), self._connection.execute(sql, parameters) as cursor:
+            while rows := await cursor.fetchmany(_CHUNK):
+                for row in rows:
+                    yield row
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Execute a statement of a transaction; returns the id of the row that it inserted."""
+        cursor = await self._connection.execute(sql, parameters)
+        return cursor.lastrowid or 0
+
+    async def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        await self._connection.executemany(sql, rows)
+
+    async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
+        whole = len(rows) - len(rows) % _BLOCK
+        mark = f"({', '.join('?' * len(rows[0]))})"
+        block_sql = f"{into} VALUES {', '.join([mark] * _BLOCK)}"
+        blocks = [
+            self._connection.execute(block_sql, [value for row in rows[start : start + _BLOCK] for value in row])
+            for start in range(0, whole, _BLOCK)
+        ]
+        await asyncio.gather(*blocks, self._connection.executemany(f"{into} VALUES {mark}", rows[whole:]))
+
+
+_BLOCK = 64
+"""Rows in one INSERT."""
+
+_CHUNK = 1000
+"""Rows read at a time where they are streamed."""
 
 
 def _look_at(path: Path, *, readonly: bool) -> None:
@@ -130,6 +195,7 @@ _MIGRATIONS = {
             mtime_ns INTEGER NOT NULL,
             digest   BLOB NOT NULL
         ) WITHOUT ROWID;
+        CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
         UPDATE rows SET session = (SELECT max(id) FROM sessions)
         WHERE asked_at >= (SELECT started_at FROM sessions ORDER BY id DESC LIMIT 1);
         PRAGMA user_version = 2;

@@ -33,10 +33,10 @@ from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.retry import failed_attempt
 from runner.signals import handled_signals
-from runner.store import Claim, Outcome, Store
+from runner.store import Key, Outcome, Store
 from runner.task import Item
 from runner.transports import DIRECT
-from runner.types import Attempt, Client, Request, Response, Trace
+from runner.types import Client, Request, Response, Trace
 from runner.workload import ClaimSize, Workload
 
 GRACE_S = 10.0
@@ -53,9 +53,6 @@ _UNREACHED = 8
 
 Claimed: TypeAlias = tuple[Item, int]
 """An item and its occurrence."""
-
-Key: TypeAlias = tuple[bytes, int]
-"""Content and occurrence: what the store knows an item by."""
 
 
 class Run:
@@ -117,9 +114,8 @@ class Run:
         while taken := list(islice(items, size.next())):
             length = taken[-1].position + 1
             chunk = await self._workload.identified(taken, self._digests)
-            claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
             known = await self._store.claim(
-                claims, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
+                chunk, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
             )
             scores: list[tuple[int, str]] = []
             reused = 0
@@ -210,8 +206,7 @@ class Run:
             await self._store.note_lost(key for flight in flights for key in flight.keys)
             for asked, trace, error in self._suspects:
                 attempt = failed_attempt(trace, error)
-                for claimed in asked:
-                    await self._store.note_attempt(_key(claimed), attempt)
+                await self._store.note_attempts(map(_key, asked), attempt)
 
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)
@@ -261,7 +256,7 @@ class _Line:
 
     def trace(self, places: Sequence[int]) -> Trace:
         keys = [_key(self._group[place]) for place in places]
-        trace = Trace(on_failure=lambda attempt: self._note(keys, attempt))
+        trace = Trace(on_failure=lambda attempt: self._store.note_attempts(keys, attempt))
         self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
         return trace
 
@@ -271,13 +266,9 @@ class _Line:
     async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
         flight = self._flights.pop(id(trace))
         if isinstance(error, RequestError):
-            await self._note(flight.keys, failed_attempt(trace, error))
+            await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
         if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
             flight.task.cancel()
-
-    async def _note(self, keys: Sequence[Key], attempt: Attempt) -> None:
-        for key in keys:
-            await self._store.note_attempt(key, attempt)
 
 
 _SETTLED = """

@@ -14,11 +14,11 @@ CREATE TABLE sessions (
     ended_at   REAL -- NULL: running, or killed
 );
 
--- The dataset as it is now: what is asked at each position.
+-- The dataset as it is now, or as much of it as has been read since it was changed: what is asked at each position.
 CREATE TABLE rows (
     position   INTEGER PRIMARY KEY, -- dataset index × samples + sample
     content    BLOB NOT NULL,       -- 16-byte hash of endpoint, model, input, parameters, schema, sample
-    occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …
+    occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …; 0 where they share
     metadata   TEXT,                -- JSON object of the row's own fields
     scores     TEXT,                -- JSON object, score by scorer; NULL: not scored yet
     asked_at   REAL,                -- when a session took it up to be asked; NULL: it had an answer
@@ -58,6 +58,7 @@ CREATE TABLE answers (
     reused_from       TEXT     -- the run that was asked and paid; NULL: this one
 );
 CREATE UNIQUE INDEX answers_by_key ON answers (content, occurrence);
+CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
 
 -- The ledger of every attempt that did not become a row's outcome: those that were retried, failed rows that were
 -- taken up again, answers that were given up, and those whose answer never came because the process ended.
