@@ -269,6 +269,7 @@ class _Line:
             await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
         if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
             flight.task.cancel()
+            await asyncio.sleep(0)  # where the cancellation takes effect, not halfway into the next request
 
 
 _SETTLED = """
