@@ -29,7 +29,8 @@ from typing import Any
 from runner.config import DatasetConfig, DatasetKind, RunnerConfig
 from runner.identity import run_id
 from runner.store import Store
-from runner.workload import Item, Workload
+from runner.task import Item
+from runner.workload import Workload
 
 PROMISED_S = 15.0
 PROMISED_MIB = 200.0

@@ -298,6 +298,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "latency_s": {"p50": None, "p95": None, "p99": None},
         "queue_wait_s": {"p50": None, "p95": None, "p99": None},
         "retries": 0,
+        "unparsed": 0,
         "errors": {},
         "scores": {},
     }

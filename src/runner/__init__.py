@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from runner.client import LMClient
     from runner.config import DeploymentConfig
     from runner.limiter import RateLimiter, RateLimiterAcquisitionHandle
+    from runner.media import image_block
     from runner.types import (
         BatchResult,
         EmbeddingResult,
@@ -36,6 +37,7 @@ _HOMES = {
     "TokenUsage": "runner.types",
     "ToolCall": "runner.types",
     "TranscriptionResult": "runner.types",
+    "image_block": "runner.media",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "TokenUsage",
     "ToolCall",
     "TranscriptionResult",
+    "image_block",
 ]
 
 

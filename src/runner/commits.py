@@ -40,12 +40,17 @@ class GroupCommit(Generic[T]):
         self._failure: Exception | None = None
 
     async def put(self, entry: T) -> None:
-        """Hand in ``entry``; wait only while too much is waiting.
+        """Hand in ``entry``; as `put_all`."""
+        await self.put_all([entry])
+
+    async def put_all(self, entries: Iterable[T]) -> None:
+        """Hand in ``entries``, all of them before waiting; wait only while too much is waiting.
 
         Raises:
             Exception: What a commit failed with. What was handed in before waits in memory for `flush`.
         """
-        self._hand_in(entry)
+        for entry in entries:
+            self._hand_in(entry)
         if len(self._pending) >= _GROUP_SIZE:
             await self._until(self._handed_in - _GROUP_SIZE + 1)
 
@@ -53,7 +58,7 @@ class GroupCommit(Generic[T]):
         """Hand in ``entries``, and return when they are durable. Where this is cancelled, they become so all the same.
 
         Raises:
-            Exception: As `put`.
+            Exception: As `put_all`.
         """
         for entry in entries:
             self._hand_in(entry)
@@ -63,7 +68,7 @@ class GroupCommit(Generic[T]):
         """Return when all that was handed in is durable. After a failure, try once more.
 
         Raises:
-            Exception: As `put`.
+            Exception: As `put_all`.
         """
         self._hurry.set()
         if self._pending and self._failure is not None:

@@ -151,14 +151,27 @@ class DatasetConfig:
     path: str | None = None
     name: str | None = None
     split: str | None = None
+    streaming: bool = False
     function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
+    """What is asked of the model; see `runner.task`.
+
+    Args:
+        image: generate: the row's field that holds an image, or several.
+        micro_batch_size: embed: texts in one request.
+        max_bytes: transcribe: the largest audio file; None: any.
+    """
+
     kind: TaskKind = TaskKind.generate
+    image: str | None = None
+    micro_batch_size: int = 32
+    max_bytes: int | None = 25 * 2**20
 
 
 @dataclass(kw_only=True)
@@ -232,6 +245,14 @@ class SimulatorConfig:
 
 
 @dataclass(kw_only=True)
+class SweepConfig:
+    """Set by a multirun for its cells; see `runner.sweep`."""
+
+    folder: str | None = None
+    over: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class RunnerConfig:
     """The root. Every key that a user can set is a field here or below."""
 
@@ -262,6 +283,7 @@ class RunnerConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     env_file: str = ".env"
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def replicas(config: RunnerConfig) -> dict[str, DeploymentConfig]:

@@ -189,6 +189,12 @@ _MIGRATIONS = {
         ALTER TABLE answers ADD COLUMN embedding BLOB;
         ALTER TABLE answers ADD COLUMN reused_from TEXT;
         ALTER TABLE attempts ADD COLUMN cost_bound_usd REAL;
+        CREATE TABLE files (
+            path     BLOB PRIMARY KEY,
+            size     INTEGER NOT NULL,
+            mtime_ns INTEGER NOT NULL,
+            digest   BLOB NOT NULL
+        ) WITHOUT ROWID;
         CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
         UPDATE rows SET session = (SELECT max(id) FROM sessions)
         WHERE asked_at >= (SELECT started_at FROM sessions ORDER BY id DESC LIMIT 1);

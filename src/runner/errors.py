@@ -4,6 +4,7 @@ RunnerError
 ├── ConfigError                    the configuration cannot be run; names the key and the way out
 │   └── DatasetError               the dataset cannot be read; names the file and the line
 ├── StoreError                     a results.sqlite that cannot be used; names the file
+├── ParseError                     an answer is not in the form that was asked for; a warning, its item did not fail
 ├── RunStopped                     the run cannot go on; everything settled so far is kept
 │   ├── Interrupted                a signal asked for the end
 │   └── SystemicError              every request would fail the same way (a wrong key, no server)
@@ -19,7 +20,7 @@ RunnerError
         │   └── RequestTooLargeError   413, or larger than this client sends
         ├── AuthenticationError    401
         ├── PermissionDeniedError  403
-        ├── NotFoundError          404: no such model or path
+        ├── NotFoundError          404: no such model or path; 3xx: it is somewhere else
         ├── RateLimitError         429
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
@@ -52,6 +53,10 @@ class DatasetError(ConfigError):
 
 class StoreError(RunnerError):
     """The run's database cannot be opened, read or written."""
+
+
+class ParseError(RunnerError):
+    """An answer does not fit its ``response_format``. The text is there all the same."""
 
 
 class RunStopped(RunnerError):

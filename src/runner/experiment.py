@@ -130,7 +130,8 @@ async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> No
         await store.truncate(0)  # positions mean other rows now; answers are found again by what they answer
     if meta.get("scorers", workload.scorers.fingerprint) != workload.scorers.fingerprint:
         await store.forget_scores()
-    await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
+    facts = {"samples": str(workload.samples), "scorers": workload.scorers.fingerprint}
+    await store.put_meta({**facts, "task": config.task.kind.value})
 
 
 @asynccontextmanager

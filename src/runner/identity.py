@@ -16,10 +16,10 @@ from typing import Any
 
 import orjson
 
-from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
+from runner.config import DatasetConfig, DatasetKind, DeploymentConfig, RunnerConfig, TaskKind, replicas
 from runner.types import OUTPUT_LIMITS
 
-_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers"})
+_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers", "stream", "stream_options"})
 """Request parameters that do not change the answer."""
 
 
@@ -37,10 +37,11 @@ def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> s
             "model": model_identity(config),
             "dataset": [
                 dataset.kind.value,
-                str(Path(dataset.path).absolute()) if dataset.path else None,
+                _place(dataset),
                 dataset.name,
                 dataset.split,
                 dataset.function,
+                dataset.arguments,
                 [dataset.shard.index, dataset.shard.count],
             ],
             "prompt": [config.prompt, config.system, config.mapper],
@@ -97,6 +98,13 @@ class ContentHasher:
         digest = self._common.copy()
         digest.update(dump_json([asked, sample]))
         return digest.digest()
+
+
+def _place(dataset: DatasetConfig) -> str | None:
+    """The dataset's path from the root; a name on the Hub as it is."""
+    if dataset.path is None or dataset.kind is DatasetKind.huggingface:
+        return dataset.path
+    return str(Path(dataset.path).absolute())
 
 
 def _asked_of(deployment: DeploymentConfig) -> str:

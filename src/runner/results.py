@@ -10,8 +10,10 @@ from typing import Any
 
 import orjson
 
+from runner.config import TaskKind
 from runner.identity import dump_json
 from runner.store import Store
+from runner.vector import unpack
 
 _CURRENT = """
     FROM rows
@@ -26,9 +28,13 @@ async def result_rows(
 
     ``failed`` leaves only those that failed, or only those that did not.
 
+    What was answered stands under the names of the run's task: ``output_text`` and its like, ``embedding``, or
+    ``text``, ``language`` and ``duration_s``.
+
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
     """
-    samples = int((await store.meta()).get("samples", "1"))
+    meta = await store.meta()
+    samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
     sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
@@ -36,7 +42,7 @@ async def result_rows(
     if limit is not None:
         sql += f" LIMIT {limit:d}"
     async for record in store.query(sql):
-        yield _result_row(record, samples)
+        yield _result_row(record, samples, task)
 
 
 async def write_jsonl(store: Store, path: Path) -> int:
@@ -62,8 +68,9 @@ async def summarize(store: Store) -> dict[str, Any]:
     """The figures of ``summary.json``, from the store alone.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
-    is ``queue_wait_s``, beside it. Rates are answers and tokens per second of all sessions together. Cost and rates
-    count all that was ever answered in this run, the rest what the dataset holds now.
+    is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
+    tokens per second of all sessions together. Cost and rates count all that was ever answered in this run, the rest
+    what the dataset holds now.
     """
     totals = await _one(store, _TOTALS)
     spent = await _one(store, _SPENT)
@@ -93,6 +100,7 @@ async def summarize(store: Store) -> dict[str, Any]:
         "latency_s": await _quantiles(store, "service_time_s", totals["succeeded"]),
         "queue_wait_s": await _quantiles(store, "queue_wait_s", totals["succeeded"]),
         "retries": totals["retries"],
+        "unparsed": totals["unparsed"],
         "errors": {row["error_type"]: row["n"] async for row in store.query(_ERRORS)},
         "scores": await _scores(store),
     }
@@ -107,7 +115,8 @@ _TOTALS = f"""
         coalesce(sum(total_tokens), 0) AS total,
         coalesce(sum(cached_tokens), 0) AS cached,
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
-        coalesce(sum(retries), 0) AS retries
+        coalesce(sum(retries), 0) AS retries,
+        count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
     {_CURRENT}
 """
 
@@ -134,20 +143,27 @@ _ERRORS = (
 )
 
 
-def _result_row(record: Any, samples: int) -> dict[str, Any]:
+def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
     details = json.loads(record["details"]) if record["details"] else {}
     details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}
     if samples > 1:
         row["_sample"] = record["position"] % samples
-    row |= {
-        "output_text": record["output_text"],
-        "output_parsed": details.pop("output_parsed", None),
-        "token_usage": _usage(record),
-        "request_id": record["request_id"],
-        "model_id": record["model_id"],
-        "finish_reason": record["finish_reason"],
-        "tool_calls": details.pop("tool_calls", []),
+    usage = {"token_usage": _usage(record), "request_id": record["request_id"], "model_id": record["model_id"]}
+    if task == TaskKind.embed:
+        row |= {"embedding": unpack(record["embedding"]) if record["embedding"] else None, **usage}
+    elif task == TaskKind.transcribe:
+        heard = {name: details.pop(name, None) for name in ("language", "duration_s")}
+        row |= {"text": record["output_text"], **heard, **usage}
+    else:
+        row |= {
+            "output_text": record["output_text"],
+            "output_parsed": details.pop("output_parsed", None),
+            **usage,
+            "finish_reason": record["finish_reason"],
+            "tool_calls": details.pop("tool_calls", []),
+        }
+    return row | {
         **details,
         "error": _error(record),
         "metadata": _fragment(record["metadata"]),
@@ -162,7 +178,6 @@ def _result_row(record: Any, samples: int) -> dict[str, Any]:
             "ttft_s": record["ttft_s"],
         },
     }
-    return row
 
 
 def _usage(record: Any) -> dict[str, Any] | None:

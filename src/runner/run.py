@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
 from runner.config import DeploymentConfig, RunnerConfig, replicas
+from runner.digests import Digests
 from runner.errors import (
     AuthenticationError,
     ConnectError,
@@ -23,7 +25,6 @@ from runner.errors import (
     NotFoundError,
     PermissionDeniedError,
     RequestError,
-    RowError,
     StoreError,
     SystemicError,
 )
@@ -32,10 +33,11 @@ from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.retry import failed_attempt
 from runner.signals import handled_signals
-from runner.store import Claim, Store
+from runner.store import Key, Outcome, Store
+from runner.task import Item
 from runner.transports import DIRECT
-from runner.types import Client, Response, Trace
-from runner.workload import ClaimSize, Item, Workload
+from runner.types import Client, Request, Response, Trace
+from runner.workload import ClaimSize, Workload
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -67,8 +69,9 @@ class Run:
         self._meter = meter
         self._window = window
         self._soft_start = SoftStart(window)
-        self._in_flight: dict[tuple[bytes, int], tuple[asyncio.Task[None], Trace]] = {}
-        self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
+        self._digests = Digests(store, max_bytes=config.task.max_bytes)
+        self._flights: dict[int, _Flight] = {}
+        self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
         self.total = workload.count()
@@ -98,75 +101,86 @@ class Run:
 
     # Taking up
 
-    async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
-        """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
+    async def _claim(self) -> AsyncIterator[Sequence[Sequence[Claimed]]]:
+        """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one.
+
+        What is handed on comes in the groups that share a request.
+        """
         items = self._workload.items()
-        size = ClaimSize(self._config.limits.concurrency)
+        group_size = self._workload.task.group_size
+        size = ClaimSize(self._config.limits.concurrency * group_size)
+        todo: list[Claimed] = []
         length = 0
-        while chunk := list(islice(items, size.next())):
-            length = chunk[-1].position + 1
-            claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
+        while taken := list(islice(items, size.next())):
+            length = taken[-1].position + 1
+            chunk = await self._workload.identified(taken, self._digests)
             known = await self._store.claim(
-                claims, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
+                chunk, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
             )
-            todo: list[Claimed] = []
             scores: list[tuple[int, str]] = []
+            reused = 0
             for item, fact in zip(chunk, known, strict=True):
+                reused += fact.answered
                 if not fact.answered:
                     todo.append((item, fact.occurrence))
                 elif fact.unscored_text is not None:
                     scores.append((item.position, self._score(item, fact.unscored_text)))
             if scores:
                 await self._store.put_scores(scores)
-            self._meter.reused(len(chunk) - len(todo))
-            yield todo
+            self._meter.reused(reused)
+            whole = len(todo) - len(todo) % group_size
+            yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
+            todo = todo[whole:]
+        if todo:
+            yield [todo]
         await self._store.truncate(length)
 
     # Asking
 
-    async def _ask(self, claimed: Claimed) -> None:
-        item, occurrence = claimed
-        key = (item.content, occurrence)
-        try:
-            request = self._workload.request(item, lambda attempt: self._store.note_attempt(key, attempt))
-        except RowError as error:
-            await self._store.save(item.position, failure(key, Trace(), error))
+    async def _ask(self, group: Sequence[Claimed]) -> None:
+        """Ask for the items that share a request, and save what comes of each."""
+        for claimed in group:
+            if claimed[0].error is not None:
+                await self._fail([claimed], Trace(), claimed[0].error)
+        usable = [claimed for claimed in group if claimed[0].error is None]
+        if not usable:
             return
-        task = asyncio.current_task()
-        assert task is not None
-        self._in_flight[key] = task, request.trace  # a request that is cancelled stays in it
-        try:
-            response = await self._client.send(request)
-        except RequestError as error:
-            del self._in_flight[key]
-            await self._failed(claimed, request.trace, error)
-        except ItemError as error:
-            del self._in_flight[key]
-            await self._store.save(item.position, failure(key, request.trace, error))
-        else:
-            del self._in_flight[key]
-            await self._answered(claimed, request.trace, response)
+        line = _Line(usable, client=self._client, store=self._store, flights=self._flights, stop=self.stop)
+        async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
+            self._flights.pop(id(settled.trace), None)
+            asked = [usable[place] for place in settled.places]
+            if isinstance(settled.result, ItemError):
+                await self._failed(asked, settled.trace, settled.result)
+            else:
+                await self._answered(asked, settled.trace, settled.result)
 
-    async def _answered(self, claimed: Claimed, trace: Trace, response: Response) -> None:
-        item, occurrence = claimed
+    async def _answered(self, asked: Sequence[Claimed], trace: Trace, responses: Sequence[Response]) -> None:
         self._any_answer = True
         self._soft_start.open()
+        saved: list[tuple[int, Outcome, str | None]] = []
+        for claimed, response in zip(asked, responses, strict=True):
+            outcome = success(_key(claimed), trace, response, response_format=self._workload.response_format)
+            scores = self._score(claimed[0], outcome.output_text or "") if self._workload.scorers else None
+            saved.append((claimed[0].position, outcome, scores))
+        await self._store.save_all(saved)
         if self._suspects:
             await self._clear_suspects()
-        outcome = success((item.content, occurrence), trace, response)
-        scores = self._score(item, outcome.output_text or "") if self._workload.scorers else None
-        await self._store.save(item.position, outcome, scores)
 
-    async def _failed(self, claimed: Claimed, trace: Trace, error: RequestError) -> None:
-        """Save the failure, unless it is one that every row will meet: then the row is not to blame."""
-        patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
-        if patience is None:
-            item, occurrence = claimed
-            await self._store.save(item.position, failure((item.content, occurrence), trace, error))
+    async def _failed(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
+        """Save the failure, unless it is one that every request will meet: then the rows are not to blame."""
+        patience = None
+        if isinstance(error, RequestError):
+            patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+        if patience is None or not isinstance(error, RequestError):
+            await self._fail(asked, trace, error)
             return
-        self._suspects.append((claimed, trace, error))
+        self._suspects.append((asked, trace, error))
         if len(self._suspects) >= patience and self.stop.reason is None:
             self._give_up(trace, error)
+
+    async def _fail(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
+        saved = [(claimed[0].position, failure(_key(claimed), trace, error), None) for claimed in asked]
+        await self._store.save_all(saved)
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         way_out = _way_out(error, replicas(self._config).get(trace.deployment))
@@ -177,8 +191,8 @@ class Run:
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
         suspects, self._suspects = self._suspects, []
-        for (item, occurrence), trace, error in suspects:
-            await self._store.save(item.position, failure((item.content, occurrence), trace, error))
+        for asked, trace, error in suspects:
+            await self._fail(asked, trace, error)
 
     async def _keep_ledger(self) -> None:
         """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
@@ -188,9 +202,11 @@ class Run:
             if self.stop.reason is None:
                 await self._clear_suspects()
             await self._store.flush()
-            await self._store.note_lost(key for key, (_, trace) in self._in_flight.items() if trace.on_the_wire)
-            for (item, occurrence), trace, error in self._suspects:
-                await self._store.note_attempt((item.content, occurrence), failed_attempt(trace, error))
+            flights = [flight for flight in self._flights.values() if flight.trace.on_the_wire]
+            await self._store.note_lost(key for flight in flights for key in flight.keys)
+            for asked, trace, error in self._suspects:
+                attempt = failed_attempt(trace, error)
+                await self._store.note_attempts(map(_key, asked), attempt)
 
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)
@@ -205,13 +221,54 @@ class Run:
         if self._interrupted_at is None:
             self._interrupted_at = loop.time()
             self.stop(Interrupted(signum))
-            for task, trace in self._in_flight.values():
-                if not trace.on_the_wire:
-                    task.cancel()
+            for flight in self._flights.values():
+                if not flight.trace.on_the_wire:
+                    flight.task.cancel()
             loop.call_later(GRACE_S, batch.cancel)
         elif loop.time() - self._interrupted_at > _ECHO_S:
             print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A request under way, and whom it asks for."""
+
+    task: asyncio.Task[Any]
+    trace: Trace
+    keys: Sequence[Key]
+
+
+class _Line:
+    """A group's way to the client. What goes wrong on it is entered for every item that was asked for.
+
+    A flight begins with its trace and is removed by whoever settles it: one that is cancelled stays in the books.
+    """
+
+    def __init__(
+        self, group: Sequence[Claimed], *, client: Client, store: Store, flights: dict[int, _Flight], stop: Stop
+    ) -> None:
+        self._group = group
+        self._client = client
+        self._store = store
+        self._flights = flights
+        self._stop = stop
+
+    def trace(self, places: Sequence[int]) -> Trace:
+        keys = [_key(self._group[place]) for place in places]
+        trace = Trace(on_failure=lambda attempt: self._store.note_attempts(keys, attempt))
+        self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
+        return trace
+
+    async def send(self, request: Request) -> Response:
+        return await self._client.send(request)
+
+    async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
+        flight = self._flights.pop(id(trace))
+        if isinstance(error, RequestError):
+            await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
+        if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
+            flight.task.cancel()
 
 
 _SETTLED = """
@@ -238,7 +295,17 @@ def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
     return "Check the server"
 
 
+def _key(claimed: Claimed) -> Key:
+    item, occurrence = claimed
+    return item.content, occurrence
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
 def _is_cancelled() -> bool:
     """Whether somebody cancelled this task itself, and not only what it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return _current_task().cancelling() > 0

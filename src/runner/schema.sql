@@ -76,3 +76,11 @@ CREATE TABLE attempts (
     cost_usd       REAL,          -- NULL: unknown
     cost_bound_usd REAL           -- where the cost is unknown: the most that it can be; NULL: not to be known
 );
+
+-- Files that rows name and that were read to know what they hold, as they were then.
+CREATE TABLE files (
+    path     BLOB PRIMARY KEY, -- absolute, as the file system has it
+    size     INTEGER NOT NULL, -- bytes
+    mtime_ns INTEGER NOT NULL, -- when it was modified, Unix nanoseconds
+    digest   BLOB NOT NULL     -- 16-byte hash of its content
+) WITHOUT ROWID;

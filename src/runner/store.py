@@ -7,10 +7,11 @@ the death of the process; what is not was in flight.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -31,7 +32,20 @@ from runner.database import Database, lock_folder
 from runner.errors import StoreError
 from runner.types import Attempt
 
-__all__ = ["Claim", "Key", "Known", "Outcome", "Store"]
+__all__ = ["Claim", "FileMark", "Key", "Known", "Outcome", "Store"]
+
+_FILES = 1000
+"""Files looked up at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileMark:
+    """A file as it was when its content was hashed."""
+
+    path: str  # absolute
+    size: int  # bytes
+    mtime_ns: int
+    digest: bytes  # 16 bytes
 
 
 class Store:
@@ -167,19 +181,28 @@ class Store:
     # Answering
 
     async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
-        """Hand in what came of the row at ``position``. It is durable when ``on_commit`` says so.
+        """Hand in what came of the row at ``position``; as `save_all`."""
+        await self.save_all([(position, outcome, scores)])
+
+    async def save_all(self, settled: Iterable[tuple[int, Outcome, str | None]]) -> None:
+        """Hand in what came of rows, with their positions and scores. It is durable when ``on_commit`` says so.
+
+        All of them are handed in before this waits for anything.
 
         Raises:
             StoreError: The database can no longer be written; what was handed in before is in memory only.
         """
-        bound = self._bounds.pop((outcome.content, outcome.occurrence), None)
-        if outcome.cost_usd is None and bound is not None:
-            outcome = replace(outcome, cost_bound_usd=bound)
-        await self._commits.put(_Settled(position, outcome, scores))
+        await self._commits.put_all(
+            _Settled(position, self._bounded(outcome), scores) for position, outcome, scores in settled
+        )
 
     async def note_attempt(self, key: Key, attempt: Attempt) -> None:
-        """Enter a failed attempt in the ledger: once, and durably before it is followed by another."""
-        await self._commits.put_durably([Entry.of(key, attempt, self._bounds.get(key))])
+        """Enter a failed attempt in the ledger; as `note_attempts`."""
+        await self.note_attempts([key], attempt)
+
+    async def note_attempts(self, keys: Iterable[Key], attempt: Attempt) -> None:
+        """Enter an attempt that failed for rows that shared it: once, and durably before it is followed by another."""
+        await self._commits.put_durably(Entry.of(key, attempt, self._bounds.get(key)) for key in keys)
 
     async def note_lost(self, keys: Iterable[Key]) -> None:
         """Enter requests that were cancelled in flight in the ledger: what they cost is unknown."""
@@ -205,7 +228,33 @@ class Store:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
         return self._database.rows(sql, parameters)
 
+    async def files(self, paths: Collection[str]) -> dict[str, FileMark]:
+        """What is known of the files at these absolute paths, of those of which something is."""
+        names = [os.fsencode(path) for path in paths]
+        marks: dict[str, FileMark] = {}
+        for start in range(0, len(names), _FILES):
+            part = names[start : start + _FILES]
+            sql = f"SELECT path, size, mtime_ns, digest FROM files WHERE path IN ({', '.join('?' * len(part))})"
+            for name, size, mtime_ns, digest in await self._database.fetch(sql, part):
+                path = os.fsdecode(name)
+                marks[path] = FileMark(path=path, size=size, mtime_ns=mtime_ns, digest=digest)
+        return marks
+
+    async def put_files(self, marks: Iterable[FileMark]) -> None:
+        """Keep what is known of files."""
+        async with self._database.transaction():
+            await self._database.executemany(
+                "INSERT OR REPLACE INTO files (path, size, mtime_ns, digest) VALUES (?, ?, ?, ?)",
+                [(os.fsencode(mark.path), mark.size, mark.mtime_ns, mark.digest) for mark in marks],
+            )
+
     # Transactions
+
+    def _bounded(self, outcome: Outcome) -> Outcome:
+        bound = self._bounds.pop((outcome.content, outcome.occurrence), None)
+        if outcome.cost_usd is None and bound is not None:
+            return replace(outcome, cost_bound_usd=bound)
+        return outcome
 
     async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         async with self._database.transaction():
