@@ -10,8 +10,8 @@ from runner.limiter import Limited, RateLimiter
 from runner.retry import Retrying
 from runner.router import Router
 from runner.transports import open_transport
-from runner.transports.prices import price_of
-from runner.types import Client, TokenPrice
+from runner.transports.prices import price_for
+from runner.types import Client
 
 
 def open_stack(
@@ -34,7 +34,7 @@ def open_stack(
             open_transport(deployment, simulator=simulator, timeout_s=timeout_s),
             account if deployment.limits is None else RateLimiter.of(deployment.limits),
             label=label,
-            price=_price_of(deployment, simulator),
+            price=price_for(deployment, simulator),
             default_output_tokens=(deployment.limits or limits).default_output_tokens,
         )
         for label, deployment in deployments.items()
@@ -43,12 +43,3 @@ def open_stack(
     if len(limited) > 1:
         client = Router(limited, weights={label: deployment.weight for label, deployment in deployments.items()})
     return Retrying(client, retry, slot=window)
-
-
-def _price_of(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:
-    if deployment.model.startswith("simulated/"):
-        return TokenPrice(
-            prompt=simulator.usd_per_million_prompt_tokens / 1e6,
-            completion=simulator.usd_per_million_completion_tokens / 1e6,
-        )
-    return price_of(deployment.model)
