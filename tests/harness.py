@@ -15,6 +15,9 @@ from typing import Any, TypeAlias
 
 from aiohttp import ClientSession, web
 
+from runner.config import DatasetConfig, DatasetKind, RetryConfig, RunnerConfig, TrackerConfig, TrackerKind
+from runner.experiment import Report, run_experiment
+
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 
 Json: TypeAlias = dict[str, Any]
@@ -88,6 +91,33 @@ class Command:
         """The only one."""
         [folder] = self.runs()
         return folder
+
+
+class Experiment:
+    """A configuration that is run again and again in one folder, with changes."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder / "run"
+        self._rows = folder / "rows.jsonl"
+        self._settings = settings
+
+    async def __call__(self, rows: list[Json] | None = None, **changes: Any) -> Report:
+        if rows is not None:
+            self._rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        settings: dict[str, Any] = {
+            "model": "openai_like/m",
+            "dataset": DatasetConfig(kind=DatasetKind.jsonl, path=str(self._rows)),
+            "tracker": TrackerConfig(kind=TrackerKind.none),
+            "retry": RetryConfig(base_s=0.01),
+        }
+        return await run_experiment(RunnerConfig(**{**settings, **self._settings, **changes}), self.folder)
+
+    def texts(self) -> list[str | None]:
+        return [row["output_text"] for row in read_rows(self.folder)]
+
+
+def numbered(count: int) -> list[Json]:
+    return [{"prompt": f"row {index}"} for index in range(count)]
 
 
 def read_rows(folder: Path) -> list[Json]:
