@@ -13,7 +13,6 @@ from runner.config import (
     DeploymentConfig,
     FaultsConfig,
     LimitsConfig,
-    Resume,
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
@@ -159,8 +158,6 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
         ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),
         ({"budget": BudgetConfig(requests=0)}, "budget"),
-        ({"resume": Resume.fresh}, "resume=fresh"),
-        ({"reuse": True}, "reuse=true"),
         ({"plan": True}, "plan=true"),
     ],
 )

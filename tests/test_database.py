@@ -11,7 +11,7 @@ import pytest
 
 from runner.database import APPLICATION_ID, SCHEMA_VERSION
 from runner.errors import StoreError
-from runner.store import Claim, Outcome, Store
+from runner.store import Claim, Outcome, Store, Terms
 
 SCHEMA_1 = Path(__file__).parent / "data" / "schema_1.sql"
 
@@ -58,8 +58,7 @@ async def test_a_store_of_the_first_version_is_migrated_with_all_that_is_in_it(p
     async with await Store.open(path) as store:
         known = await store.claim(
             [Claim(position=n, content=bytes([n]), metadata=f'{{"n":{n}}}') for n in range(4)],
-            retry_failed=False,
-            scored=False,
+            Terms(retry_failed=False),
         )
         assert [each.answered for each in known] == [True, True, True, False]
         assert await store.meta() == {"samples": "1", "scorers": "x"}

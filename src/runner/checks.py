@@ -56,6 +56,7 @@ def check(config: RunnerConfig) -> None:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
     if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    _check_reuse(config)
     _reject_unavailable(config)
 
 
@@ -135,13 +136,18 @@ def _reject_unavailable(config: RunnerConfig) -> None:
     wanted = {
         f"task={config.task.kind.value}": config.task.kind is TaskKind.bench,
         "budget": any(value is not None for value in vars(config.budget).values()),
-        "resume=fresh": config.resume is Resume.fresh,
-        "reuse=true": config.reuse,
         "plan=true": config.plan,
     }
     for key, is_wanted in wanted.items():
         if is_wanted:
             raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
+
+
+def _check_reuse(config: RunnerConfig) -> None:
+    if config.reuse and config.task.kind is TaskKind.bench:
+        raise ConfigError("reuse=true with task=bench: a benchmark measures answers, and takes none over")
+    if config.reuse and config.resume is Resume.fresh:
+        raise ConfigError("resume=fresh asks everything anew, reuse=true takes answers over: keep one of them")
 
 
 def check_request(where: str, request: Mapping[str, Any]) -> None:

@@ -51,11 +51,11 @@ Elsewhere: TypeAlias = Callable[[Sequence[tuple[Any, int]]], Awaitable[Sequence[
 class Terms:
     """On which terms rows are taken up."""
 
-    retry_failed: bool  # a row that failed is taken up again; its failure moves to the ledger
-    scored: bool  # answers should have scores: those without get their text back, to be scored
-    dedupe: bool = False  # rows that ask the same share one answer
-    cost_bound: Callable[[Any], float | None] | None = None  # the most that one attempt at a row costs, in US dollars
-    elsewhere: Elsewhere | None = None  # answers that it finds are copied into this store
+    retry_failed: bool = True  # a row that failed is taken up again; its failure moves to the ledger
+    scored: bool = False  # answers should have scores: those without get their text back, to be scored
+    dedupe: bool = False  # rows that ask the same share one answer; where this changes, `Store.truncate` to 0 first
+    cost_bound: Callable[[Any], float | None] | None = None  # the most that an attempt at a row costs, in US dollars
+    elsewhere: Elsewhere | None = None  # what it finds is copied into this store
 
 
 async def take_up(

@@ -60,6 +60,14 @@ class Resume(StrEnum):
     require = "require"
 
 
+class Dedupe(StrEnum):
+    """Whether identical requests of a run are asked once."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class TrackerKind(StrEnum):
     wandb = "wandb"
     none = "none"
@@ -278,6 +286,8 @@ class RunnerConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     resume: Resume = Resume.auto
     retry_failed: bool = True
+    retry_truncated: bool = False
+    dedupe: Dedupe = Dedupe.auto
     reuse: bool = False
     plan: bool = False
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

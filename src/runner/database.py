@@ -20,6 +20,9 @@ from runner.errors import StoreError
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
 
+PATIENCE_S = 10.0
+"""How long to wait for another program that has the file to itself."""
+
 _HEADER_SIZE = 100
 """Bytes that every SQLite file begins with, at least."""
 
@@ -59,7 +62,7 @@ class Database:
         self._transacting = asyncio.Lock()
 
     @classmethod
-    async def open(cls, path: Path, *, readonly: bool = False) -> Database:
+    async def open(cls, path: Path, *, readonly: bool = False, patience_s: float = PATIENCE_S) -> Database:
         """Open the file, check that it is ours, lay the schema where it is new, and bring an older one up to date.
 
         A new file, and those that SQLite lays beside it, can be read by its owner only: there are answers in it.
@@ -70,7 +73,9 @@ class Database:
         async with translated(path):
             uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
             # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
-            opened = sqlite3.connect(uri, uri=True, isolation_level="IMMEDIATE", check_same_thread=False)
+            opened = sqlite3.connect(
+                uri, uri=True, timeout=patience_s, isolation_level="IMMEDIATE", check_same_thread=False
+            )
             connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
             try:
                 connection.row_factory = sqlite3.Row
@@ -171,7 +176,7 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             else "use the version of runner that made it, or start a new run with another name=…"
         )
         raise StoreError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: {way_out}")
-    for pragma in ("synchronous = NORMAL", "cache_size = -8192", "temp_store = MEMORY", "busy_timeout = 10000"):
+    for pragma in ("synchronous = NORMAL", f"cache_size = {-2048 if readonly else -8192}", "temp_store = MEMORY"):
         await database.execute_fetchall(f"PRAGMA {pragma}")
 
 

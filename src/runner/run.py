@@ -33,7 +33,7 @@ from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.retry import failed_attempt
 from runner.signals import handled_signals
-from runner.store import Key, Outcome, Store
+from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Item
 from runner.transports import DIRECT
 from runner.types import Client, Request, Response, Trace
@@ -59,15 +59,25 @@ class Run:
     """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
 
     def __init__(
-        self, config: RunnerConfig, workload: Workload, *, client: Client, store: Store, meter: Meter, window: Window
+        self,
+        config: RunnerConfig,
+        workload: Workload,
+        *,
+        client: Client,
+        store: Store,
+        meter: Meter,
+        window: Window,
+        terms: Terms | None = None,
     ) -> None:
         self.stop = Stop()
+        self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._config = config
         self._workload = workload
         self._client = client
         self._store = store
         self._meter = meter
         self._window = window
+        self._terms = terms or Terms(retry_failed=config.retry_failed, scored=bool(workload.scorers))
         self._soft_start = SoftStart(window)
         self._digests = Digests(store, max_bytes=config.task.max_bytes)
         self._flights: dict[int, _Flight] = {}
@@ -77,8 +87,11 @@ class Run:
         self.total = workload.count()
 
     async def settled(self) -> int:
-        """How many rows the store has that need not be asked again, by the dataset as it was last time."""
-        [settled] = [row["n"] async for row in self._store.query(_SETTLED, (not self._config.retry_failed,))]
+        """How many answers the store has that need not be asked for again; exact where they may be all."""
+        sql = _SETTLED if self._config.retry_failed else "SELECT count(*) AS n FROM answers"
+        [settled] = [row["n"] async for row in self._store.query(sql)]
+        if self.total is not None and settled >= self.total:
+            [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
     async def until_done(self) -> None:
@@ -87,6 +100,8 @@ class Run:
         with handled_signals(lambda signum: self._interrupt(signum, batch)):
             try:
                 await batch
+                if self.sharing and self._workload.scorers:
+                    await self._score_sharing()
             except asyncio.CancelledError:
                 if self._interrupted_at is None or _is_cancelled():
                     raise
@@ -114,26 +129,40 @@ class Run:
         while taken := list(islice(items, size.next())):
             length = taken[-1].position + 1
             chunk = await self._workload.identified(taken, self._digests)
-            known = await self._store.claim(
-                chunk, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
-            )
-            scores: list[tuple[int, str]] = []
-            reused = 0
-            for item, fact in zip(chunk, known, strict=True):
-                reused += fact.answered
-                if not fact.answered:
-                    todo.append((item, fact.occurrence))
-                elif fact.unscored_text is not None:
-                    scores.append((item.position, self._score(item, fact.unscored_text)))
-            if scores:
-                await self._store.put_scores(scores)
-            self._meter.reused(reused)
+            known = await self._store.claim(chunk, self._terms)
+            await self._score_known(chunk, known)
+            todo += [
+                (item, fact.occurrence)
+                for item, fact in zip(chunk, known, strict=True)
+                if not (fact.answered or fact.shared)
+            ]
+            self.sharing += sum(fact.shared for fact in known)
+            self._meter.reused(sum(fact.answered or fact.shared for fact in known))
             whole = len(todo) - len(todo) % group_size
             yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
             todo = todo[whole:]
         if todo:
             yield [todo]
         await self._store.truncate(length)
+
+    async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
+        """Score the answers that are there and have none."""
+        scores = [
+            (item.position, self._score(item, fact.unscored_text))
+            for item, fact in zip(chunk, known, strict=True)
+            if fact.unscored_text is not None
+        ]
+        if scores:
+            await self._store.put_scores(scores)
+
+    async def _score_sharing(self) -> None:
+        """Give rows that share an answer their own scores, now that it is there."""
+        await self._store.flush()
+        terms = Terms(retry_failed=False, scored=True, dedupe=True)
+        items = self._workload.items()
+        while self.stop.reason is None and (taken := list(islice(items, ClaimSize.MOST))):
+            chunk = await self._workload.identified(taken, self._digests)
+            await self._score_known(chunk, await self._store.claim(chunk, terms))
 
     # Asking
 
@@ -273,6 +302,10 @@ class _Line:
 
 
 _SETTLED = """
+    SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
+"""
+
+_SETTLED_ROWS = """
     SELECT count(*) AS n
     FROM rows
     JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence

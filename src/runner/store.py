@@ -26,13 +26,13 @@ from runner.answers import (
     put_attempts,
     read_answers,
 )
-from runner.claims import Claim, Claimed, Elsewhere, Known, Terms, take_up
+from runner.claims import Claim, Claimed, Known, Terms, take_up
 from runner.commits import GroupCommit
-from runner.database import Database, lock_folder
+from runner.database import PATIENCE_S, Database, lock_folder
 from runner.errors import StoreError
 from runner.types import Attempt
 
-__all__ = ["Claim", "FileMark", "Key", "Known", "Outcome", "Store"]
+__all__ = ["Claim", "FileMark", "Key", "Known", "Outcome", "Store", "Terms"]
 
 _FILES = 1000
 """Files looked up at a time."""
@@ -93,15 +93,18 @@ class Store:
         return store
 
     @classmethod
-    async def open_readonly(cls, path: Path) -> Store:
+    async def open_readonly(cls, path: Path, *, patience_s: float = PATIENCE_S) -> Store:
         """Open a run's database to read it, whether it is running or not.
+
+        Args:
+            patience_s: How long to wait for another program that has it to itself.
 
         Raises:
             StoreError: It does not exist, is not ours, of another version, or damaged.
         """
         if not path.is_file():
             raise StoreError(f"{path}: no such file")
-        return cls(await Database.open(path, readonly=True), on_commit=None)
+        return cls(await Database.open(path, readonly=True, patience_s=patience_s), on_commit=None)
 
     async def __aenter__(self) -> Store:
         return self
@@ -124,33 +127,11 @@ class Store:
 
     # Asking
 
-    async def claim(
-        self,
-        claims: Sequence[Claimed],
-        *,
-        retry_failed: bool,
-        scored: bool,
-        dedupe: bool = False,
-        cost_bound: Callable[[Any], float | None] | None = None,
-        elsewhere: Elsewhere | None = None,
-    ) -> list[Known]:
+    async def claim(self, claims: Sequence[Claimed], terms: Terms) -> list[Known]:
         """Bring the rows at these consecutive positions up to date, look them up, and take up those without an answer.
 
         All in one transaction. Chunks come in the dataset's order, from position 0 on.
-
-        Args:
-            claims: Rows in ascending positions.
-            retry_failed: Whether a row that failed is taken up again; its failure then moves to the ledger.
-            scored: Whether answers should have scores: those without get their text back, to be scored.
-            dedupe: Whether rows that ask the same share one answer. Where this is not as it was the last time,
-                `truncate` to 0 first.
-            cost_bound: The most that one attempt at a row can cost, in US dollars; None: not to be known.
-            elsewhere: Finds answers outside this store for rows that have none, each given with its occurrence.
-                They are copied into it.
         """
-        terms = Terms(
-            retry_failed=retry_failed, scored=scored, dedupe=dedupe, cost_bound=cost_bound, elsewhere=elsewhere
-        )
         assert self._session is not None
         async with self._database.transaction():
             return await take_up(self._database, claims, terms, session=self._session, bounds=self._bounds)

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
+from runner.ceiling import Ceiling
 from runner.config import RunnerConfig
 from runner.dataset import Row, count_rows, open_dataset
 from runner.digests import Digests
@@ -16,6 +18,7 @@ from runner.prompt import Ask
 from runner.response_format import ResponseFormat
 from runner.scoring import Scorers
 from runner.task import Item, task_of
+from runner.types import OUTPUT_LIMITS
 
 _PEEK = 10
 """Rows that are looked at before anything is sent."""
@@ -36,8 +39,10 @@ class Workload:
             self.response_format = ResponseFormat.configured(config.response_format)
             config = replace(config, response_format=self.response_format.schema_param)  # what a name stands for
         self.task = task_of(config, self.response_format)
+        self._config = config
         self._dataset = config.dataset
         self._hash = ContentHasher(config)
+        self._ceiling = Ceiling(config)
 
     def check(self) -> None:
         """Look at the first rows.
@@ -67,6 +72,26 @@ class Workload:
             return items
         found = await digests.of(paths)
         return [self._with_files(item, found) if item.files else item for item in items]
+
+    @property
+    def asks(self) -> str:
+        """What all items have in common, as a hash in hex."""
+        return self._hash.common
+
+    def hasher(self, limits: Mapping[str, Any]) -> ContentHasher:
+        """What the items would be hashed with under other limits on an answer's length."""
+        others = {key: value for key, value in self._config.request.items() if key not in OUTPUT_LIMITS}
+        return ContentHasher(replace(self._config, request={**others, **limits}))
+
+    def content(self, item: Item, hasher: ContentHasher) -> bytes:
+        """The identity of what ``item`` asks, by another hasher than the workload's own."""
+        return hasher(_asked(item), item.position % self.samples)
+
+    def cost_bound(self, item: Item) -> float | None:
+        """The most that one attempt at ``item`` costs, in US dollars; None: not to be known."""
+        if item.error is not None:
+            return 0.0
+        return None if item.files else self._ceiling.usd(item.input)
 
     def _items_of(self, row: Row) -> Iterator[Item]:
         error: ItemError | None = row.error
@@ -103,11 +128,16 @@ class Workload:
             if isinstance(digest, ItemError):
                 return replace(item, input=None, content=self._unusable(digest, sample), error=digest)
             digests.append(digest)
-        asked = [item.input, [digest.hex() for digest in digests]]
-        return replace(item, content=self._hash(asked, sample), digests=tuple(digests))
+        item = replace(item, digests=tuple(digests))
+        return replace(item, content=self._hash(_asked(item), sample))
 
     def _unusable(self, error: ItemError, sample: int) -> bytes:
         return self._hash(["unusable", str(error)], sample)
+
+
+def _asked(item: Item) -> Any:
+    """What is hashed of an item."""
+    return [item.input, [digest.hex() for digest in item.digests]] if item.digests else item.input
 
 
 class ClaimSize:
