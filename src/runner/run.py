@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
@@ -31,13 +31,14 @@ from runner.errors import (
 from runner.identity import dump_text
 from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
+from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
-from runner.signals import handled_signals
+from runner.scoring import Scorers
 from runner.store import Key, Known, Outcome, Store, Terms
-from runner.task import Item
+from runner.task import Asking, Item
 from runner.transports import DIRECT
 from runner.types import Client, Request, Response, Trace
-from runner.workload import ClaimSize, Workload
+from runner.workload import ClaimSize
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -55,13 +56,27 @@ Claimed: TypeAlias = tuple[Item, int]
 """An item and its occurrence."""
 
 
+class Asks(Protocol):
+    """What a run asks: a `Workload`, or whatever else has items in an order and a way to ask for them."""
+
+    scorers: Scorers
+
+    @property
+    def task(self) -> Asking: ...
+    @property
+    def response_format(self) -> ResponseFormat | None: ...
+    def count(self) -> int | None: ...
+    def items(self) -> Iterator[Item]: ...
+    async def identified(self, items: Sequence[Item], digests: Digests) -> Sequence[Item]: ...
+
+
 class Run:
     """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
 
     def __init__(
         self,
         config: RunnerConfig,
-        workload: Workload,
+        workload: Asks,
         *,
         client: Client,
         store: Store,
@@ -84,6 +99,7 @@ class Run:
         self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
+        self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
 
     async def settled(self) -> int:
@@ -95,21 +111,39 @@ class Run:
         return int(settled)
 
     async def until_done(self) -> None:
-        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
-        batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
-        with handled_signals(lambda signum: self._interrupt(signum, batch)):
-            try:
-                await batch
-                if self.sharing and self._workload.scorers:
-                    await self._score_sharing()
-            except asyncio.CancelledError:
-                if self._interrupted_at is None or _is_cancelled():
-                    raise
-            except (StoreError, DatasetError) as error:
-                self.stop(SystemicError(str(error)))
-            finally:
-                self._soft_start.close()
-                await self._keep_ledger()
+        """Ask until there is nothing left, or `stop` or `interrupt` is called."""
+        self._batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
+        try:
+            await self._batch
+            if self.sharing and self._workload.scorers:
+                await self._score_sharing()
+        except asyncio.CancelledError:
+            if self._interrupted_at is None or _is_cancelled():
+                raise
+        except (StoreError, DatasetError) as error:
+            self.stop(SystemicError(str(error)))
+        finally:
+            self._soft_start.close()
+            await self._keep_ledger()
+
+    def interrupt(self, reason: Interrupted) -> None:
+        """End early: ask nothing more, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
+        loop = asyncio.get_running_loop()
+        self._interrupted_at = loop.time()
+        self.stop(reason)
+        for flight in self._flights.values():
+            if not flight.trace.on_the_wire:
+                flight.task.cancel()
+        if self._batch is not None:
+            loop.call_later(GRACE_S, self._batch.cancel)
+
+    def on_signal(self, signum: int) -> None:
+        """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
+        if self._interrupted_at is None:
+            self.interrupt(Interrupted(signum))
+        elif asyncio.get_running_loop().time() - self._interrupted_at > _ECHO_S:
+            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
+            os._exit(128 + signum)
 
     def snapshot(self) -> Snapshot:
         return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
@@ -241,22 +275,6 @@ class Run:
         scores = self._workload.scorers(output_text, item.fields)
         self._meter.scored(scores)
         return dump_text(scores)
-
-    # Ending early
-
-    def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        """Let what is on the wire come in; at a second signal end the process, as what is stored is safe."""
-        loop = asyncio.get_running_loop()
-        if self._interrupted_at is None:
-            self._interrupted_at = loop.time()
-            self.stop(Interrupted(signum))
-            for flight in self._flights.values():
-                if not flight.trace.on_the_wire:
-                    flight.task.cancel()
-            loop.call_later(GRACE_S, batch.cancel)
-        elif loop.time() - self._interrupted_at > _ECHO_S:
-            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
-            os._exit(128 + signum)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -159,6 +159,15 @@ class Store:
             await move_all_to_ledger(self._database)
             await self._database.execute("UPDATE rows SET scores = NULL WHERE scores IS NOT NULL")
 
+    async def forget_rows(self) -> int:
+        """Drop the rows and their answers. Returns how many answers to rows of earlier datasets remain."""
+        await self.flush()
+        async with self._database.transaction():
+            await self._database.execute(_FORGET_ANSWERS)
+            await self._database.execute("DELETE FROM rows")
+            [(remaining,)] = await self._database.fetch("SELECT count(*) FROM answers")
+        return int(remaining)
+
     # Answering
 
     async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
@@ -205,7 +214,7 @@ class Store:
                 list(facts.items()),
             )
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
         return self._database.rows(sql, parameters)
 
@@ -276,3 +285,8 @@ class _Settled(NamedTuple):
 
 
 _SEEN = "UPDATE sessions SET last_seen = ? WHERE id = ?"
+
+_FORGET_ANSWERS = """
+    DELETE FROM answers
+    WHERE (content, occurrence) IN (SELECT content, occurrence FROM rows)
+"""
