@@ -220,7 +220,9 @@ class LMClient:
             RowError: The input is no text.
             ConfigError: An argument cannot be used.
         """
-        return await self._embedding(kwargs)((await self._engine()).send, _require_text(input_data, "the input"))
+        if not isinstance(input_data, str):
+            raise _no_text(input_data)
+        return await self._embedding(kwargs)((await self._engine()).send, input_data)
 
     async def aembed_batch(
         self,
@@ -257,20 +259,20 @@ class LMClient:
             input_batch, return_exceptions=return_exceptions, on_result=on_result, on_progress=on_progress
         )
 
-        async def settle(micro_batch: Sequence[tuple[int, str]]) -> None:
-            places, texts = [], []
+        async def settle(micro_batch: Sequence[tuple[int, Any]]) -> None:
+            asked = []
             for index, text in micro_batch:
-                try:
-                    texts.append(_require_text(text, f"input {index}"))
-                    places.append(index)
-                except RowError as error:
-                    collector.failed(index, error)
-            async for part in call.outcomes(engine.client.send, texts):
-                for outcome in part:
-                    if outcome.error is None:
-                        collector.answered(places[outcome.index], call.result(outcome))
+                if isinstance(text, str):
+                    asked.append((index, text))
+                else:
+                    collector.failed(index, _no_text(text))
+            texts = [text for _, text in asked]
+            async for settled in call.many(engine.client.send, texts):
+                for place, result in settled:
+                    if isinstance(result, ItemError):
+                        collector.failed(asked[place][0], result)
                     else:
-                        collector.failed(places[outcome.index], outcome.error)
+                        collector.answered(asked[place][0], result)
 
         micro_batches = chunked(collector.chunks(micro_batch_size), max(1, _CHUNK // micro_batch_size))
         await run_batch(micro_batches, settle, window=engine.window)
@@ -482,7 +484,5 @@ def _check_params(where: str, params: Mapping[str, Any]) -> None:
 _OF_THE_CLIENT = {"api_base", "api_key", "base_url", "max_retries", "model", "num_retries"}
 
 
-def _require_text(text: Any, what: str) -> str:
-    if not isinstance(text, str):
-        raise RowError(f"{what} is of type {type(text).__name__}, not a text")
-    return text
+def _no_text(found: object) -> RowError:
+    return RowError(f"the input is of type {type(found).__name__}, not a text")

@@ -194,7 +194,9 @@ class Response:
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
-    body: Any = field(default=None, repr=False)  # the decoded answer as it came; None where it is not kept
+    body: Any = field(
+        default=None, repr=False, compare=False
+    )  # the decoded answer as it came; None where it is not kept
 
 
 class Client(Protocol):

@@ -231,7 +231,7 @@ def _output(request: Request, body: dict[str, Any]) -> Generation | Embeddings:
         ordered = sorted(body["data"], key=lambda entry: entry.get("index", 0))
         if len(ordered) != len(request.texts):
             raise KeyError("data")
-        return Embeddings(vectors=tuple([float(value) for value in entry["embedding"]] for entry in ordered))
+        return Embeddings(vectors=tuple(_vector(entry["embedding"]) for entry in ordered))
     if isinstance(request, GenerationRequest) and request.endpoint is Endpoint.responses:
         return _responses_output(body)
     choices = body["choices"]
@@ -248,6 +248,16 @@ def _output(request: Request, body: dict[str, Any]) -> Generation | Embeddings:
         tool_calls=_tool_calls(message["tool_calls"]) if message.get("tool_calls") else (),
         choices=several,
     )
+
+
+def _vector(values: Any) -> list[float]:
+    """The values as they are if they are numbers, which a sum of them tells at little cost."""
+    try:
+        if isinstance(values, list) and sum(values) is not None:
+            return values
+    except TypeError:
+        pass
+    return [float(value) for value in values]
 
 
 def _responses_output(body: dict[str, Any]) -> Generation:
