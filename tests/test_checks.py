@@ -161,7 +161,6 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
         ({"resume": Resume.fresh}, "resume=fresh"),
         ({"reuse": True}, "reuse=true"),
         ({"plan": True}, "plan=true"),
-        ({"request": {"stream": True}}, "request.stream=true"),
     ],
 )
 def test_a_key_that_would_have_no_effect_is_rejected(values: dict[str, Any], key: str) -> None:
@@ -264,6 +263,12 @@ def test_the_message_names_the_key_that_was_meant_or_where_to_look() -> None:
 def test_parameters_that_are_reckoned_with_are_numbers(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"request.{key}"):
         check(RunnerConfig(request={key: value}))
+
+
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_an_answer_is_streamed_or_not(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"request\.stream=.*: true or false"):
+        check(RunnerConfig(request={"stream": value}))
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:

@@ -75,6 +75,7 @@ NOT_ASKED: dict[str, Change] = {
     "api_key_env": change(api_key_env="MY_KEY"),
     "request.timeout": change(request={"temperature": 0.5, "timeout": 5}),
     "request.extra_headers": change(request={"temperature": 0.5, "extra_headers": {"x": "y"}}),
+    "request.stream": change(request={"temperature": 0.5, "stream": True}),
     "dataset.limit": change(dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", limit=5)),
     "name": change(name="other"),
     "runs_dir": change(runs_dir="elsewhere"),

@@ -61,6 +61,12 @@ def client(run: Example) -> Iterator[LMClient]:
         yield client
 
 
+@pytest.fixture
+def whisper(run: Example) -> Iterator[LMClient]:
+    with LMClient(model="openai/whisper-1") as client:
+        yield client
+
+
 def write_recordings(*names: str) -> None:
     for name in names:
         with wave.open(name, "wb") as file:
@@ -166,7 +172,7 @@ print(len(vectors))
     assert count == "3"
 
 
-def test_transcribe_audio(run: Example, client: LMClient) -> None:
+def test_transcribe_audio(run: Example, whisper: LMClient) -> None:
     write_recordings("recording.wav", "recording-a.wav", "recording-b.wav")
 
     text, language, duration, texts = run(
@@ -180,7 +186,7 @@ batch = client.transcribe_batch(["recording-a.wav", "recording-b.wav"])
 texts = [r.text if r is not None else None for r in batch]
 print(texts)
 """,
-        client=client,
+        client=whisper,
     )
 
     assert text

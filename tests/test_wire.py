@@ -44,8 +44,9 @@ def generation(body: dict[str, Any], request: Request = CHAT) -> Generation:
 
 
 def encoded(request: Request, **params: Any) -> tuple[str, dict[str, Any]]:
-    path, body = wire.encode(request, "m", params)
-    return path, orjson.loads(body)
+    call = wire.encode(request, "m", params)
+    assert call.content_type == "application/json"
+    return call.path, orjson.loads(call.body)
 
 
 # Requests
@@ -99,9 +100,63 @@ def test_an_extra_body_that_is_no_mapping_is_an_error_of_the_row(value: Any) -> 
         wire.encode(CHAT, "m", {"extra_body": value})
 
 
-def test_audio_has_no_json_form() -> None:
-    with pytest.raises(TypeError):
-        wire.encode(TranscriptionRequest(audio=b""), "m", {})
+def test_a_recording_goes_into_a_form() -> None:
+    params = {"language": "de", "temperature": 0.5, "timestamp_granularities": ["word"], "timeout": 3, "stream": True}
+    call = wire.encode(TranscriptionRequest(audio=b"RIFF\r\n--", filename="talk.mp3"), "m", params)
+    kind, _, boundary = call.content_type.partition("; boundary=")
+    assert call.path == "/audio/transcriptions"
+    assert kind == "multipart/form-data"
+    parts = call.body.split(f"--{boundary}".encode())
+    assert [part.partition(b"\r\n\r\n")[0].split(b"; ", 1)[-1] for part in parts[1:-1]] == [
+        b'name="model"',
+        b'name="language"',
+        b'name="temperature"',
+        b'name="timestamp_granularities[]"',
+        b'name="file"; filename="talk.mp3"\r\ncontent-type: audio/mpeg',
+    ]
+    assert parts[-2].endswith(b"\r\n\r\nRIFF\r\n--\r\n")
+    assert parts[-1] == b"--\r\n"
+
+
+def test_a_parameter_that_no_form_can_hold_is_an_error_of_the_row() -> None:
+    with pytest.raises(errors.RowError, match="prompt"):
+        wire.encode(TranscriptionRequest(audio=b""), "m", {"prompt": object()})
+
+
+def test_a_stream_is_asked_for_its_usage() -> None:
+    for request in (CHAT, TEXT):
+        assert encoded(request, stream=True)[1]["stream_options"] == {"include_usage": True}
+        assert wire.encode(request, "m", {"extra_body": {"stream": True}}).streamed
+    wanted = {"include_usage": False, "continuous_usage_stats": True}
+    assert encoded(CHAT, stream=True, stream_options=wanted)[1]["stream_options"] == wanted
+    assert "stream_options" not in encoded(RESPONSES, stream=True)[1]
+    assert "stream_options" not in encoded(CHAT, stream=False)[1]
+    assert not wire.encode(CHAT, "m", {"stream": False}).streamed
+
+
+def test_vectors_are_not_streamed() -> None:
+    assert encoded(EMBED, stream=True, stream_options={})[1].keys() == {"model", "input"}
+
+
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}}
+LAYOUT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+def test_each_endpoint_gets_a_schema_in_the_form_it_takes() -> None:
+    assert encoded(CHAT, response_format=LAYOUT)[1]["response_format"] == LAYOUT
+    assert encoded(TEXT, response_format=LAYOUT)[1]["response_format"] == LAYOUT
+    body = encoded(RESPONSES, response_format=LAYOUT, text={"verbosity": "low"})[1]
+    layout = {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}
+    assert body["text"] == {"format": layout, "verbosity": "low"}
+    assert "response_format" not in body
+    assert encoded(RESPONSES, response_format={"type": "json_object"})[1]["text"]["format"] == {"type": "json_object"}
+    assert encoded(RESPONSES, response_format=None)[1].keys() == {"model", "input"}
+
+
+@pytest.mark.parametrize("params", [{"response_format": "json"}, {"response_format": LAYOUT, "text": 3}])
+def test_a_schema_in_no_known_form_is_an_error_of_the_row(params: dict[str, Any]) -> None:
+    with pytest.raises(errors.RowError):
+        wire.encode(RESPONSES, "m", params)
 
 
 # Answers
@@ -295,7 +350,6 @@ def test_no_more_tokens_are_cached_than_were_sent() -> None:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (307, errors.APIResponseError),
         (400, errors.BadRequestError),
         (401, errors.AuthenticationError),
         (402, errors.InsufficientQuotaError),

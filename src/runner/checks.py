@@ -137,7 +137,6 @@ def _reject_unavailable(config: RunnerConfig) -> None:
         "resume=fresh": config.resume is Resume.fresh,
         "reuse=true": config.reuse,
         "plan=true": config.plan,
-        "request.stream=true": bool(config.request.get("stream")),
     }
     for key, is_wanted in wanted.items():
         if is_wanted:
@@ -155,6 +154,9 @@ def check_request(where: str, request: Mapping[str, Any]) -> None:
         value = request.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
             raise ConfigError(f"{prefix}{key}={value!r}: a number above 0")
+    stream = request.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise ConfigError(f"{prefix}stream={stream!r}: true or false")
 
 
 _PARAMETERS = (

@@ -16,7 +16,7 @@ import orjson
 
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 
-_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers"})
+_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers", "stream", "stream_options"})
 """Request parameters that do not change the answer."""
 
 

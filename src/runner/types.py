@@ -100,7 +100,8 @@ class Trace:
     queue_wait_s: float = 0.0  # waiting for quota, slot or pause, over all attempts; backoff excluded
     service_time_s: float = 0.0  # of the last attempt
     on_the_wire: bool = False  # an attempt was sent, and nothing has come of it yet
-    ttft_s: float | None = None  # time to first token, streamed answers only
+    ttft_s: float | None = None  # time to first token of the last attempt, streamed answers only
+    chunk_times: Sequence[float] = ()  # when each piece of a streamed answer came, seconds after the last attempt began
     deployment: str = ""
     price: TokenPrice | None = None  # of the deployment that answered
     failures: list[Attempt] = field(default_factory=list)
@@ -190,13 +191,11 @@ class Response:
     """What a provider answered."""
 
     output: Generation | Embeddings | Transcript
-    model_id: str  # as the provider names it
+    model_id: str  # as the provider names it, or as it was asked for where the answer names none
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
-    body: Any = field(
-        default=None, repr=False, compare=False
-    )  # the decoded answer as it came; None where it is not kept
+    body: Any = field(default=None, repr=False, compare=False)  # the answer, decoded; None where it is not kept
 
 
 class Client(Protocol):

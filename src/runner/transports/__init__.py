@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from runner.config import DeploymentConfig, SimulatorConfig, TransportKind
 from runner.errors import ConfigError
+from runner.transports.locality import warn_of_plain_http
 from runner.types import Client
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -44,18 +45,23 @@ def open_transport(
 ) -> Client:
     """The client that speaks to ``deployment``. Opens no connection yet.
 
+    Warns where prompts, answers and the key would be sent over plain HTTP to a host that is not local.
+
     Raises:
         ConfigError: The deployment cannot be served: unknown provider, no address, no key.
     """
     timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
     prefix, _, model = deployment.model.partition("/")
     provider = DIRECT.get(prefix)
-    if prefix == "simulated" and base_of(deployment) is None:
+    api_base = base_of(deployment)
+    if prefix == "simulated" and api_base is None:
         from runner.transports.simulated import SimulatedTransport
 
         return SimulatedTransport(
             simulator, model=model, api_key=key_of(deployment), params=deployment.extra_kwargs, timeout_s=timeout_s
         )
+    if api_base is not None:
+        warn_of_plain_http(api_base)
     if deployment.transport is TransportKind.litellm or (
         deployment.transport is TransportKind.auto and provider is None
     ):
@@ -72,7 +78,6 @@ def open_transport(
         raise ConfigError(
             f"transport=direct does not speak to {prefix!r}: it serves {', '.join(DIRECT)}; use transport=auto"
         )
-    api_base = base_of(deployment)
     if api_base is None:
         raise ConfigError(
             f"model={deployment.model!r} needs the server's address: api_base=http://HOST:PORT/v1"
