@@ -151,7 +151,7 @@ class Run:
         item, occurrence = claimed
         self._any_answer = True
         self._soft_start.open()
-        if self._suspects:
+        if self._suspects and self.stop.reason is None:
             await self._clear_suspects()
         outcome = success((item.content, occurrence), trace, response)
         scores = self._score(item, outcome.output_text or "") if self._workload.scorers else None
@@ -160,6 +160,8 @@ class Run:
     async def _failed(self, claimed: Claimed, trace: Trace, error: RequestError) -> None:
         """Save the failure, unless it is one that every row will meet: then the row is not to blame."""
         patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+        if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
+            patience = 1  # it says itself that it is the account's
         if patience is None:
             item, occurrence = claimed
             await self._store.save(item.position, failure((item.content, occurrence), trace, error))
@@ -170,9 +172,8 @@ class Run:
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         way_out = _way_out(error, replicas(self._config).get(trace.deployment))
-        self.stop(
-            SystemicError(f"{type(error).__name__} on one row after the other: {str(error).rstrip('.')}. {way_out}.")
-        )
+        where = " on one row after the other" if len(self._suspects) > 1 else ""
+        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {way_out}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
@@ -233,6 +234,8 @@ def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
             base = deployment.api_base
             hint = "" if base is None or base.rstrip("/").endswith("/v1") else f"; perhaps {base.rstrip('/')}/v1"
             return f"Check model={deployment.model} and api_base{hint}"
+        case InsufficientQuotaError() if error.retry_after_s:
+            return "The same command goes on then"
         case InsufficientQuotaError():
             return "Check the account's balance and limits"
     return "Check the server"
