@@ -38,6 +38,7 @@ def test_every_further_example_runs(tmp_path: Path, server_url: str) -> None:
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
+        "PYTHONPATH": str(TOP / "src"),
         "OPENAI_API_BASE": server_url,
         "WANDB_MODE": "offline",
     }

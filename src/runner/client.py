@@ -26,9 +26,10 @@ from runner.config import (
 from runner.embedding import MICRO_BATCH_SIZE
 from runner.engine import Engine, Engines
 from runner.errors import ConfigError, ItemError, RowError
+from runner.limiter import RateLimiter
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
-from runner.stack import open_stack
+from runner.stack import limiters_of, open_stack
 from runner.types import (
     BatchResult,
     EmbeddingResult,
@@ -51,8 +52,9 @@ class LMClient:
     """Sends single requests and batches to a model, under its limits, with retries and routing.
 
     Every method comes twice: ``agenerate`` for asynchronous code, ``generate`` for scripts and notebooks, where it
-    runs on a background event loop. Both may be used in one session, from several threads, and by several event loops;
-    slots and connections are each loop's own. Close the client, or use it in a ``with``: later calls are errors.
+    runs on a background event loop. Both may be used in one session, from several threads, and by several event loops:
+    the quota is one for all of them, slots and connections are each loop's own. Close the client, or use it in a
+    ``with``: later calls are errors.
 
     The batch methods have these in common. At most ``max_parallel_requests`` are at work at once. Inputs may be any
     iterable, asynchronous ones too; they are read as they are needed, on the event loop. Callbacks are called there as
@@ -131,10 +133,12 @@ class LMClient:
                 " timeout, routing_strategy, and each deployment's weight and limits say how requests are routed"
             )
         self.background = BackgroundLoop()
+        replicas = _deployments(model, api_base, api_key, deployments)
         self._engines = Engines(
             partial(
                 _open_engine,
-                _deployments(model, api_base, api_key, deployments),
+                replicas,
+                limiters=limiters_of(replicas, limits),
                 limits=limits,
                 retry=retry,
                 simulator=simulator or SimulatorConfig(),
@@ -422,6 +426,7 @@ class LMClient:
 def _open_engine(
     deployments: Mapping[str, DeploymentConfig],
     *,
+    limiters: Mapping[str, RateLimiter],
     limits: LimitsConfig,
     retry: RetryConfig,
     simulator: SimulatorConfig,
@@ -429,7 +434,13 @@ def _open_engine(
 ) -> Engine:
     window = Window(limits.concurrency)
     client = open_stack(
-        deployments, limits=limits, retry=retry, simulator=simulator, window=window, timeout_s=timeout_s
+        deployments,
+        limits=limits,
+        retry=retry,
+        simulator=simulator,
+        window=window,
+        timeout_s=timeout_s,
+        limiters=limiters,
     )
     return Engine(client=client, window=window)
 

@@ -24,13 +24,17 @@ def open_stack(
     simulator: SimulatorConfig,
     window: Window,
     timeout_s: float | None = None,
+    limiters: Mapping[str, RateLimiter] | None = None,
 ) -> Client:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
+
+    Args:
+        limiters: By label, where several stacks share their quota; None: new ones, as `limiters_of` makes them.
 
     Raises:
         ConfigError: A deployment cannot be served.
     """
-    limiters = _limiters(deployments, limits)
+    limiters = limiters_of(deployments, limits) if limiters is None else limiters
     limited: dict[str, Client] = {}
     for label, deployment in deployments.items():
         own = deployment.limits or limits
@@ -50,7 +54,7 @@ def open_stack(
     return Retrying(client, retry, slot=window)
 
 
-def _limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> dict[str, RateLimiter]:
+def limiters_of(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> dict[str, RateLimiter]:
     """The limiter of each deployment: its own, or one for all that have no limits of their own, but those of the run.
 
     One that several share reads no headers, since they speak of several quotas.

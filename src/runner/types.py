@@ -240,7 +240,7 @@ class GenerationResult:
     finish_reason: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[dict[str, Any], ...] = ()  # every choice as the provider sent it, where n > 1
-    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer; None where it was streamed
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer, a stream put together
     request_id: str | None = None
     cost: float | None = None  # US dollars, as in `metrics`
     metrics: RequestMetrics | None = None
