@@ -40,7 +40,7 @@ from runner.types import (
 )
 
 DEFAULT_PARALLEL_REQUESTS = 128
-_CHUNK = 64  # inputs that are read ahead
+_CHUNK = 64  # requests whose inputs are read ahead
 
 EndpointName: TypeAlias = Literal["chat_completion", "text_completion", "responses"]
 
@@ -278,7 +278,7 @@ class LMClient:
                     else:
                         collector.answered(asked[place][0], result)
 
-        micro_batches = chunked(collector.chunks(micro_batch_size), max(1, _CHUNK // micro_batch_size))
+        micro_batches = chunked(collector.chunks(micro_batch_size), _CHUNK)
         await run_batch(micro_batches, settle, window=engine.window)
         return collector.batch()
 

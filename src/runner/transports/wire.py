@@ -340,10 +340,12 @@ def excerpt(value: Any) -> str:
 
 def _output(request: Request, body: dict[str, Any]) -> Generation | Embeddings | Transcript:
     if isinstance(request, EmbeddingRequest):
-        ordered = sorted(body["data"], key=lambda entry: _count(entry.get("index")) or 0)
-        if len(ordered) != len(request.texts):
+        entries = body["data"]
+        if len(entries) != len(request.texts):
             raise KeyError("data")
-        return Embeddings(vectors=tuple(_vector(entry["embedding"]) for entry in ordered))
+        if [entry.get("index") for entry in entries] != list(range(len(entries))):
+            entries = sorted(entries, key=lambda entry: _count(entry.get("index")) or 0)
+        return Embeddings(vectors=tuple([_vector(entry["embedding"]) for entry in entries]))
     if isinstance(request, TranscriptionRequest):
         return _transcript(body)
     if isinstance(request, GenerationRequest) and request.endpoint is Endpoint.responses:
