@@ -48,7 +48,7 @@ from urllib.parse import urlsplit
 
 MODEL = "m"
 MICRO_BATCH_SIZE = 32
-DIMENSIONS = 64
+DIMENSIONS = 256
 
 Q = TypeVar("Q")
 A = TypeVar("A")

@@ -16,7 +16,6 @@ from runner.config import (
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
-    Scope,
     ScorerConfig,
     ShardConfig,
     Shared,
@@ -152,7 +151,6 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
     ("values", "key"),
     [
         (limited(concurrency="auto"), "limits.concurrency=auto"),
-        (limited(header_bucket_scope=Scope.day), "limits.header_bucket_scope=day"),
         (limited(shared=Shared.redis), "limits.shared=redis"),
         ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
         ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),

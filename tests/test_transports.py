@@ -34,10 +34,14 @@ from runner.types import (
     Request,
     Response,
     TokenUsage,
+    Transcript,
+    TranscriptionRequest,
 )
 
 KEY = "sk-a-key-that-nobody-may-see"
 CHAT = GenerationRequest(input="Tell me something.")
+EMBED = EmbeddingRequest(texts=["a", "b"])
+SPEECH = TranscriptionRequest(audio=b"RIFF....WAVE", filename="talk.wav")
 ENDPOINTS = list(Endpoint)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -48,12 +52,13 @@ class Connect(Protocol):
     def __call__(self, api_base: str, **options: Any) -> Client: ...
 
 
-def direct(api_base: str, **options: Any) -> DirectTransport:
-    return DirectTransport(model="m", api_base=api_base, **options)
+def direct(api_base: str, model: str = "m", **options: Any) -> DirectTransport:
+    return DirectTransport(model=model, api_base=api_base, **options)
 
 
-def litellm(api_base: str, **options: Any) -> LiteLLMTransport:
-    return LiteLLMTransport(**{"model": "hosted_vllm/m", "api_base": api_base, **options})
+def litellm(api_base: str, model: str = "m", **options: Any) -> LiteLLMTransport:
+    name = model if "/" in model else f"hosted_vllm/{model}"
+    return LiteLLMTransport(model=name, api_base=api_base, **options)
 
 
 @pytest.fixture(params=[direct, litellm], ids=["direct", "litellm"])
@@ -82,7 +87,7 @@ async def serve() -> AsyncIterator[Serve]:
     runners: list[web.AppRunner] = []
 
     async def start(handler: Handler) -> str:
-        app = web.Application()
+        app = web.Application(client_max_size=2**24)
         app.router.add_route("*", "/{path:.*}", handler)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         runners.append(runner)
@@ -290,6 +295,272 @@ async def test_the_providers_quota_is_reported(connect: Connect, simulator: Simu
     assert response.headers["x-ratelimit-remaining-requests"] == "99"
 
 
+# Streams
+
+
+def streamed(endpoint: Endpoint = Endpoint.chat_completion, **params: Any) -> GenerationRequest:
+    return GenerationRequest(input="Tell me something.", endpoint=endpoint, params={"stream": True, **params})
+
+
+def text_chunk(text: str, finish_reason: str | None = None) -> dict[str, Any]:
+    """A piece of an answer, of a chat's and of a text completion's."""
+    delta = {"role": "assistant", "content": text}
+    choice = {"index": 0, "delta": delta, "text": text, "finish_reason": finish_reason}
+    return {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+
+
+def streaming(*events: Any, ends: bool = True) -> Handler:
+    """A server that sends ``events``, each in a part of its own, and then ends its answer, or does not."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-request-id": "req_7"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for event in events:
+                payload = event if isinstance(event, bytes) else json.dumps(event).encode()
+                await response.write(b"data: %b\n\n" % payload)
+                await asyncio.sleep(0.001)
+            if not ends:
+                await asyncio.sleep(60)
+        return response
+
+    return handler
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_a_streamed_answer_says_what_the_whole_one_says(
+    connect: Connect, simulator: Simulator, endpoint: Endpoint
+) -> None:
+    client = connect(simulator.url)
+    whole = GenerationRequest(input="Tell me something.", endpoint=endpoint)
+    in_pieces = streamed(endpoint)
+    one, other = await client.send(whole), await client.send(in_pieces)
+    assert other.output == one.output
+    assert other.usage == one.usage
+    assert other.model_id == one.model_id
+    assert other.request_id
+    assert other.usage is not None
+    times = list(in_pieces.trace.chunk_times)
+    assert len(times) == other.usage.completion_tokens
+    assert times == sorted(times)
+    assert in_pieces.trace.ttft_s == times[0] > 0
+    assert whole.trace.ttft_s is None
+    assert not whole.trace.chunk_times
+
+
+async def test_the_times_of_a_stream_are_the_servers(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"ttft_s": 0.05, "itl_s": 0.01})
+    client = connect(simulator.url)
+    for endpoint in ENDPOINTS:
+        request = streamed(endpoint, max_output_tokens=16) if endpoint is Endpoint.responses else streamed(endpoint)
+        await client.send(request)
+        times = request.trace.chunk_times
+        assert request.trace.ttft_s is not None
+        assert request.trace.ttft_s >= 0.045
+        assert times[-1] - times[0] >= 0.008 * (len(times) - 1)
+
+
+async def test_several_choices_are_streamed(connect: Connect, simulator: Simulator) -> None:
+    output = generation(await connect(simulator.url).send(streamed(n=2)))
+    texts = [choice["message"]["content"] for choice in output.choices]
+    assert texts[0] == output.text
+    assert len(set(texts)) == 2
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.chat_completion, Endpoint.responses])
+async def test_tool_calls_are_streamed(connect: Connect, simulator: Simulator, endpoint: Endpoint) -> None:
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    tool = {"type": "function", "function": function}
+    if endpoint is Endpoint.responses:
+        tool = {"type": "function", **function}
+    request = streamed(endpoint, tools=[tool], tool_choice="required")
+    output = generation(await connect(simulator.url).send(request))
+    (call,) = output.tool_calls
+    assert call.id
+    assert call.name == "weather"
+    assert json.loads(call.arguments or "").keys() == {"city"}
+    assert output.finish_reason == "tool_calls"
+
+
+async def test_reasoning_is_streamed(connect: Connect, serve: Serve) -> None:
+    delta = {"role": "assistant", "reasoning_content": "Greeting."}
+    thought = {**text_chunk(""), "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+    usage |= {"completion_tokens_details": {"reasoning_tokens": 5}, "prompt_tokens_details": {"cached_tokens": 4}}  # type: ignore[dict-item]
+    end = {**text_chunk(""), "choices": [], "usage": usage}
+    url = await serve(streaming(thought, text_chunk("Hello.", "length"), end, b"[DONE]"))
+    response = await connect(url).send(streamed())
+    assert response.output == Generation(text="Hello.", finish_reason="length", reasoning="Greeting.")
+    assert response.usage == TokenUsage(
+        prompt_tokens=9, completion_tokens=7, total_tokens=16, reasoning_tokens=5, cached_tokens=4
+    )
+    assert response.request_id == "req_7"
+
+
+HALF, END = text_chunk("Hel"), text_chunk("lo.", "stop")
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.chat_completion, Endpoint.text_completion])
+@pytest.mark.parametrize(
+    ("events", "outcome"),
+    [
+        ([HALF, END, b"[DONE]"], "Hello."),
+        ([HALF, END], "Hello."),
+        ([HALF, b"[DONE]"], "Hel"),
+        ([HALF, END, b'{"cho', b"[DONE]"], "Hello."),
+        ([HALF], errors.APIConnectionError),
+        ([], errors.RequestError),
+        ([HALF, b'{"cho', END, b"[DONE]"], errors.APIResponseError),
+        ([HALF, {"error": {"message": "boom", "code": 500}}, b"[DONE]"], errors.APIResponseError),
+        ([{"error": {"message": "boom", "type": "insufficient_quota"}}], errors.InsufficientQuotaError),
+        ([b"[" * 100_000], errors.APIResponseError),
+        ([HALF, b"\xff\xff"], errors.APIResponseError),
+    ],
+    ids=str,
+)
+async def test_a_stream_is_whole_or_an_error(
+    connect: Connect, serve: Serve, endpoint: Endpoint, events: list[Any], outcome: str | type[errors.RequestError]
+) -> None:
+    client = connect(await serve(streaming(*events)))
+    if isinstance(outcome, str):
+        assert generation(await client.send(streamed(endpoint))).text == outcome
+    else:
+        error = await failure(client, streamed(endpoint))
+        assert isinstance(error, outcome)
+        assert_presentable(error)
+        if outcome in (errors.APIConnectionError, errors.APIResponseError):
+            assert error.billing == "unknown"
+
+
+@pytest.mark.parametrize("content_type", ["text/event-stream", "text/html", "application/json"])
+async def test_a_page_in_place_of_a_stream_is_no_answer(connect: Connect, serve: Serve, content_type: str) -> None:
+    client = connect(await serve(pieces(b"<html>Bad gateway</html>", content_type=content_type)))
+    for endpoint in ENDPOINTS:
+        assert_presentable(await failure(client, streamed(endpoint)))
+
+
+async def test_a_server_that_does_not_stream_is_understood(connect: Connect, serve: Serve) -> None:
+    request = streamed()
+    response = await connect(await serve(answering(chat_body()))).send(request)
+    assert generation(response).text == "Hello."
+    assert not request.trace.chunk_times
+    assert request.trace.ttft_s is None
+
+
+@pytest.mark.parametrize("events", [[HALF, END, b"[DONE]"], [HALF, END]], ids=["end mark", "no end mark"])
+async def test_a_stream_that_never_ends_costs_no_answer(connect: Connect, serve: Serve, events: list[Any]) -> None:
+    client = connect(await serve(streaming(*events, ends=False)), timeout_s=0.5)
+    async with asyncio.timeout(5):
+        assert generation(await client.send(streamed())).text == "Hello."
+
+
+async def test_a_stream_that_stops_is_a_timeout(connect: Connect, serve: Serve) -> None:
+    client = connect(await serve(streaming(HALF, ends=False)), timeout_s=0.3)
+    request = streamed()
+    assert type(await failure(client, request)) is errors.Timeout
+    assert len(request.trace.chunk_times) == 1
+
+
+async def test_a_cancelled_stream_leaves_nothing_behind(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"ttft_s": 0.0, "itl_s": 10.0})
+    client = connect(simulator.url)
+    before = clients_tasks()
+    task = asyncio.create_task(client.send(streamed()))
+    async with asyncio.timeout(5):
+        while (await ledger(simulator))["in_service"] == 0:
+            pass
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while (await ledger(simulator))["abandoned"] == 0:  # the server sees the connection close
+            pass
+    assert clients_tasks() <= before
+
+
+# Structured output
+
+
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+LAYOUT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_a_schema_reaches_the_server(
+    connect: Connect, simulator: Simulator, endpoint: Endpoint, stream: bool
+) -> None:
+    params = {"response_format": LAYOUT, "stream": stream}
+    request = GenerationRequest(input="Hi.", endpoint=endpoint, params=params)
+    output = generation(await connect(simulator.url).send(request))
+    assert json.loads(output.text).keys() == {"answer"}
+    assert request.params == {"response_format": LAYOUT, "stream": stream}
+
+
+# Transcripts
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "details"),
+    [
+        (None, "echo: talk.wav", (None, None)),
+        ("json", "echo: talk.wav", (None, None)),
+        ("verbose_json", "echo: talk.wav", ("de", 0.5)),
+        ("text", "echo: talk.wav", (None, None)),
+        ("srt", "1\n00:00:00,000 --> 00:00:00,500\necho: talk.wav", (None, None)),
+        ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:00.500\necho: talk.wav", (None, None)),
+    ],
+)
+async def test_speech_is_transcribed(
+    connect: Connect, simulator: Simulator, layout: str | None, text: str, details: tuple[str | None, float | None]
+) -> None:
+    params = {"language": "de"} | ({"response_format": layout} if layout else {})
+    request = TranscriptionRequest(audio=bytes(8000), filename="talk.wav", params=params)  # half a second of MP3
+    response = await connect(simulator.url, model="echo").send(request)
+    language, duration_s = details
+    assert response.output == Transcript(text=text, language=language, duration_s=duration_s)
+    assert response.model_id == "echo"
+    assert response.request_id
+    in_tokens = TokenUsage(prompt_tokens=5, completion_tokens=4, total_tokens=9)
+    assert response.usage == (in_tokens if layout in (None, "json") else None)
+
+
+async def test_a_recording_arrives_as_a_file(connect: Connect, serve: Serve) -> None:
+    files: list[tuple[str, str, bytes]] = []
+
+    async def keep(request: web.Request) -> web.Response:
+        file = (await request.post())["file"]
+        assert isinstance(file, web.FileField)
+        files.append((file.filename, file.content_type, file.file.read()))
+        return web.json_response({"text": "Hello."})
+
+    audio = bytes(range(256)) * 8000  # 2 MB
+    await connect(await serve(keep)).send(TranscriptionRequest(audio=audio, filename="talk one.mp3"))
+    assert files == [("talk one.mp3", "audio/mpeg", audio)]
+
+
+@pytest.mark.parametrize(
+    ("body", "transcript"),
+    [
+        ({"text": None}, Transcript(text="")),
+        ({"text": "a", "duration": "2.5", "language": None}, Transcript(text="a", duration_s=2.5)),
+        ({"text": "a", "usage": {"type": "duration", "seconds": 3}}, Transcript(text="a", duration_s=3.0)),
+        ({"text": "a", "duration": "soon", "language": ""}, Transcript(text="a")),
+        ({"text": "a", "duration": -1, "usage": {"prompt_tokens": "x"}}, Transcript(text="a")),
+    ],
+)
+async def test_odd_transcripts_are_read(
+    connect: Connect, serve: Serve, body: dict[str, Any], transcript: Transcript
+) -> None:
+    assert (await connect(await serve(answering(body))).send(SPEECH)).output == transcript
+
+
+async def test_a_transcript_in_invalid_utf8_is_read(connect: Connect, serve: Serve) -> None:
+    request = TranscriptionRequest(audio=b"x", params={"response_format": "text"})
+    response = await connect(await serve(pieces(b"caf\xe9\n", content_type="text/plain"))).send(request)
+    assert response.output == Transcript(text="caf\ufffd")
+
+
 # Requests
 
 
@@ -315,13 +586,24 @@ async def test_a_requests_parameters_go_before_the_deployments(connect: Connect,
     assert recorder.bodies[0]["seed"] == 1
 
 
-async def test_a_failed_request_is_sent_once(connect: Connect, simulator: Simulator) -> None:
-    simulator.configure({"faults": {"http_500": 1.0}})
+def every_kind() -> list[Request]:
+    """A request of each kind, for each endpoint, streamed and whole."""
+    generations = [
+        GenerationRequest(input="Tell me something.", endpoint=endpoint, params={"stream": True} if stream else {})
+        for endpoint in ENDPOINTS
+        for stream in (False, True)
+    ]
+    return [*generations, EMBED, SPEECH]
+
+
+@pytest.mark.parametrize("fault", ["http_500", "reset", "truncated", "invalid_json", "error_200"])
+async def test_a_failed_request_is_sent_once(connect: Connect, simulator: Simulator, fault: str) -> None:
+    simulator.configure({"faults": {fault: 1.0}})
     client = connect(simulator.url, params={"max_retries": 5, "num_retries": 5})
-    for endpoint in ENDPOINTS:
-        await failure(client, GenerationRequest(input="Hi.", endpoint=endpoint))
-    await failure(client, EmbeddingRequest(texts=["a"]))
-    assert (await ledger(simulator))["requests"] == 4
+    requests = every_kind()
+    for request in requests:
+        await failure(client, request)
+    assert (await ledger(simulator))["requests"] == len(requests)
 
 
 async def test_nothing_but_the_caller_bounds_the_requests_in_flight(connect: Connect, serve: Serve) -> None:
@@ -380,31 +662,16 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "kind", "status"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
 async def test_each_fault_has_its_class_and_status(
-    connect: Connect,
-    simulator: Simulator,
-    fault: str,
-    kind: type[errors.RequestError],
-    status: int | None,
-    endpoint: Endpoint,
-) -> None:
-    simulator.configure({"faults": {fault: 1.0}})
-    error = await failure(connect(simulator.url), GenerationRequest(input="Hi.", endpoint=endpoint))
-    assert type(error) is kind
-    assert error.status == status
-    assert error.retry_after_s == (0.02 if fault == "http_429" else None)
-    assert_presentable(error)
-
-
-@pytest.mark.parametrize(("fault", "kind", "status"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
-async def test_embeddings_meet_the_same_faults(
     connect: Connect, simulator: Simulator, fault: str, kind: type[errors.RequestError], status: int | None
 ) -> None:
     simulator.configure({"faults": {fault: 1.0}})
-    error = await failure(connect(simulator.url), EmbeddingRequest(texts=["a"]))
-    assert type(error) is kind
-    assert error.status == status
+    client = connect(simulator.url)
+    for request in every_kind():
+        error = await failure(client, request)
+        assert (type(error), error.status) == (kind, status)
+        assert error.retry_after_s == (0.02 if fault == "http_429" else None)
+        assert_presentable(error)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +687,7 @@ async def test_embeddings_meet_the_same_faults(
         (403, {}, errors.PermissionDeniedError),
         (404, {"code": "model_not_found", "type": "invalid_request_error"}, errors.NotFoundError),
         (408, {}, errors.Timeout),
-        (409, {}, errors.BadRequestError),
+        (409, {}, errors.ConflictError),
         (413, {}, errors.RequestTooLargeError),
         (422, {}, errors.BadRequestError),
         (429, {"code": "insufficient_quota"}, errors.InsufficientQuotaError),
@@ -548,17 +815,18 @@ async def test_an_error_from_before_is_not_taken_for_this_one(connect: Connect, 
         assert type(await failure(client)) is errors.APIResponseError
 
 
-async def test_a_redirect_takes_no_key_to_another_host(connect: Connect, serve: Serve) -> None:
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_an_error_and_takes_no_key_along(connect: Connect, serve: Serve, status: int) -> None:
     elsewhere = Recorder()
     other = await serve(elsewhere.answer)
-
-    async def redirect(request: web.Request) -> web.Response:
-        raise web.HTTPTemporaryRedirect(other + "/chat/completions")
-
-    client = connect(await serve(redirect))
-    with contextlib.suppress(errors.RequestError):
-        await client.send(CHAT)
-    assert not any(KEY in value for request in elsewhere.requests for value in request.headers.values())
+    location = other.replace("//", "//me:hunter2@") + "/chat/completions?token=hunter3"
+    client = connect(await serve(answering(b"", status=status, headers={"location": location})))
+    for request in every_kind():
+        error = await failure(client, request)
+        assert type(error) is errors.NotFoundError
+        assert error.status == status
+        assert f"sends on to {other}/chat/completions, and" in str(error)
+    assert not elsewhere.requests
 
 
 async def test_a_closed_transport_sends_nothing(connect: Connect, simulator: Simulator) -> None:
@@ -638,13 +906,6 @@ async def test_headers_outside_ascii_break_nothing(connect: Connect, serve: Serv
         assert generation(await client.send(CHAT)).text == "Hello."
 
 
-async def test_a_redirect_is_an_error(serve: Serve) -> None:
-    client = direct(await serve(answering(b"", status=307, headers={"location": "http://127.0.0.1:1/"})))
-    error = await failure(client)
-    assert error.status == 307
-    await client.aclose()
-
-
 async def test_the_environments_proxy_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -662,33 +923,64 @@ async def test_the_environments_proxy_is_used(serve: Serve, monkeypatch: pytest.
     assert asked == ["http://models.test/v1/chat/completions"]
 
 
-async def test_an_oversized_answer_is_refused(serve: Serve) -> None:
-    body = chat_body(padding="x" * 300_000)
+def pieces(body: bytes, *, content_type: str = "application/json") -> Handler:
+    """A server that does not say how long its answer is."""
 
-    async def chunked(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": content_type})
         await response.prepare(request)
-        await response.write(json.dumps(body).encode())
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(body), 2**14):
+                await response.write(body[start : start + 2**14])
         return response
 
-    for handler in (answering(body), chunked):
-        client = direct(await serve(handler), max_response_bytes=100_000)
-        error = await failure(client)
+    return handler
+
+
+async def test_an_oversized_answer_is_refused(connect: Connect, serve: Serve) -> None:
+    body = json.dumps(chat_body(padding="x" * 300_000)).encode()
+    endless = b"data: " + body * 3
+    streamed = GenerationRequest(input="Hi.", params={"stream": True})
+    for handler, request in (
+        (answering(body), CHAT),
+        (pieces(body), CHAT),
+        (pieces(endless, content_type="text/event-stream"), streamed),
+        (pieces(b"x" * 300_000, content_type="text/plain"), SPEECH),
+        (answering(body, status=500), CHAT),
+    ):
+        client = connect(await serve(handler), max_response_bytes=100_000)
+        error = await failure(client, request)
         assert type(error) is errors.APIResponseError
         assert "larger than 100,000 bytes" in str(error)
-        await client.aclose()
 
 
-async def test_a_compressed_answer_is_read(serve: Serve) -> None:
-    payload = gzip.compress(json.dumps(chat_body()).encode())
-    client = direct(await serve(answering(payload, headers={"content-encoding": "gzip"})))
-    assert generation(await client.send(CHAT)).text == "Hello."
-    await client.aclose()
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_compressed_answer_is_read(connect: Connect, serve: Serve, stream: bool) -> None:
+    body = b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(text_chunk("Hello.")).encode() if stream else None
+    payload = gzip.compress(body or json.dumps(chat_body()).encode())
+
+    async def pack(request: web.Request) -> web.Response:
+        headers = {"content-encoding": "gzip", "content-type": "text/event-stream" if stream else "application/json"}
+        return web.Response(body=payload, headers=headers)
+
+    request = GenerationRequest(input="Hi.", params={"stream": stream})
+    assert generation(await connect(await serve(pack)).send(request)).text == "Hello."
 
 
-async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda packed: packed[:-20], lambda packed: packed[:30] + bytes(30) + packed[60:]], ids=["cut", "zeros"]
+)
+async def test_a_broken_packing_is_no_answer(connect: Connect, serve: Serve, damage: Callable[[bytes], bytes]) -> None:
+    payload = damage(gzip.compress(json.dumps(chat_body(noise=list(range(1000)))).encode()))
+    error = await failure(connect(await serve(answering(payload, headers={"content-encoding": "gzip"}))))
+    assert isinstance(error, errors.APIConnectionError | errors.APIResponseError)
+    assert error.billing == "unknown"
+
+
+async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(connect: Connect, serve: Serve) -> None:
     bomb = gzip.compress(bytes(100 * 2**20), compresslevel=1)
-    client = direct(await serve(answering(bomb, headers={"content-encoding": "gzip"})), max_response_bytes=2**20)
+    client = connect(await serve(answering(bomb, headers={"content-encoding": "gzip"})), max_response_bytes=2**20)
     await failure(client)  # warm
     tracemalloc.start()
     error = await failure(client)
@@ -696,7 +988,6 @@ async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(serve: Serve) 
     tracemalloc.stop()
     assert isinstance(error, errors.APIResponseError | errors.APIConnectionError)
     assert peak < 50 * 2**20
-    await client.aclose()
 
 
 # LiteLLM's own

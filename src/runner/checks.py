@@ -20,7 +20,6 @@ from runner.config import (
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
-    Scope,
     ScorerConfig,
     Shared,
     TaskKind,
@@ -107,8 +106,6 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
     for key in ("rpm", "rpd"):
         _at_least(f"{where}.{key}", getattr(limits, key), 1)
     _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
-    if limits.header_bucket_scope is not Scope.auto:
-        raise ConfigError(f"{where}.header_bucket_scope={limits.header_bucket_scope.value} {_NOT_AVAILABLE}")
     if limits.shared is not Shared.none:
         raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
 

@@ -31,6 +31,13 @@ class Shared(StrEnum):
     redis = "redis"
 
 
+class TokenEstimates(StrEnum):
+    """How the tokens of a prompt are estimated before it is sent."""
+
+    ratio = "ratio"
+    tokenizer = "tokenizer"
+
+
 class TransportKind(StrEnum):
     auto = "auto"
     direct = "direct"
@@ -106,8 +113,11 @@ class LimitsConfig:
     max_request_burst: float | None = None
     max_token_burst: float | None = None
     default_output_tokens: int = 256
+    token_estimates: TokenEstimates = TokenEstimates.ratio
     header_bucket_scope: Scope = Scope.auto
     shared: Shared = Shared.none
+    shared_folder: str | None = None
+    redis_url: str = "redis://localhost:6379/0"
 
 
 @dataclass(kw_only=True)

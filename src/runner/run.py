@@ -226,7 +226,7 @@ class Run:
             scores = self._score(claimed[0], outcome.output_text or "") if self._workload.scorers else None
             saved.append((claimed[0].position, outcome, scores))
         await self._store.save_all(saved)
-        if self._suspects:
+        if self._suspects and self.stop.reason is None:
             await self._clear_suspects()
 
     async def _failed(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
@@ -234,6 +234,8 @@ class Run:
         patience = None
         if isinstance(error, RequestError):
             patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+            if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
+                patience = 1  # it says itself that it is the account's
         if patience is None or not isinstance(error, RequestError):
             await self._fail(asked, trace, error)
             return
@@ -247,9 +249,8 @@ class Run:
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         way_out = _way_out(error, replicas(self._config).get(trace.deployment))
-        self.stop(
-            SystemicError(f"{type(error).__name__} on one row after the other: {str(error).rstrip('.')}. {way_out}.")
-        )
+        where = " on one row after the other" if len(self._suspects) > 1 else ""
+        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {way_out}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
@@ -342,6 +343,8 @@ def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
             base = deployment.api_base
             hint = "" if base is None or base.rstrip("/").endswith("/v1") else f"; perhaps {base.rstrip('/')}/v1"
             return f"Check model={deployment.model} and api_base{hint}"
+        case InsufficientQuotaError() if error.retry_after_s:
+            return "The same command goes on then"
         case InsufficientQuotaError():
             return "Check the account's balance and limits"
     return "Check the server"

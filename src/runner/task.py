@@ -237,7 +237,7 @@ class Embed:
             return EmbeddingRequest(texts=asked, params=self._params, trace=line.trace(places))
 
         async for outcomes in embed(line.send, texts, make_request, on_split=line.note_split):
-            places, first = [outcome.index for outcome in outcomes], outcomes[0]
+            places, first = [outcome.place for outcome in outcomes], outcomes[0]
             responses = [
                 Response(
                     output=Embeddings(vectors=(outcome.embedding,)),

@@ -199,7 +199,7 @@ class Response:
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
-    body: Any = field(default=None, repr=False)  # the decoded answer as it came; None where it is not kept
+    body: Any = field(default=None, repr=False, compare=False)  # the answer, decoded; None where it is not kept
 
 
 class Client(Protocol):
@@ -244,7 +244,7 @@ class GenerationResult:
     finish_reason: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[dict[str, Any], ...] = ()  # every choice as the provider sent it, where n > 1
-    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer; None where it was streamed
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer, a stream put together
     request_id: str | None = None
     cost: float | None = None  # US dollars, as in `metrics`
     metrics: RequestMetrics | None = None

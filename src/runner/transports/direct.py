@@ -121,7 +121,7 @@ class DirectTransport:
                     self._base + call.path, data=data, headers=headers, timeout=_NO_TIMEOUT, allow_redirects=False
                 ) as answer:
                     answer_headers = answer.headers
-                    if stream is None or answer.status != 200 or "json" in answer.content_type:
+                    if stream is None or answer.status != 200:
                         return answer.status, await self._read(answer), answer_headers
                     await self._follow(answer, stream)
         except TimeoutError:

@@ -26,6 +26,8 @@ from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request,
 if TYPE_CHECKING:
     import httpx
 
+    from runner.transports.guard import Exchange
+
 _BY_NAME: dict[str, type[errors.RequestError]] = {
     "APIConnectionError": errors.APIConnectionError,
     "APIResponseValidationError": errors.APIResponseError,
@@ -124,7 +126,9 @@ class LiteLLMTransport:
                 async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer
                     answer = await ask(**options)
                     if stream is not None:
-                        await _follow(answer, stream, ours.headers)
+                        await _follow(answer, stream, ours)
+            except errors.RequestError as error:  # of the stream
+                raise wire.without_secrets(error, self._secrets) from None
             except Exception as error:
                 if stream is None or not stream.is_whole:
                     raise self._translated(error, list(_causes(error, outer)), timeout_s) from None
@@ -364,7 +368,7 @@ def _kind_of(error: BaseException) -> type[errors.RequestError] | None:
     return next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
 
 
-async def _follow(answer: Any, stream: Stream, headers: Mapping[str, str]) -> None:
+async def _follow(answer: Any, stream: Stream, ours: Exchange) -> None:
     """Wait for the end of a stream that the guard feeds, where the provider's wire is OpenAI's.
 
     LiteLLM's own pieces are taken where it is another's. They are the second choice: LiteLLM leaves out what it cannot
@@ -377,16 +381,20 @@ async def _follow(answer: Any, stream: Stream, headers: Mapping[str, str]) -> No
                 has_own_wire = not stream.has_begun
             if has_own_wire:
                 stream.add(piece.model_dump(mode="json", warnings=False))
-        if has_own_wire and not stream.has_events:
-            content_type = headers.get("content-type", "")
-            if content_type.startswith("text/"):
-                raise errors.APIResponseError("the server's stream holds no answer", status=200)
-            if content_type.startswith("application/json"):
+        if has_own_wire and not stream.has_events and _is_text(ours.headers):
+            if stream.has_content:
                 stream.forget_times()  # the answer came whole, and LiteLLM has cut it up
+            else:
+                stream.read_whole()  # and LiteLLM found nothing in it
         stream.end()
     finally:
         if hasattr(answer, "aclose"):
             await answer.aclose()
+
+
+def _is_text(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is JSON, or text of any kind, and no provider's own kind of stream."""
+    return headers.get("content-type", "").startswith(("text/", "application/json"))
 
 
 def _body(answer: Any) -> Any:
