@@ -61,6 +61,20 @@ class TaskKind(StrEnum):
     bench = "bench"
 
 
+class CacheMode(StrEnum):
+    """Whether the requests of a benchmark may be answered from what the server remembers of others."""
+
+    unique = "unique"
+    same = "same"
+
+
+class Arrivals(StrEnum):
+    """When the requests of an open-loop benchmark are sent."""
+
+    poisson = "poisson"
+    constant = "constant"
+
+
 class Resume(StrEnum):
     auto = "auto"
     fresh = "fresh"
@@ -193,6 +207,45 @@ class TaskConfig:
 
 
 @dataclass(kw_only=True)
+class SloConfig:
+    """What a level has to keep to be recommended. None: no such demand. Seconds, but for the last."""
+
+    latency_p50_s: float | None = None
+    latency_p95_s: float | None = None
+    latency_p99_s: float | None = None
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    itl_p50_s: float | None = None
+    itl_p95_s: float | None = None
+    error_rate: float = 0.01
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """How ``task=bench`` measures; see `runner.bench`.
+
+    Args:
+        task: What is asked: ``generate`` or ``embed``.
+        levels: Requests in flight, level by level; ``auto`` looks for them; None: the one level ``limits.concurrency``.
+        rate: Requests per second instead of a number in flight, or a list of them.
+    """
+
+    task: TaskKind = TaskKind.generate
+    levels: Any = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    max_level: int = 256
+    rate: Any = None
+    arrivals: Arrivals = Arrivals.poisson
+    requests: int | None = 100
+    duration: float | None = None
+    warmup: int = 5
+    repeats: int = 1
+    cache: CacheMode = CacheMode.unique
+    plateau: float = 0.9
+    slo: SloConfig = field(default_factory=SloConfig)
+    take_turns: bool = True
+
+
+@dataclass(kw_only=True)
 class ScorerConfig:
     """How an answer is scored against its row; see `runner.scoring`."""
 
@@ -292,6 +345,7 @@ class RunnerConfig:
     response_format: Any = None
     samples: int = 1
     task: TaskConfig = field(default_factory=TaskConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     scorers: dict[str, ScorerConfig] = field(default_factory=dict)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     resume: Resume = Resume.auto
@@ -313,3 +367,8 @@ def replicas(config: RunnerConfig) -> dict[str, DeploymentConfig]:
     return {
         config.model: DeploymentConfig(model=config.model, api_base=config.api_base, api_key_env=config.api_key_env)
     }
+
+
+def asked_kind(config: RunnerConfig) -> TaskKind:
+    """What is asked of the model: by the task itself, or by what a benchmark measures."""
+    return config.bench.task if config.task.kind is TaskKind.bench else config.task.kind

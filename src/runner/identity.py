@@ -11,12 +11,23 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from runner.config import DatasetConfig, DatasetKind, DeploymentConfig, RunnerConfig, TaskKind, replicas
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    DeploymentConfig,
+    Resume,
+    RunnerConfig,
+    SweepConfig,
+    TaskKind,
+    TrackerConfig,
+    replicas,
+)
 from runner.types import OUTPUT_LIMITS
 
 _NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers", "stream", "stream_options"})
@@ -30,7 +41,7 @@ def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> s
         swept: In a multirun, the cell's own overrides: cells are always runs of their own.
     """
     if config.task.kind is TaskKind.bench:
-        asked: Any = config
+        asked: Any = replace(config, resume=Resume.auto, tracker=TrackerConfig(), sweep=SweepConfig())
     else:
         dataset, asks = config.dataset, _asked_parameters(config.request)
         asked = {

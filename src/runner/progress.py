@@ -113,6 +113,24 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
     header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
     lines = [_cell_line(cell, scores) for cell in cells]
+    styles = {"0": "", "3": "yellow"}
+    show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
+
+
+def show_table(
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    *,
+    styles: Sequence[str] | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Print lines of cells below a header: a table where ``stream`` is a terminal, otherwise aligned text.
+
+    Args:
+        styles: Of each line, as rich knows them.
+        stream: Where to; ``sys.stdout`` by default.
+    """
+    stream = sys.stdout if stream is None else stream
     console = _terminal(stream)
     if console is None:
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
@@ -127,8 +145,8 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     from rich.text import Text
 
     table = Table(*header, box=ROUNDED, border_style="dim")
-    for line in lines:
-        style = "" if line[1] == "0" else "yellow" if line[1] == "3" else "red"
+    for number, line in enumerate(lines):
+        style = styles[number] if styles else ""
         table.add_row(*(Text(text, style=style) for text in line))
     with suppress(OSError):
         console.print(table)

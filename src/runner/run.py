@@ -248,9 +248,9 @@ class Run:
         await self._store.save_all(saved)
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
-        way_out = _way_out(error, replicas(self._config).get(trace.deployment))
+        advice = way_out(error, replicas(self._config).get(trace.deployment))
         where = " on one row after the other" if len(self._suspects) > 1 else ""
-        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {way_out}."))
+        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {advice}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
@@ -332,7 +332,7 @@ _SETTLED_ROWS = """
 """
 
 
-def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
+def way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
     """What to do about an error that every row meets."""
     match error:
         case AuthenticationError() | PermissionDeniedError() if deployment is not None:

@@ -22,13 +22,14 @@ def open_stack(
     limits: LimitsConfig,
     retry: RetryConfig,
     simulator: SimulatorConfig,
-    window: Window,
+    window: Window | None,
     timeout_s: float | None = None,
     limiters: Mapping[str, RateLimiter] | None = None,
 ) -> Client:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
 
     Args:
+        window: What waiting requests step aside from; None: they keep what they hold.
         limiters: By label, where several stacks share their quota; None: new ones, as `limiters_of` makes them.
 
     Raises:
