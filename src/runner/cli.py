@@ -188,6 +188,7 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
         return exit_code
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
+    _show_differences(cells)
     exit_codes: set[int | None] = {exit_code, *(cell.exit_code for cell in cells)}
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
@@ -196,15 +197,29 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
 
 def _show_benchmarks(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Gather the levels of the cells into one table for each model, prompt and so on."""
-    from runner.bench.sweeps import gather, write_gathered
+    from runner.bench.sweeps import compare_benchmarks, gather, write_gathered
     from runner.bench.table import show_levels
+    from runner.comparison import show_comparisons
 
     if found := gather(cells):
         for each in found:
             write(sys.stdout, f"\n{printable(each.name)}\n" if each.name else "\n")
             show_levels(each.levels, each.verdict, stream=sys.stdout)
+        show_comparisons(compare_benchmarks(found), stream=sys.stdout)
         write_gathered(found, sweep.folder / "bench.json")
         write(sys.stdout, f"results  {os.path.relpath(sweep.folder / 'bench.json')}\n")
+
+
+def _show_differences(cells: Sequence[Cell]) -> None:
+    """Compare the cells with the first one, row by row."""
+    from runner.comparison import compare, is_run, show_comparisons
+
+    ended = [(cell.name, Path(cell.folder)) for cell in cells if cell.exit_code in (FINISHED, SOME_FAILED)]
+    if len(runs := [run for run in ended if is_run(run[1])]) > 1:
+        try:
+            show_comparisons(asyncio.run(compare(runs)), stream=sys.stdout)
+        except StoreError as error:
+            logger.warning(error)
 
 
 def _complain(message: str) -> int:

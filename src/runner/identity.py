@@ -111,6 +111,24 @@ class ContentHasher:
         return digest.digest()
 
 
+class WorkloadHasher:
+    """Hashes the rows of a dataset as they come, and what is asked about them, whoever is asked."""
+
+    def __init__(self) -> None:
+        self._rows = hashlib.blake2b(digest_size=8)
+        self._inputs = hashlib.blake2b(digest_size=8)
+
+    def add(self, fields: Any, asked: Any) -> None:
+        """The next row: its fields, and the input that was made of them (JSON-like)."""
+        self._rows.update(dump_json(fields))
+        self._inputs.update(dump_json(asked))
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Both hashes, as a store's meta has them."""
+        return {"rows": self._rows.hexdigest(), "inputs": self._inputs.hexdigest()}
+
+
 def _place(dataset: DatasetConfig) -> str | None:
     """The dataset's path from the root; a name on the Hub as it is."""
     if dataset.path is None or dataset.kind is DatasetKind.huggingface:

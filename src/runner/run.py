@@ -28,7 +28,7 @@ from runner.errors import (
     StoreError,
     SystemicError,
 )
-from runner.identity import dump_text
+from runner.identity import WorkloadHasher, dump_text
 from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
@@ -158,11 +158,14 @@ class Run:
         items = self._workload.items()
         group_size = self._workload.task.group_size
         size = ClaimSize(self._config.limits.concurrency * group_size)
+        workload = WorkloadHasher()
         todo: list[Claimed] = []
         length = 0
         while taken := list(islice(items, size.next())):
             length = taken[-1].position + 1
             chunk = await self._workload.identified(taken, self._digests)
+            for item in chunk:
+                workload.add(item.fields, item.input)
             known = await self._store.claim(chunk, self._terms)
             await self._score_known(chunk, known)
             todo += [
@@ -178,6 +181,7 @@ class Run:
         if todo:
             yield [todo]
         await self._store.truncate(length)
+        await self._store.put_meta(workload.facts)
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""

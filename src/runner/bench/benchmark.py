@@ -22,7 +22,7 @@ from runner.bench.ladder import first_levels, interleaved, next_level
 from runner.bench.levels import LevelFacts, Mode, Within, level_facts
 from runner.bench.load import ClosedLoop, Extent, Load, OpenLoop
 from runner.bench.questions import Questions
-from runner.bench.records import Records, Sample
+from runner.bench.records import MEASUREMENTS, Records, Sample
 from runner.bench.table import level_line
 from runner.bench.verdict import Verdict, verdict_on
 from runner.checks import check
@@ -104,7 +104,7 @@ class Benchmark:
         self._load: Load = ClosedLoop() if self._mode is Mode.closed else OpenLoop(arrivals=config.bench.arrivals)
         self._level = 0.0  # under way
         self._questions = Questions(config, workload, client)
-        self._records = Records(folder / "measurements", fingerprint=run_id(config))
+        self._records = Records(folder / MEASUREMENTS, fingerprint=run_id(config))
         if config.resume is Resume.fresh:
             self._records.forget()
         self._spans = self._records.spans()

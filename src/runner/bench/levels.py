@@ -2,8 +2,9 @@
 
 Definitions. Latency: from taking a slot (closed loop) or from the planned sending (open loop) to the answer, everything
 included. Service time: of the last attempt, at the transport. Queue wait: for this client's own limits. TTFT: from
-sending to the first piece of content. ITL: (last piece - first piece) / (output tokens - 1). Throughput counts what
-was done within the window: a request that began before it or ended after it counts with the share of its time in it.
+sending to the first piece of content. ITL: (last piece - first piece) / (output tokens - 1). Throughput: in a closed
+loop, where load is steady, a request that began before the window or ended after it counts with the share of its time
+that lies in it; in an open loop, where requests may pile up, those count that ended in it.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class _Tally:
 
     def add(self, span: Span, samples: Iterable[Sample]) -> None:
         self._spans.append(span)
-        work = _Work(span)
+        work = _Work(span, self._mode)
         for sample in samples:
             work.add(sample)
             if self._mode is Mode.closed or sample.started_s >= 0:
@@ -269,9 +270,10 @@ class _Tally:
 
 
 class _Work:
-    """What was done within one window: a request counts with the share of its time that lies in it."""
+    """What was done within one window."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: Span, mode: Mode) -> None:
+        self._mode = mode
         self.done = 0.0  # requests that were answered
         self.at_server_s = 0.0
         self._span = span
@@ -288,7 +290,11 @@ class _Work:
         if sample.error is None:
             self._answered += 1
             self._latency_s += latency_s
-            self._spread(sample.started_s, sample.ended_s, latency_s)
+            if self._mode is Mode.closed:
+                self._spread(sample.started_s, sample.ended_s, latency_s)
+            elif sample.ended_s <= self._span.window_s:
+                self.done += 1
+                self._slices[min(int(sample.ended_s / self._span.window_s * _SLICES), _SLICES - 1)] += 1
 
     def end(self) -> None:
         """Count what was unfinished: as if it took as long as the others, and ended as well as they did."""

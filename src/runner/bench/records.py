@@ -15,6 +15,9 @@ import orjson
 
 from runner.results import replacing
 
+MEASUREMENTS = "measurements"
+"""The folder of the measurements in a run's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -59,10 +62,10 @@ class Records:
     """The measurements in a folder.
 
     Args:
-        fingerprint: Of the configuration: a file that another one made is not taken for its own.
+        fingerprint: Of the configuration: a file that another one made is not taken for its own. Not needed to read.
     """
 
-    def __init__(self, folder: Path, *, fingerprint: str) -> None:
+    def __init__(self, folder: Path, *, fingerprint: str | None = None) -> None:
         self._folder = folder
         self._fingerprint = fingerprint
 
@@ -71,7 +74,7 @@ class Records:
         found = {}
         for path in self._folder.glob("*.jsonl"):
             last = _last_line(path)
-            if last.get("fingerprint") == self._fingerprint:
+            if "span" in last and self._fingerprint in (None, last["fingerprint"]):
                 span = Span(**{**last["span"], "unfinished": tuple(last["span"]["unfinished"])})
                 found[span.level, span.repeat] = span
         return found
@@ -103,7 +106,7 @@ class Records:
 class Writer:
     """A measurement on its way into a file."""
 
-    def __init__(self, file: BinaryIO, fingerprint: str) -> None:
+    def __init__(self, file: BinaryIO, fingerprint: str | None) -> None:
         self._file = file
         self._fingerprint = fingerprint
 

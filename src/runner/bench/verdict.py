@@ -156,7 +156,8 @@ class _Judge:
         return passing, None, None
 
     def _falls_behind(self, facts: LevelFacts) -> str | None:
-        if self._mode is Mode.open and facts.requests_per_s.value < self._bench.plateau * facts.level:
+        offered = facts.requests / facts.elapsed_s if facts.elapsed_s else 0.0
+        if self._mode is Mode.open and facts.requests_per_s.value < self._bench.plateau * offered:
             return "the rate: requests pile up"
         return None
 
