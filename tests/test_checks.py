@@ -153,7 +153,6 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
         (limited(concurrency="auto"), "limits.concurrency=auto"),
         (limited(shared=Shared.redis), "limits.shared=redis"),
         ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
-        ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),
         ({"budget": BudgetConfig(requests=0)}, "budget"),
         ({"plan": True}, "plan=true"),

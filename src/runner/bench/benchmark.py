@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from runner.bench.verdict import Verdict, verdict_on
 from runner.checks import check
 from runner.config import Resume, RunnerConfig, SloConfig, replicas
 from runner.database import RUN_DATABASE, lock_folder
-from runner.errors import FINISHED, SOME_FAILED, STOPPED, ConfigError, Interrupted, RunStopped
+from runner.errors import FINISHED, SOME_FAILED, STOPPED, ConfigError, Interrupted, RunStopped, SystemicError
 from runner.experiment import Report
 from runner.identity import dump_json, run_id
 from runner.metrics import Meter, Snapshot
@@ -103,6 +103,7 @@ class Benchmark:
         self._first = first_levels(config.bench, config.limits.concurrency)
         self._load: Load = ClosedLoop() if self._mode is Mode.closed else OpenLoop(arrivals=config.bench.arrivals)
         self._level = 0.0  # under way
+        self._folder = folder
         self._questions = Questions(config, workload, client)
         self._records = Records(folder / MEASUREMENTS, fingerprint=run_id(config))
         if config.resume is Resume.fresh:
@@ -110,16 +111,38 @@ class Benchmark:
         self._spans = self._records.spans()
         if config.resume is Resume.require and not self._spans:
             raise ConfigError(f"resume=require, but {folder} holds no earlier measurement: use resume=auto")
-        for level, _ in self._spans:
-            self._read(level)
+        for level in {level for level, _ in self._spans}:
+            self.levels[level] = self._facts(level)
         self._total = self._count()
 
     @property
     def is_complete(self) -> bool:
+        """Whether there is nothing to measure any more."""
         return next(self._missing(), None) is None
 
     async def measure(self, progress: Progress, tracker: Tracker) -> None:
-        """Measure what is missing."""
+        """Measure what is missing.
+
+        Raises:
+            SystemicError: Every request fails in a way that no waiting heals, or nothing can be written.
+        """
+        try:
+            await self._measure(progress, tracker)
+        except OSError as error:
+            raise SystemicError(
+                f"what was measured cannot be kept ({error.strerror or error}): {self._folder}"
+            ) from None
+
+    def snapshot(self) -> Snapshot:
+        """Of the requests that are measured; how many they will be is not known of an adaptive ladder."""
+        in_flight = self._load.in_flight
+        window = int(self._level) if self._mode is Mode.closed else in_flight
+        return self._meter.snapshot(total=self._total, in_flight=in_flight, window=window)
+
+    def verdict(self) -> Verdict:
+        return verdict_on(list(self.levels.values()), self._config.bench)
+
+    async def _measure(self, progress: Progress, tracker: Tracker) -> None:
         bench = self._config.bench
         load = self._load
         extent = Extent(warmup=bench.warmup, requests=bench.requests, duration_s=bench.duration)
@@ -136,39 +159,31 @@ class Benchmark:
                     span = await load.measure(level, repeat, ask=self._questions.ask, extent=extent, take=take)
                     writer.end(span)
                 self._spans[level, repeat] = span
-                self._read(level)
+                self.levels[level] = self._facts(level)
                 progress.note(level_line(self.levels[level]))
                 tracker.log(_point(self.levels[level]))
-
-    def snapshot(self) -> Snapshot:
-        """Of the requests that are measured; how many they will be is not known of an adaptive ladder."""
-        in_flight = self._load.in_flight
-        window = int(self._level) if self._mode is Mode.closed else in_flight
-        return self._meter.snapshot(total=self._total, in_flight=in_flight, window=window)
-
-    def verdict(self) -> Verdict:
-        return verdict_on(list(self.levels.values()), self._config.bench)
 
     def _missing(self) -> Iterator[tuple[float, int]]:
         """What is still to be measured, each level and repeat after the other; looks at what was."""
         bench, levels = self._config.bench, self._first
-        if levels is None:
-            ladder = {level: facts for level, facts in self.levels.items() if (level, 1) in self._spans}
+        if levels is None:  # by first measurements alone, so that it goes on as it began
+            ladder = {level: self._facts(level, repeats=1) for level, repeat in self._spans if repeat == 1}
             while (level := next_level(ladder, bench)) is not None:
                 yield level, 1
-                ladder[level] = self.levels[level]
+                ladder[level] = self._facts(level, repeats=1)
             levels = sorted(ladder)
         for level, repeat in interleaved(levels, bench.repeats):
             if (level, repeat) not in self._spans:
                 yield level, repeat
 
-    def _read(self, level: float) -> None:
+    def _facts(self, level: float, *, repeats: int | None = None) -> LevelFacts:
+        """What was measured at a level, in the first so many repeats or in all."""
         measurements = [
-            (span, self._records.samples(level, repeat))
-            for (each, repeat), span in sorted(self._spans.items(), key=lambda entry: entry[0])
-            if each == level
+            (self._spans[each, repeat], self._records.samples(each, repeat))
+            for each, repeat in sorted(self._spans)
+            if each == level and (repeats is None or repeat <= repeats)
         ]
-        self.levels[level] = level_facts(self._mode, measurements, within=_within(self._config.bench.slo))
+        return level_facts(self._mode, measurements, within=_within(self._config.bench.slo))
 
     def _count(self) -> int | None:
         bench = self._config.bench
@@ -216,8 +231,8 @@ async def _carry_out(benchmark: Benchmark, config: RunnerConfig, tracker: Tracke
         return None
     await check_addresses(replicas(config))
     reason: RunStopped | None = None
-    async with _turn(config), _shown(benchmark, config, tracker) as progress:
-        measuring = asyncio.ensure_future(benchmark.measure(progress, tracker))
+    async with _shown(benchmark, config, tracker) as progress:
+        measuring = asyncio.ensure_future(_in_turn(benchmark.measure(progress, tracker), config))
 
         def on_signal(signum: int) -> None:
             nonlocal reason
@@ -235,14 +250,13 @@ async def _carry_out(benchmark: Benchmark, config: RunnerConfig, tracker: Tracke
     return reason
 
 
-@asynccontextmanager
-async def _turn(config: RunnerConfig) -> AsyncIterator[None]:
-    """Wait until no other cell of the sweep measures: they would measure each other."""
-    if config.sweep.folder is None or not config.bench.take_turns:
-        yield
-        return
-    async with Sweep(Path(config.sweep.folder)).turn():
-        yield
+async def _in_turn(measuring: Coroutine[Any, Any, None], config: RunnerConfig) -> None:
+    """Measure while no other cell of the sweep does: they would measure each other."""
+    with closing(measuring):
+        async with AsyncExitStack() as turn:
+            if config.sweep.folder is not None and config.bench.take_turns:
+                await turn.enter_async_context(Sweep(Path(config.sweep.folder)).turn())
+            await measuring
 
 
 @asynccontextmanager

@@ -121,7 +121,8 @@ class LevelFacts:
                 plain[name] = value.as_json()
             elif name in _QUANTILES:
                 plain[name] = {key: figure and figure.as_json() for key, figure in value.items()}
-        return {**plain, "mode": self.mode.value, "audit": asdict(self.audit)}
+        audit = {**asdict(self.audit), "notes": list(self.audit.notes)}
+        return {**plain, "mode": self.mode.value, "audit": audit}
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> LevelFacts:

@@ -17,6 +17,9 @@ from runner.config import BenchConfig, SloConfig
 from runner.results import replace_file
 from runner.sweep import Cell
 
+BENCHMARK = "bench.json"
+"""What a benchmark writes into its folder, and a sweep of benchmarks into its own."""
+
 _LEVEL_KEY = re.compile(r"(?:^|(?<= ))(?:limits\.concurrency|bench\.rate|bench\.levels)=\S+ ?")
 """What the level of a cell is set with."""
 
@@ -105,7 +108,7 @@ _FIGURES = ("latency_s", "ttft_s", "itl_s", "prompt_tokens", "completion_tokens"
 def _settings(folder: Path) -> BenchConfig:
     """How a cell was told to judge."""
     try:
-        settings = orjson.loads((folder / "bench.json").read_bytes())["settings"]
+        settings = orjson.loads((folder / BENCHMARK).read_bytes())["settings"]
         return BenchConfig(plateau=settings["plateau"], rate=settings["rate"], slo=SloConfig(**settings["slo"]))
     except (OSError, ValueError, KeyError, TypeError):
         return BenchConfig()

@@ -41,7 +41,8 @@ class Verdict:
     reasons: tuple[str, ...] = ()  # sentences
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "standing": self.standing.value, "mode": self.mode.value}
+        values = asdict(self)
+        return {**values, "standing": self.standing.value, "mode": self.mode.value, "reasons": list(self.reasons)}
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Verdict:
