@@ -306,3 +306,37 @@ def test_a_misspelt_parameter_is_refused_with_the_right_one_and_the_way_round() 
         check(RunnerConfig(prompt="x", request={"temprature": 0}))
 
     check(RunnerConfig(prompt="x", request={"extra_body": {"temprature": 0}, "guided_json": {}, "top_a": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"levels": [1, 0]}, "bench.levels=[1, 0]: a number of at least 1"),
+        ({"levels": [1, 1]}, "each once"),
+        ({"levels": "many"}, "bench.levels='many'"),
+        ({"levels": []}, "bench.levels=[]"),
+        ({"rate": -1}, "bench.rate=-1: requests per second above 0"),
+        ({"requests": None}, "bench.requests and bench.duration are both null"),
+        ({"requests": 0}, "bench.requests=0: at least 1"),
+        ({"duration": 0.0}, "bench.duration=0.0"),
+        ({"plateau": 2.0}, "bench.plateau=2.0"),
+        ({"task": TaskKind.bench}, "bench.task=bench"),
+        ({"task": TaskKind.transcribe}, "generate or embed"),
+        ({"slo": SloConfig(latency_p95_s=1.0), "requests": 50}, "p95 takes 72 requests a level"),
+        ({"slo": SloConfig(latency_p95_s=-1.0)}, "bench.slo.latency_p95_s=-1.0: seconds above 0"),
+        ({"slo": SloConfig(ttft_p95_s=1.0)}, "request.stream=true"),
+        ({"slo": SloConfig(error_rate=2.0)}, "bench.slo.error_rate=2.0"),
+    ],
+)
+def test_a_benchmark_that_cannot_show_what_it_is_asked_for_is_rejected(changes: dict[str, Any], message: str) -> None:
+    config = RunnerConfig(task=TaskConfig(kind=TaskKind.bench), bench=BenchConfig(**changes))
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"levels": "auto"}, {"levels": 4}, {"levels": None}, {"rate": [0.5, 2]}, {"requests": None, "duration": 9}]
+)
+def test_a_benchmark_may_name_its_levels_in_several_ways(changes: dict[str, Any]) -> None:
+    check(RunnerConfig(task=TaskConfig(kind=TaskKind.bench), bench=BenchConfig(**changes)))
