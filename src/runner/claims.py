@@ -92,20 +92,15 @@ async def take_up(
     if terms.cost_bound is not None:
         bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
     await _lay_down(database, claims, keys, stored[:same], taken, bounds=bounds, session=session)
-    unscored = [
-        key
-        for n, key in enumerate(keys)
-        if terms.scored
-        and n not in taken
-        and errors.get(key, "") is None
-        and (n >= same or not stored[n]["scored"] or stored[n]["metadata"] != claims[n].metadata)
-    ]
-    texts = {(each.content, each.occurrence): each.output_text for each in await read_answers(database, unscored)}
+    scored = {n for n, (claim, row) in enumerate(zip(claims, stored[:same], strict=False)) if _has_scores(claim, row)}
+    unscored = {n for n, key in enumerate(keys) if terms.scored and n not in scored and errors.get(key, "") is None}
+    answers = await read_answers(database, [keys[n] for n in unscored])
+    texts = {(answer.content, answer.occurrence): answer.output_text for answer in answers}
     return [
         Known(
             occurrence=key[1],
             answered=n not in taken and n not in shared,
-            unscored_text=texts.get(key),
+            unscored_text=texts[key] if n in unscored else None,
             shared=n in shared,
         )
         for n, key in enumerate(keys)
@@ -136,6 +131,11 @@ def _unchanged(claims: Sequence[Claimed], stored: Sequence[sqlite3.Row]) -> int:
         if claim.position != row["position"] or claim.content != row["content"]:
             return n
     return min(len(claims), len(stored))
+
+
+def _has_scores(claim: Claimed, row: sqlite3.Row) -> bool:
+    """Whether the scores of an unchanged row are those of what it is now."""
+    return bool(row["scored"]) and row["metadata"] == claim.metadata
 
 
 async def _new_keys(database: Database, claims: Sequence[Claimed], *, dedupe: bool) -> list[Key]:

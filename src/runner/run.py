@@ -85,6 +85,7 @@ class Run:
         self._any_answer = False
         self._interrupted_at: float | None = None
         self.total = workload.count()
+        store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
         """How many answers the store has that need not be asked for again; exact where they may be all."""
