@@ -32,7 +32,7 @@ def test_the_first_block_is_the_two_commands() -> None:
     assert commands.split("\n")[:-1] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_every_further_example_runs(tmp_path: Path, server_url: str) -> None:
     (tmp_path / "scripts").symlink_to(TOP / "scripts")
     environment = {
@@ -40,7 +40,7 @@ def test_every_further_example_runs(tmp_path: Path, server_url: str) -> None:
         "HOME": str(tmp_path),
         "PYTHONPATH": str(TOP / "src"),
         "OPENAI_API_BASE": server_url,
-        "WANDB_MODE": "offline",
+        "WANDB_MODE": "disabled",  # its start and end would take most of the time
     }
     failures = []
     for language, block in BLOCKS[1:]:

@@ -26,7 +26,8 @@ RunnerError
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
         │   └── ServiceUnavailableError  503, 529: this replica is overloaded
-        └── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        ├── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        └── WorkerError            the caller's own function, asked in a provider's place, raised or gave no text
 
 The names below RequestError are those that LiteLLM and the OpenAI SDK use.
 """
@@ -217,5 +218,10 @@ class ServiceUnavailableError(InternalServerError):
 
 
 class APIResponseError(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class WorkerError(RequestError):
     retryable = True
     billing = "unknown"
