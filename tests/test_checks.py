@@ -275,3 +275,10 @@ def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match="no place") as caught:
         check(RunnerConfig(model="hosted_vllm/m", api_base="http://me:hunter2@host/v1"))
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_misspelt_parameter_is_refused_with_the_right_one_and_the_way_round() -> None:
+    with pytest.raises(ConfigError, match=r"request\.temprature: did you mean request\.temperature.*extra_body"):
+        check(RunnerConfig(prompt="x", request={"temprature": 0}))
+
+    check(RunnerConfig(prompt="x", request={"extra_body": {"temprature": 0}, "guided_json": {}, "top_a": 1}))

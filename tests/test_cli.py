@@ -534,8 +534,8 @@ def test_the_sweep_table_on_a_terminal_shows_every_cell() -> None:
     terminal = Terminal()
     summary = {"rows": 8, "failed": 1, "scores": {"exact": {"mean": 0.5, "n": 8}}, "cost_usd": 1.5, "requests_per_s": 9}
     cells = [
-        {"cell": "model=a", "exit_code": 3, "summary": summary},
-        {"cell": "model=\x1b[31m[bold]", "exit_code": 2, "summary": {}},
+        {"name": "model=a", "exit_code": 3, "summary": summary},
+        {"name": "model=\x1b[31m[bold]", "exit_code": 2, "summary": {}},
     ]
 
     sweep_table(cells, stream=terminal)

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from runner.checks import check
-from runner.cli import conf_folder, typed
+from runner.composition import conf_folder, typed
 from runner.config import RunnerConfig
 
 CONF = conf_folder()

@@ -34,6 +34,7 @@ RETRIED = {
     "InternalServerError",
     "ServiceUnavailableError",
     "APIResponseError",
+    "WorkerError",
 }
 GIVEN_UP = {
     "RequestError",

@@ -41,10 +41,16 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         elif key == "experiment":
             key = "+experiment"
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
-            value = _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+            value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
         elif not _parses(parser, f"{key}={value}"):
-            value = _quoted(value)
+            value = quoted(value)
         yield f"{key}={value}"
+
+
+def quoted(value: str) -> str:
+    """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
@@ -69,9 +75,3 @@ def _parses(parser: OverridesParser, argument: str) -> bool:
     except HydraException:
         return False
     return True
-
-
-def _quoted(value: str) -> str:
-    """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"'{escaped}'"

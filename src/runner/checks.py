@@ -138,7 +138,8 @@ def _reject_unavailable(config: RunnerConfig) -> None:
 
 
 def _check_request(request: Mapping[str, Any]) -> None:
-    """Check the parameters that this program itself reckons with."""
+    """Check the names of the parameters, and the values of those that this program itself reckons with."""
+    _reject_misspelt(request)
     for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         value = request.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
@@ -146,6 +147,28 @@ def _check_request(request: Mapping[str, Any]) -> None:
     stream = request.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise ConfigError(f"request.stream={stream!r}: true or false")
+
+
+_PARAMETERS = (
+    *("temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream", "stream_options", "timeout", "user"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "frequency_penalty", "presence_penalty"),
+    *("repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "reasoning", "thinking", "service_tier", "store", "metadata"),
+    *("modalities", "prediction", "verbosity", "extra_body", "extra_headers", "instructions", "truncation"),
+    *("dimensions", "encoding_format", "input_type", "language", "prompt", "best_of", "echo", "suffix", "include"),
+)
+"""Parameters that a misspelt one is compared with."""
+
+
+def _reject_misspelt(request: Mapping[str, Any]) -> None:
+    """A parameter that is nearly one that everybody knows: servers ignore it, and nobody notices."""
+    for key in request:
+        near = [] if key in _PARAMETERS else difflib.get_close_matches(str(key), _PARAMETERS, n=1, cutoff=0.85)
+        if near:
+            raise ConfigError(
+                f"request.{key}: did you mean request.{near[0]}? If the server really has {key!r}, write"
+                f" request.extra_body.{key}"
+            )
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:

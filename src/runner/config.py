@@ -232,6 +232,14 @@ class SimulatorConfig:
 
 
 @dataclass(kw_only=True)
+class SweepConfig:
+    """Set by a multirun for its cells; see `runner.sweep`."""
+
+    folder: str | None = None
+    over: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class RunnerConfig:
     """The root. Every key that a user can set is a field here or below."""
 
@@ -262,6 +270,7 @@ class RunnerConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     env_file: str = ".env"
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def replicas(config: RunnerConfig) -> dict[str, DeploymentConfig]:
