@@ -21,7 +21,7 @@ from runner.config import (
     SimulatorConfig,
 )
 from runner.errors import ConfigError, ItemError
-from runner.stack import open_stack
+from runner.stack import open_limiters, open_stack
 from runner.types import (
     BatchResult,
     Client,
@@ -114,6 +114,7 @@ class LMClient:
         self._engines: dict[asyncio.AbstractEventLoop, _Engine] = {}
         check_limits("limits", self._limits)
         check_routing(RoutingConfig(strategy=routing_strategy))
+        self._limiters = open_limiters(self._deployments, self._limits)
 
     async def agenerate(
         self, input_data: GenerateInput, *, endpoint: EndpointName | None = None, **kwargs: Any
@@ -232,6 +233,7 @@ class LMClient:
                 simulator=self._simulator,
                 window=window,
                 timeout_s=self._timeout_s,
+                limiters=self._limiters,
             )
             engine = self._engines[loop] = _Engine(client=client, window=window)
         return engine
