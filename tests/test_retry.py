@@ -35,6 +35,7 @@ RETRIED = {
     "InternalServerError",
     "ServiceUnavailableError",
     "APIResponseError",
+    "WorkerError",
 }
 GIVEN_UP = {
     "RequestError",

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runner.client import LMClient
     from runner.config import DeploymentConfig
+    from runner.database_url import DB_URL_DEFAULT
+    from runner.export import export_jsonl
     from runner.limiter import RateLimiter, RateLimiterAcquisitionHandle
+    from runner.promptmap import prompt_map
     from runner.types import (
         BatchResult,
         EmbeddingResult,
@@ -26,6 +29,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LMClient": "runner.client",
+    "DB_URL_DEFAULT": "runner.database_url",
+    "export_jsonl": "runner.export",
+    "prompt_map": "runner.promptmap",
     "DeploymentConfig": "runner.config",
     "RateLimiter": "runner.limiter",
     "RateLimiterAcquisitionHandle": "runner.limiter",
@@ -39,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DB_URL_DEFAULT",
     "BatchResult",
     "DeploymentConfig",
     "EmbeddingResult",
@@ -50,6 +57,8 @@ __all__ = [
     "TokenUsage",
     "ToolCall",
     "TranscriptionResult",
+    "export_jsonl",
+    "prompt_map",
 ]
 
 

@@ -18,15 +18,22 @@ from runner.errors import StoreError
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
 
+RUN_DATABASE = "results.sqlite"
+"""What the database in a run's folder is called."""
+
 _HEADER_SIZE = 100
 """Bytes that every SQLite file begins with, at least."""
 
 
 def lock_folder(path: Path) -> IO[str]:
-    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
+    """Hold the run's folder for this process; the lock goes with the process, however it ends.
+
+    A run has its folder to itself; a database of another name shares it, and is held alone.
+    """
+    held, name = (path.parent, ".lock") if path.name == RUN_DATABASE else (path, f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / ".lock").open("a+", encoding="utf-8")
+        file = (path.parent / name).open("a+", encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror}); choose another runs_dir") from None
     try:
@@ -36,7 +43,7 @@ def lock_folder(path: Path) -> IO[str]:
         holder = file.read().strip()
         file.close()
         raise StoreError(
-            f"{path.parent} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
+            f"{held} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
             " or give this run another name=…"
         ) from None
     file.truncate(0)

@@ -4,6 +4,7 @@ RunnerError
 ├── ConfigError                    the configuration cannot be run; names the key and the way out
 │   └── DatasetError               the dataset cannot be read; names the file and the line
 ├── StoreError                     a results.sqlite that cannot be used; names the file
+├── ParseError                     an answer is not in the form that was asked for; a warning, its item did not fail
 ├── RunStopped                     the run cannot go on; everything settled so far is kept
 │   ├── Interrupted                a signal asked for the end
 │   └── SystemicError              every request would fail the same way (a wrong key, no server)
@@ -25,7 +26,8 @@ RunnerError
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
         │   └── ServiceUnavailableError  503, 529: this replica is overloaded
-        └── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        ├── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        └── WorkerError            the caller's own function, asked in a provider's place, raised or gave no text
 
 The names below RequestError are those that LiteLLM and the OpenAI SDK use.
 """
@@ -53,6 +55,10 @@ class DatasetError(ConfigError):
 
 class StoreError(RunnerError):
     """The run's database cannot be opened, read or written."""
+
+
+class ParseError(RunnerError):
+    """An answer does not fit its ``response_format``. The text is there all the same."""
 
 
 class RunStopped(RunnerError):
@@ -212,5 +218,10 @@ class ServiceUnavailableError(InternalServerError):
 
 
 class APIResponseError(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class WorkerError(RequestError):
     retryable = True
     billing = "unknown"

@@ -28,6 +28,7 @@ from runner.outcomes import count
 from runner.progress import Progress, open_progress
 from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.run import GRACE_S, Run
+from runner.signals import handled_signals
 from runner.stack import open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
@@ -82,7 +83,8 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         )
         async with _shown(run, config, tracker, settled):
             try:
-                await run.until_done()
+                with handled_signals(run.on_signal):
+                    await run.until_done()
             except Exception:  # a bug; what was paid for is shown all the same
                 await _conclude(run, store, folder)
                 raise

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -21,7 +22,7 @@ _CURRENT = """
 
 async def result_rows(
     store: Store, *, limit: int | None = None, failed: bool | None = None
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
     ``failed`` leaves only those that failed, or only those that did not.
@@ -35,27 +36,38 @@ async def result_rows(
     sql += " ORDER BY rows.position"
     if limit is not None:
         sql += f" LIMIT {limit:d}"
-    async for record in store.query(sql):
-        yield _result_row(record, samples)
+    async with aclosing(store.query(sql)) as records:
+        async for record in records:
+            yield _result_row(record, samples)
 
 
 async def write_jsonl(store: Store, path: Path) -> int:
     """Write the settled rows to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
     count = 0
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         async for row in result_rows(store):
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             count += 1
-    os.replace(partial, path)
     return count
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file as a whole or not at all."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends well, and never half written."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 async def summarize(store: Store) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
@@ -31,11 +31,11 @@ from runner.identity import dump_text
 from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.retry import failed_attempt
-from runner.signals import handled_signals
+from runner.scoring import Scorers
 from runner.store import Claim, Store
 from runner.transports import DIRECT
-from runner.types import Client, Response, Trace
-from runner.workload import ClaimSize, Item, Workload
+from runner.types import Attempt, Client, GenerationRequest, Response, Trace
+from runner.workload import ClaimSize, Item
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -53,11 +53,21 @@ Claimed: TypeAlias = tuple[Item, int]
 """An item and its occurrence."""
 
 
+class Asks(Protocol):
+    """What a run asks: a `Workload`, or whatever else has items in an order and a request for each."""
+
+    scorers: Scorers
+
+    def count(self) -> int | None: ...
+    def items(self) -> Iterator[Item]: ...
+    def request(self, item: Item, on_failure: Callable[[Attempt], Awaitable[None]]) -> GenerationRequest: ...
+
+
 class Run:
     """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
 
     def __init__(
-        self, config: RunnerConfig, workload: Workload, *, client: Client, store: Store, meter: Meter, window: Window
+        self, config: RunnerConfig, workload: Asks, *, client: Client, store: Store, meter: Meter, window: Window
     ) -> None:
         self.stop = Stop()
         self._config = config
@@ -71,6 +81,7 @@ class Run:
         self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
+        self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
 
     async def settled(self) -> int:
@@ -79,19 +90,37 @@ class Run:
         return int(settled)
 
     async def until_done(self) -> None:
-        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
-        batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
-        with handled_signals(lambda signum: self._interrupt(signum, batch)):
-            try:
-                await batch
-            except asyncio.CancelledError:
-                if self._interrupted_at is None or _is_cancelled():
-                    raise
-            except (StoreError, DatasetError) as error:
-                self.stop(SystemicError(str(error)))
-            finally:
-                self._soft_start.close()
-                await self._keep_ledger()
+        """Ask until there is nothing left, or `stop` or `interrupt` is called."""
+        self._batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
+        try:
+            await self._batch
+        except asyncio.CancelledError:
+            if self._interrupted_at is None or _is_cancelled():
+                raise
+        except (StoreError, DatasetError) as error:
+            self.stop(SystemicError(str(error)))
+        finally:
+            self._soft_start.close()
+            await self._keep_ledger()
+
+    def interrupt(self, reason: Interrupted) -> None:
+        """End early: ask nothing more, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
+        loop = asyncio.get_running_loop()
+        self._interrupted_at = loop.time()
+        self.stop(reason)
+        for task, trace in self._in_flight.values():
+            if not trace.on_the_wire:
+                task.cancel()
+        if self._batch is not None:
+            loop.call_later(GRACE_S, self._batch.cancel)
+
+    def on_signal(self, signum: int) -> None:
+        """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
+        if self._interrupted_at is None:
+            self.interrupt(Interrupted(signum))
+        elif asyncio.get_running_loop().time() - self._interrupted_at > _ECHO_S:
+            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
+            os._exit(128 + signum)
 
     def snapshot(self) -> Snapshot:
         return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
@@ -197,22 +226,6 @@ class Run:
         scores = self._workload.scorers(output_text, item.fields)
         self._meter.scored(scores)
         return dump_text(scores)
-
-    # Ending early
-
-    def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        """Let what is on the wire come in; at a second signal end the process, as what is stored is safe."""
-        loop = asyncio.get_running_loop()
-        if self._interrupted_at is None:
-            self._interrupted_at = loop.time()
-            self.stop(Interrupted(signum))
-            for task, trace in self._in_flight.values():
-                if not trace.on_the_wire:
-                    task.cancel()
-            loop.call_later(GRACE_S, batch.cancel)
-        elif loop.time() - self._interrupted_at > _ECHO_S:
-            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
-            os._exit(128 + signum)
 
 
 _SETTLED = """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -217,6 +217,15 @@ class Store:
         """The dataset has ``length`` positions: drop rows beyond, keep their answers."""
         await self._execute("DELETE FROM rows WHERE position >= ?", (length,))
 
+    async def forget_rows(self) -> int:
+        """Drop the rows and their answers. Returns how many answers to rows of earlier datasets remain."""
+        await self.flush()
+        async with self._transaction():
+            await self._database.execute(_FORGET_ANSWERS)
+            await self._database.execute("DELETE FROM rows")
+            [(remaining,)] = await self._fetch("SELECT count(*) FROM answers", ())
+        return int(remaining)
+
     # Answering
 
     async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
@@ -273,7 +282,7 @@ class Store:
                 list(facts.items()),
             )
 
-    async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+    async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
         async with translated(self.path), self._database.execute(sql, parameters) as cursor:
             while rows := await cursor.fetchmany(_CHUNK):
@@ -429,6 +438,11 @@ _MOVE_FAILURE = """
 """
 
 _FORGET_FAILURE = "DELETE FROM answers WHERE content = ? AND occurrence = ?"
+
+_FORGET_ANSWERS = """
+    DELETE FROM answers
+    WHERE (content, occurrence) IN (SELECT content, occurrence FROM rows)
+"""
 
 # A session without an end was killed: what it had taken up and not answered may have been asked, and paid for.
 _ENTER_LOST = """
