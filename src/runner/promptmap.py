@@ -23,7 +23,8 @@ from runner.database import lock_folder
 from runner.database_url import DB_URL_DEFAULT, path_of, results_path
 from runner.errors import APIResponseError, ConfigError, Interrupted, ParseError, StoreError, SystemicError
 from runner.identity import ContentHasher, dump_text
-from runner.limiter import Limited, RateLimiter
+from runner.limited import Limited
+from runner.limiter import RateLimiter
 from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import printable, write
