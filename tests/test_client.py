@@ -347,6 +347,16 @@ async def test_an_answer_that_does_not_fit_is_a_warning_and_none(caplog: pytest.
     assert "does not fit Answer" in caplog.text
 
 
+def test_a_tool_call_is_no_answer_that_does_not_fit(client: LMClient, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+    result = client.generate("add", tools=[tool], tool_choice="required", response_format=Answer)
+
+    assert result.tool_calls
+    assert result.output_parsed is None
+    assert not caplog.records
+
+
 async def test_an_answer_may_be_parsed_without_a_format() -> None:
     async with (
         serving(says('{"any": 1}')) as provider,

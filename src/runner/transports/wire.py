@@ -401,11 +401,9 @@ def _vector(values: Any) -> list[float]:
             vector.byteswap()
         return vector.tolist()
     try:
-        if isinstance(values, list) and sum(values) is not None:  # a sum tells at little cost that all are numbers
-            return values
+        return array("d", values).tolist()
     except TypeError:
-        pass
-    return [float(value) for value in values]
+        return [float(value) for value in values]
 
 
 def _transcript(body: dict[str, Any]) -> Transcript:
