@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, SimulatorConfig
-from runner.limiter import Limited, RateLimiter
+from runner.estimate import Estimator
+from runner.limited import Limited
+from runner.limiter import RateLimiter, limits_of
 from runner.retry import Retrying
 from runner.router import Router
 from runner.transports import open_transport
-from runner.transports.prices import price_of
-from runner.types import Client, TokenPrice
+from runner.transports.prices import price_for
+from runner.types import Client
 
 
 def open_stack(
@@ -22,33 +24,43 @@ def open_stack(
     simulator: SimulatorConfig,
     window: Window,
     timeout_s: float | None = None,
+    limiters: Mapping[str, RateLimiter] | None = None,
 ) -> Client:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
+
+    Args:
+        limiters: By label, where several stacks share their quota; None: new ones, as `limiters_of` makes them.
 
     Raises:
         ConfigError: A deployment cannot be served.
     """
-    account = RateLimiter.of(limits)
-    limited: dict[str, Client] = {
-        label: Limited(
+    limiters = limiters_of(deployments, limits) if limiters is None else limiters
+    limited: dict[str, Client] = {}
+    for label, deployment in deployments.items():
+        own = deployment.limits or limits
+        limited[label] = Limited(
             open_transport(deployment, simulator=simulator, timeout_s=timeout_s),
-            account if deployment.limits is None else RateLimiter.of(deployment.limits),
+            limiters[label],
             label=label,
-            price=_price_of(deployment, simulator),
-            default_output_tokens=(deployment.limits or limits).default_output_tokens,
+            estimator=Estimator.of(
+                own.token_estimates, model=deployment.model, default_output_tokens=own.default_output_tokens
+            ),
+            price=price_for(deployment, simulator),
+            slot=window,
         )
-        for label, deployment in deployments.items()
-    }
     client = next(iter(limited.values()))
     if len(limited) > 1:
         client = Router(limited, weights={label: deployment.weight for label, deployment in deployments.items()})
     return Retrying(client, retry, slot=window)
 
 
-def _price_of(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:
-    if deployment.model.startswith("simulated/"):
-        return TokenPrice(
-            prompt=simulator.usd_per_million_prompt_tokens / 1e6,
-            completion=simulator.usd_per_million_completion_tokens / 1e6,
-        )
-    return price_of(deployment.model)
+def limiters_of(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> dict[str, RateLimiter]:
+    """The limiter of each deployment: its own, or one for all that have no limits of their own, but those of the run.
+
+    One that several share reads no headers, since they speak of several quotas.
+    """
+    sharing = [label for label, deployment in deployments.items() if deployment.limits is None]
+    limiters = {label: RateLimiter.of(deployment.limits or limits) for label, deployment in deployments.items()}
+    if len(sharing) > 1 and limits_of(limits):
+        limiters |= dict.fromkeys(sharing, RateLimiter.of(limits, reads_headers=False))
+    return limiters
