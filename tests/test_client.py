@@ -187,6 +187,16 @@ async def test_both_twins_work_within_a_running_event_loop() -> None:
     assert [result.output_text for result in batch if result] == ["echo: a", "echo: b"]
 
 
+async def test_both_twins_keep_one_limit() -> None:
+    with echo(rpm=120, max_request_burst=1) as client:
+        client.generate("first")
+        second = await client.agenerate("second")
+        await client.aclose()
+
+    assert second.metrics is not None
+    assert second.metrics.queue_wait_s > 0.2
+
+
 def test_one_client_serves_one_event_loop_after_the_other() -> None:
     client = echo()
 

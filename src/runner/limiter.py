@@ -431,10 +431,11 @@ class RateLimiter:
 
     def _pause(self, seconds: float, reason: str, now: float) -> None:
         if now + seconds > self._paused_until:
+            if now >= self._paused_until and seconds > _LONG_PAUSE_S:
+                level = logging.WARNING if seconds > _LONGEST_SLEEP_S else logging.INFO
+                _log.log(level, "no request goes out for %.0f s%s", seconds, f" ({reason})" if reason else "")
             self._paused_until = now + seconds
             self._pause_reason = reason
-            if seconds > _LONG_PAUSE_S:
-                _log.info("no request goes out for %.0f s%s", seconds, f": {reason}" if reason else "")
 
     def _grant_soon(self, now: float) -> None:
         """Grant what has become possible; where much comes back at once, not for each piece of it."""
