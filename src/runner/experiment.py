@@ -134,13 +134,13 @@ async def _shown(
     for note in notes:
         progress.note(note)
     run.stop.listen(lambda: progress.note(_ending_note(run)))
-    notes = _Notes(progress)
-    logging.getLogger("runner").addHandler(notes)
+    warnings = _Warnings(progress)
+    logging.getLogger("runner").addHandler(warnings)
     ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
     try:
         yield
     finally:
-        logging.getLogger("runner").removeHandler(notes)
+        logging.getLogger("runner").removeHandler(warnings)
         ticker.cancel()
         await asyncio.wait([ticker])
         snapshot = run.snapshot()
@@ -149,8 +149,8 @@ async def _shown(
         tracker.log(snapshot.as_series())
 
 
-class _Notes(logging.Handler):
-    """Shows warnings (a long pause, shared limits out of reach) to the person who watches, beside the log."""
+class _Warnings(logging.Handler):
+    """Shows them (a long pause, shared limits out of reach) to the person who watches, beside the log."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.WARNING)
