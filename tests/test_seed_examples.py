@@ -398,6 +398,31 @@ async def test_command_generates_from_a_file_and_resumes(openai: Command, server
     assert [(row["_index"], row["output_text"]) for row in rows] == [(0, "Hello."), (1, "4")]
 
 
+async def test_command_embeds_a_text(openai: Command, server_url: str) -> None:
+    ended = await openai(
+        *("task=embed", "model=openai/text-embedding-3-small", f"api_base={server_url}", "prompt=hello world")
+    )
+
+    assert ended.exit_code == 0, ended.err
+    assert len(read_rows(openai.run())[0]["embedding"]) == 16
+    assert "(16 numbers)" in ended.out
+
+
+async def test_command_transcribes_a_file(openai: Command, server_url: str) -> None:
+    with wave.open(str(openai.folder / "recording.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 8000))
+    ended = await openai(
+        *("task=transcribe", "model=openai/whisper-1", f"api_base={server_url}"),
+        *("dataset=files", "dataset.path=recording.wav", "request.response_format=verbose_json"),
+    )
+
+    assert ended.exit_code == 0, ended.err
+    [row] = read_rows(openai.run())
+    assert row["text"] in ended.out
+    assert (row["language"], row["duration_s"]) == ("english", 1.0)
+
+
 async def test_command_maps_rows(openai: Command, server_url: str) -> None:
     openai.write_rows("dataset.jsonl", [{"country": "France"}])
     openai.write("mypackage/__init__.py", "")

@@ -348,6 +348,17 @@ def test_a_server_that_is_not_there_is_named() -> None:
         RedisQuota("unix:///nowhere/socket", "a", (RPM,)).exchange(Order(holder="p"))
 
 
+def test_a_place_that_cannot_be_reached_is_said_before_the_first_request(tmp_path: Path) -> None:
+    deployments = {"a": DeploymentConfig(model="simulated/echo")}
+    limits = LimitsConfig(rpm=60, shared=Shared.redis, redis_url="unix:///nowhere/socket")
+    with pytest.raises(ConfigError, match=r"limits\.shared=redis: Redis at /nowhere/socket does not answer"):
+        open_shared(limits, deployments)
+    limits = LimitsConfig(rpm=60, shared=Shared.file, shared_folder=str(tmp_path))
+    (tmp_path / f"{account_of(deployments)}.sqlite").write_text("what is this?\n" * 100)
+    with pytest.raises(ConfigError, match=r"limits\.shared=file: .*delete it"):
+        open_shared(limits, deployments)
+
+
 def test_a_url_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"limits\.redis_url=localhost"):
         RedisQuota("localhost", "a", (RPM,))
@@ -518,7 +529,7 @@ async def test_a_redis_that_stops_and_starts_again_loses_no_request(caplog: pyte
             async with asyncio.timeout(10):
                 while limiter.pause_reason:  # noqa: ASYNC110 - another thread clears it
                     await asyncio.sleep(0.05)
-        assert "no request goes out until it does" in caplog.text
+        assert "no request goes out meanwhile: Redis at" in caplog.text
         assert "the last minute's count as used up" in caplog.text
         assert not any(task.done() for task in waiting)  # a minute's quota may be used up, for all that is known
         for task in waiting:

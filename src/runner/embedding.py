@@ -35,6 +35,8 @@ async def embed(
     send: Callable[[Request], Awaitable[Response]],
     texts: Sequence[str],
     make_request: Callable[[range], EmbeddingRequest],
+    *,
+    on_split: Callable[[range, Trace, ItemError], Awaitable[None]] | None = None,
 ) -> AsyncIterator[list[EmbeddingOutcome]]:
     """Ask for the vectors of ``texts`` in one request; yields the outcomes of the texts of each request that settles.
 
@@ -46,6 +48,7 @@ async def embed(
         send: A client's `send`.
         texts: The micro-batch. Of none, nothing is asked.
         make_request: Called with the places of the texts to ask for, once a request.
+        on_split: Awaited when a request failed and before its texts are asked for again, so that a ledger can keep it.
 
     Raises:
         Exception: Whatever ``send`` raises that is no `ItemError`.
@@ -58,6 +61,8 @@ async def embed(
             response = await send(request)
         except ItemError as error:
             if len(part) > 1 and isinstance(error, _PERHAPS_ONE_TEXTS_FAULT):
+                if on_split is not None:
+                    await on_split(part, request.trace, error)
                 middle = len(part) // 2
                 waiting += [part[middle:], part[:middle]]
             else:

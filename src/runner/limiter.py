@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol
@@ -431,10 +431,11 @@ class RateLimiter:
 
     def _pause(self, seconds: float, reason: str, now: float) -> None:
         if now + seconds > self._paused_until:
+            if now >= self._paused_until and seconds > _LONG_PAUSE_S:
+                level = logging.WARNING if seconds > _LONGEST_SLEEP_S else logging.INFO
+                _log.log(level, "no request goes out for %.0f s%s", seconds, f" ({reason})" if reason else "")
             self._paused_until = now + seconds
             self._pause_reason = reason
-            if seconds > _LONG_PAUSE_S:
-                _log.info("no request goes out for %.0f s%s", seconds, f": {reason}" if reason else "")
 
     def _grant_soon(self, now: float) -> None:
         """Grant what has become possible; where much comes back at once, not for each piece of it."""
@@ -461,7 +462,8 @@ class RateLimiter:
             if wait_s <= 0:
                 self._waiting.popleft()
                 head.charge = self._quota.take(head.costs, now)
-                head.tell(head.charge)
+                if not head.tell(head.charge):
+                    self._quota.give_back(head.charge, head.costs, now, sent=False)
                 continue
             if wait_s > _LONG_PAUSE_S and self._send_away(wait_s, paused_s):
                 continue
@@ -489,7 +491,8 @@ class RateLimiter:
         if head.thread != threading.get_ident():
             if self._poked is not head.loop:
                 self._poked = head.loop
-                head.loop.call_soon_threadsafe(self._on_poke)
+                with suppress(RuntimeError):  # closed in this moment
+                    head.loop.call_soon_threadsafe(self._on_poke)
         elif timer is None or timer.loop is not head.loop or timer.due > due:
             if timer is not None and timer.loop is head.loop:
                 timer.handle.cancel()
@@ -571,11 +574,16 @@ class _Waiter:
         self.charge: Charge | None = None
         self.gone = False  # does not wait any more
 
-    def tell(self, outcome: Charge | InsufficientQuotaError | None) -> None:
+    def tell(self, outcome: Charge | InsufficientQuotaError | None) -> bool:
+        """End the wait. False: its event loop was closed in this moment, and nobody waits any more."""
         if self.thread == threading.get_ident():
             self._resolve(outcome)
-        else:
+            return True
+        try:
             self.loop.call_soon_threadsafe(self._resolve, outcome)
+        except RuntimeError:
+            return False
+        return True
 
     def _resolve(self, outcome: Charge | InsufficientQuotaError | None) -> None:
         if self.granted.done():

@@ -19,6 +19,10 @@ GenerateInput: TypeAlias = str | list[ChatMessage] | dict[str, Any]
 """A prompt, a conversation, or a Responses input ``{"input": …, "instructions": …}``."""
 
 
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""Request parameters that say how long an answer may be, in tokens."""
+
+
 class Endpoint(StrEnum):
     """Which of OpenAI's three text interfaces a generation uses. Names equal values: OmegaConf reads names."""
 

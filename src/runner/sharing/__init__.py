@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.config import DeploymentConfig, LimitsConfig, Shared
+from runner.errors import ConfigError
 from runner.limiter import limits_of
 from runner.sharing.leases import Leases
-from runner.sharing.ledger import SharedQuota
+from runner.sharing.ledger import Order, SharedQuota
 from runner.transports import base_of, key_of
 
 
@@ -35,6 +36,12 @@ def open_shared(limits: LimitsConfig, deployments: Mapping[str, DeploymentConfig
         from runner.sharing.redis import RedisQuota
 
         shared = RedisQuota(limits.redis_url, account, amounts, password=os.environ.get(PASSWORD_VARIABLE))
+    try:
+        shared.exchange(Order(holder=""))  # better now than when the first request waits
+    except OSError as error:
+        raise ConfigError(f"limits.shared={limits.shared.value}: {error}") from None
+    finally:
+        shared.close()
     return Leases(shared)
 
 

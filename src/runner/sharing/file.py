@@ -85,7 +85,7 @@ class FileQuota:
                 raise
         except (sqlite3.Error, ValueError) as error:
             self.close()
-            raise OSError(f"the limits shared in {self._path} cannot be used: {error}") from None
+            raise OSError(f"{self._path} cannot be used ({error}): make room, or delete it") from None
         return slice_
 
     def close(self) -> None:

@@ -159,7 +159,7 @@ class Leases:
                 self._ask_at = began + _RETRY_S
                 self._news.restore(order, began)
             if news:
-                _log.warning("%s: no request goes out until it does", error)
+                _log.warning("no request goes out meanwhile: %s", error)
                 drawer.trouble(str(error))
             return
         with self._lock:

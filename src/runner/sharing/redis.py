@@ -77,7 +77,7 @@ class RedisQuota:
         try:
             reply: dict[str, Any] = json.loads(self._draw(keys=[self._key], args=[message]))
         except self._trouble as error:
-            raise OSError(f"{self._where} does not answer ({error})") from None
+            raise OSError(f"{self._where} does not answer ({error}): start it, or correct limits.redis_url") from None
         return Slice(**{**reply, "charged": reply["charged"] or []})
 
     def close(self) -> None:
