@@ -14,7 +14,8 @@ RunnerError
         ├── APIConnectionError     the connection broke before the answer was whole
         │   └── ConnectError       there was none: nobody listens, the name is unknown; nothing was sent
         ├── Timeout                no answer in time; what it cost is unknown
-        ├── BadRequestError        400, 409 without retry, 422 and every other refusal of the request itself
+        ├── BadRequestError        400, 422 and every other refusal of the request itself
+        │   ├── ConflictError          409: something else is under way with what the request is about
         │   ├── ContextWindowExceededError
         │   ├── ContentPolicyViolationError
         │   └── RequestTooLargeError   413, or larger than this client sends
@@ -173,6 +174,12 @@ class ContextWindowExceededError(BadRequestError):
 
 class ContentPolicyViolationError(BadRequestError):
     """The provider's content filter refused the prompt or the answer."""
+
+
+class ConflictError(BadRequestError):
+    """The request is in the way of another one, which will be over."""
+
+    retryable = True
 
 
 class RequestTooLargeError(BadRequestError):

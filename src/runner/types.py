@@ -19,6 +19,10 @@ GenerateInput: TypeAlias = str | list[ChatMessage] | dict[str, Any]
 """A prompt, a conversation, or a Responses input ``{"input": …, "instructions": …}``."""
 
 
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""Request parameters that say how long an answer may be, in tokens."""
+
+
 class Endpoint(StrEnum):
     """Which of OpenAI's three text interfaces a generation uses. Names equal values: OmegaConf reads names."""
 
@@ -36,6 +40,11 @@ class TokenUsage:
     total_tokens: int = 0
     reasoning_tokens: int | None = None  # part of completion_tokens
     cached_tokens: int | None = None  # part of prompt_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Another name for `completion_tokens`."""
+        return self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +199,7 @@ class Response:
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
+    body: Any = field(default=None, repr=False, compare=False)  # the answer, decoded; None where it is not kept
 
 
 class Client(Protocol):
@@ -234,15 +244,21 @@ class GenerationResult:
     finish_reason: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[dict[str, Any], ...] = ()  # every choice as the provider sent it, where n > 1
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer, a stream put together
     request_id: str | None = None
+    cost: float | None = None  # US dollars, as in `metrics`
     metrics: RequestMetrics | None = None
+
+    def __str__(self) -> str:
+        return self.output_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingResult:
     model_id: str
     embedding: list[float]
-    token_usage: TokenUsage | None = None
+    token_usage: TokenUsage | None = None  # its share of a micro-batch, by length
+    raw_response: Any | None = None  # always None: it would hold the vectors of the whole micro-batch once more
     request_id: str | None = None
     metrics: RequestMetrics | None = None
 
@@ -254,6 +270,7 @@ class TranscriptionResult:
     language: str | None = None
     duration_s: float | None = None
     token_usage: TokenUsage | None = None
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer
     request_id: str | None = None
     metrics: RequestMetrics | None = None
 
