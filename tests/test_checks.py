@@ -148,11 +148,22 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
     assert SECRET not in str(caught.value)
 
 
+def test_limits_that_are_shared_must_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.shared=file shares limits, and there are none: set limits\.rpm"):
+        check(RunnerConfig(limits=LimitsConfig(shared=Shared.file)))
+    check(RunnerConfig(limits=LimitsConfig(shared=Shared.file, otpm=5)))
+
+
+def test_a_password_has_no_place_in_the_address_of_redis() -> None:
+    with pytest.raises(ConfigError, match="RUNNER_REDIS_PASSWORD") as caught:
+        check(RunnerConfig(limits=LimitsConfig(redis_url="redis://:hunter2@host:6379/0")))
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
         (limited(concurrency="auto"), "limits.concurrency=auto"),
-        (limited(shared=Shared.redis), "limits.shared=redis"),
         ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
         ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),

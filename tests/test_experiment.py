@@ -148,6 +148,20 @@ async def test_an_account_without_money_ends_the_run(tmp_path: Path) -> None:
     assert len(provider.requests) <= 12
 
 
+async def test_a_long_pause_is_shown_to_the_person_who_watches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(asked: Asked) -> web.Response:
+        refused = refusal(429, "rate_limit_exceeded", "Slow down")
+        refused.headers["retry-after"] = "7200"
+        return refused
+
+    async with serving(answer) as provider:
+        await Experiment(tmp_path, api_base=provider.url)(numbered(5))
+
+    assert "no request goes out for 7200 s" in capsys.readouterr().err
+
+
 async def test_a_days_quota_that_is_used_up_ends_the_run_and_says_when_it_can_go_on(tmp_path: Path) -> None:
     left = 20
 

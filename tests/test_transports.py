@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import importlib
 import json
@@ -61,10 +62,25 @@ def litellm(api_base: str, model: str = "m", **options: Any) -> LiteLLMTransport
     return LiteLLMTransport(model=name, api_base=api_base, **options)
 
 
+@functools.cache
+def warm_litellm() -> None:
+    """Let LiteLLM import what it needs for its first call, which takes longer than some tests wait."""
+
+    async def call() -> None:
+        async with Simulator(SimulatorConfig(latency_s=0.0)) as simulator:
+            client = litellm(simulator.url, api_key=KEY)
+            await client.send(CHAT)
+            await client.aclose()
+
+    asyncio.run(call())
+
+
 @pytest.fixture(params=[direct, litellm], ids=["direct", "litellm"])
 async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
     """Opens the transport under test, and closes it in the end."""
     opened: list[Client] = []
+    if request.param is litellm:
+        await asyncio.to_thread(warm_litellm)
 
     def open_it(api_base: str, **options: Any) -> Client:
         opened.append(request.param(api_base, **{"api_key": KEY, "timeout_s": 10, **options}))
@@ -405,19 +421,18 @@ HALF, END = text_chunk("Hel"), text_chunk("lo.", "stop")
 @pytest.mark.parametrize(
     ("events", "outcome"),
     [
-        ([HALF, END, b"[DONE]"], "Hello."),
-        ([HALF, END], "Hello."),
-        ([HALF, b"[DONE]"], "Hel"),
-        ([HALF, END, b'{"cho', b"[DONE]"], "Hello."),
-        ([HALF], errors.APIConnectionError),
-        ([], errors.RequestError),
-        ([HALF, b'{"cho', END, b"[DONE]"], errors.APIResponseError),
-        ([HALF, {"error": {"message": "boom", "code": 500}}, b"[DONE]"], errors.APIResponseError),
-        ([{"error": {"message": "boom", "type": "insufficient_quota"}}], errors.InsufficientQuotaError),
-        ([b"[" * 100_000], errors.APIResponseError),
-        ([HALF, b"\xff\xff"], errors.APIResponseError),
+        pytest.param([HALF, END, b"[DONE]"], "Hello.", id="whole"),
+        pytest.param([HALF, END], "Hello.", id="no-mark"),
+        pytest.param([HALF, b"[DONE]"], "Hel", id="no-reason"),
+        pytest.param([HALF, END, b'{"cho', b"[DONE]"], "Hello.", id="broken-after"),
+        pytest.param([HALF], errors.APIConnectionError, id="cut"),
+        pytest.param([], errors.RequestError, id="nothing"),
+        pytest.param([HALF, b'{"cho', END, b"[DONE]"], errors.APIResponseError, id="broken"),
+        pytest.param([HALF, {"error": {"message": "boom", "code": 500}}], errors.APIResponseError, id="error"),
+        pytest.param([{"error": {"type": "insufficient_quota"}}], errors.InsufficientQuotaError, id="quota"),
+        pytest.param([b"[" * 100_000], errors.APIResponseError, id="deep"),
+        pytest.param([HALF, b"\xff\xff"], errors.APIResponseError, id="not-utf8"),
     ],
-    ids=str,
 )
 async def test_a_stream_is_whole_or_an_error(
     connect: Connect, serve: Serve, endpoint: Endpoint, events: list[Any], outcome: str | type[errors.RequestError]
@@ -645,6 +660,19 @@ async def test_one_connection_serves_one_request_after_the_other(
     assert len(peers) == 1
 
 
+async def test_plain_http_to_a_host_elsewhere_is_warned_of_once(
+    connect: Connect, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = f"{connect('http://localhost/v1').__class__.__name__}.invalid".lower()
+    for _ in range(2):
+        assert type(await failure(connect(f"http://{host}/v1"))) is errors.ConnectError
+    await connect(simulator.url).send(CHAT)
+    warnings = [record.message for record in caplog.records if record.name.startswith("runner.")]
+    assert len(warnings) == 1
+    assert host in warnings[0]
+    assert KEY not in caplog.text
+
+
 # Failures
 
 
@@ -719,6 +747,45 @@ async def test_a_key_that_the_server_repeats_is_blotted_out(connect: Connect, se
         return web.json_response({"error": {"message": f"no {request.headers['authorization']} here"}}, status=401)
 
     assert str(await failure(connect(await serve(repeat)))) == "HTTP 401: no Bearer *** here"
+
+
+async def test_no_message_repeats_the_key(connect: Connect, serve: Serve) -> None:
+    """Not those of answers that cannot be read, nor those that name the address."""
+    echo = json.dumps({"choices": None, "data": f"Bearer {KEY}"}).encode()
+    handlers = [
+        answering(echo),
+        answering(KEY.encode()),
+        pieces(b"data: {%b\n\n" % echo, content_type="text/event-stream"),
+    ]
+    for handler in handlers:
+        client = connect(await serve(handler))
+        for request in every_kind():
+            with contextlib.suppress(errors.RequestError):
+                await client.send(request)
+                continue
+            assert KEY not in str(await failure(client, request))
+
+
+async def test_no_message_repeats_the_password_in_an_address(serve: Serve) -> None:
+    url = (await serve(answering(b""))).replace("://", "://me:hunter2@")
+    for address in (url, "http://me:hunter2@127.0.0.1:1/v1"):
+        client = direct(address)
+        assert "hunter2" not in str(await failure(client))
+        await client.aclose()
+    with pytest.raises(errors.ConfigError, match="leave one of them out") as caught:
+        direct(url, api_key=KEY)
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_key_sent_as_a_header_is_blotted_out_too(serve: Serve) -> None:
+    async def repeat(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": f"no {request.headers['authorization']} here"}}, status=401)
+
+    client = direct(await serve(repeat))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    error = await failure(client, GenerationRequest(input="Hi.", params={"extra_headers": headers}))
+    assert str(error) == "HTTP 401: no Bearer *** here"
+    await client.aclose()
 
 
 async def test_a_placeholder_for_a_key_spoils_no_message(connect: Connect, serve: Serve) -> None:
@@ -839,49 +906,140 @@ async def test_a_closed_transport_sends_nothing(connect: Connect, simulator: Sim
 # Hostile answers: a correct result or an error of the tree, and never anything else
 
 
-def hostile() -> Iterator[tuple[str, bytes]]:
-    yield "nothing", b""
-    yield "no JSON", b"<html>Bad gateway</html>"
-    yield "half JSON", b'{"choices": [{"message": {"content": "Hel'
-    yield "null", b"null"
-    yield "list", b"[1]"
-    yield "string", b'"Hello."'
-    yield "invalid UTF-8", json.dumps(chat_body()).encode().replace(b"Hello", b"Hell\xff")
-    yield "lone surrogate", json.dumps(chat_body()).encode().replace(b"Hello", rb"Hell\ud800")
-    yield "no choices", json.dumps(chat_body(choices=[])).encode()
-    yield "null choices", json.dumps(chat_body(choices=None)).encode()
-    yield "null choice", json.dumps(chat_body(choices=[None])).encode()
-    yield "null message", json.dumps(chat_body(choices=[{"index": 0, "message": None}])).encode()
-    yield "null content", json.dumps(chat_body(choices=[{"index": 0, "message": {"content": None}}])).encode()
-    yield "odd content", json.dumps(chat_body(choices=[{"index": 0, "message": {"content": {"a": [1]}}}])).encode()
-    yield "odd tool calls", json.dumps(chat_body(choices=[{"message": {"tool_calls": [{"function": 3}]}}])).encode()
-    yield "odd finish", json.dumps(chat_body(choices=[{"message": {"content": "a"}, "finish_reason": [1]}])).encode()
-    yield "odd model", json.dumps(chat_body(model={"a": 1}, id=[])).encode()
-    yield "no totals", json.dumps(chat_body(usage={"prompt_tokens": 3})).encode()
-    yield "string counts", json.dumps(chat_body(usage={"prompt_tokens": "3", "completion_tokens": "x"})).encode()
-    yield "negative counts", json.dumps(chat_body(usage={"prompt_tokens": -3, "completion_tokens": -1})).encode()
-    yield "huge counts", json.dumps(chat_body(usage={"prompt_tokens": 10**30, "total_tokens": 1e300})).encode()
-    yield "NaN counts", json.dumps(chat_body(usage={"prompt_tokens": float("nan")})).encode()
-    yield "odd usage", json.dumps(chat_body(usage=[3])).encode()
-    yield "deep array", b"[" * 100_000 + b"]" * 100_000
-    yield "deep object", b'{"choices":' * 900 + b"1" + b"}" * 900
+def text_body(**changes: Any) -> dict[str, Any]:
+    return {"id": "c", "model": "m", "choices": [{"index": 0, "text": "Hello.", "finish_reason": "stop"}], **changes}
 
 
-@pytest.mark.parametrize("payload", [pytest.param(payload, id=name) for name, payload in hostile()])
-async def test_a_hostile_answer_is_read_or_refused(connect: Connect, serve: Serve, payload: bytes) -> None:
-    try:
-        response = await connect(await serve(answering(payload))).send(CHAT)
-    except errors.RequestError as error:
-        assert_presentable(error)
-    else:
-        assert isinstance(generation(response).text, str)
-        usage = response.usage or TokenUsage()
-        assert 0 <= usage.prompt_tokens < 2**53
-        assert 0 <= usage.total_tokens < 2**53
+def responses_body(**changes: Any) -> dict[str, Any]:
+    content = [{"type": "output_text", "text": "Hello.", "annotations": []}]
+    item = {"type": "message", "id": "msg", "role": "assistant", "status": "completed", "content": content}
+    body = {"id": "r", "object": "response", "created_at": 1, "model": "m", "status": "completed", "output": [item]}
+    return {**body, **changes}
+
+
+def embeddings_body(**changes: Any) -> dict[str, Any]:
+    data = [{"object": "embedding", "index": index, "embedding": [0.5, index]} for index in range(2)]
+    return {"object": "list", "model": "m", "data": data, **changes}
+
+
+def transcript_body(**changes: Any) -> dict[str, Any]:
+    return {"text": "Hello.", **changes}
+
+
+GOOD: dict[str, tuple[Request, Callable[..., dict[str, Any]]]] = {
+    "chat": (CHAT, chat_body),
+    "completion": (GenerationRequest(input="Hi.", endpoint=Endpoint.text_completion), text_body),
+    "responses": (GenerationRequest(input="Hi.", endpoint=Endpoint.responses), responses_body),
+    "embedding": (EMBED, embeddings_body),
+    "transcript": (SPEECH, transcript_body),
+}
+"""Of each kind a request, and what makes a good answer to it."""
+
+
+def bytes_of(body: Any) -> bytes:
+    return json.dumps(body).encode()
+
+
+def hostile() -> Iterator[tuple[str, str, bytes]]:
+    """Bad answers: what they answer, what is bad about them, and their bytes."""
+    odd: Any
+    for kind, (_, body) in GOOD.items():
+        whole = bytes_of(body())
+        yield kind, "nothing", b""
+        yield kind, "no JSON", b"<html>Bad gateway</html>"
+        yield kind, "half JSON", whole[: len(whole) // 2]
+        yield kind, "null", b"null"
+        yield kind, "list", b"[1]"
+        yield kind, "number", b"17"
+        yield kind, "nothing in it", b"{}"
+        yield kind, "invalid UTF-8", whole.replace(b"Hello", b"Hell\xff")
+        yield kind, "lone surrogate", whole.replace(b"Hello", rb"Hell\ud800")
+        yield kind, "byte order mark", b"\xef\xbb\xbf" + whole
+        yield kind, "deep array", b"[" * 100_000 + b"]" * 100_000
+        yield kind, "deep object", b'{"choices":' * 900 + b"1" + b"}" * 900
+        yield kind, "odd model", bytes_of(body(model={"a": 1}, id=[]))
+        yield kind, "no totals", bytes_of(body(usage={"prompt_tokens": 3}))
+        yield kind, "string counts", bytes_of(body(usage={"prompt_tokens": "3", "completion_tokens": "x"}))
+        yield kind, "negative counts", bytes_of(body(usage={"prompt_tokens": -3, "completion_tokens": -1}))
+        yield kind, "huge counts", bytes_of(body(usage={"prompt_tokens": 10**30, "total_tokens": 1e300}))
+        yield kind, "NaN counts", bytes_of(body(usage={"prompt_tokens": float("nan")}))
+        yield kind, "odd usage", bytes_of(body(usage=[3]))
+        for field in ("choices", "output", "data", "text"):
+            if field in body():
+                for odd in ([], None, [None], {}, 3, "x", [[]], [{}]):
+                    yield kind, f"{field}={odd}", bytes_of(body(**{field: odd}))
+    for message in (None, {"content": None}, {"content": {"a": [1]}}, {"tool_calls": [{"function": 3}]}, "x"):
+        yield "chat", f"message={message}", bytes_of(chat_body(choices=[{"index": 0, "message": message}]))
+    yield "chat", "odd finish", bytes_of(chat_body(choices=[{"message": {"content": "a"}, "finish_reason": [1]}]))
+    for text in (None, 3, ["x"]):
+        yield "completion", f"text={text}", bytes_of(text_body(choices=[{"index": 0, "text": text}]))
+    for content in (None, [], [None], "x", [{"type": "output_text", "text": None}]):
+        yield (
+            "responses",
+            f"content={content}",
+            bytes_of(responses_body(output=[{"type": "message", "content": content}])),
+        )
+    for vector in (None, [], "x", "AAAA", ["0.5", "1"], [None], {"a": 1}, 3):
+        data = [{"index": index, "embedding": vector} for index in ("0", 1)]
+        yield "embedding", f"embedding={vector}", bytes_of(embeddings_body(data=data))
+    yield "embedding", "one too few", bytes_of(embeddings_body(data=[{"index": 0, "embedding": [0.5]}]))
+
+
+@pytest.mark.parametrize("kind", GOOD)
+async def test_a_hostile_answer_is_read_or_refused(connect: Connect, serve: Serve, kind: str) -> None:
+    payloads: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(body=payloads[-1], content_type="application/json")
+
+    client = connect(await serve(answer))
+    for of_kind, name, payload in hostile():
+        if of_kind == kind:
+            payloads.append(payload)
+            try:
+                response = await client.send(GOOD[kind][0])
+            except errors.RequestError as error:
+                assert_presentable(error)
+            except Exception as bug:
+                raise AssertionError(f"{name}: {bug!r}") from bug
+            else:
+                assert_sound(response)
+
+
+def assert_sound(response: Response) -> None:
+    """Everything is of its type, and every count can be stored."""
+    match response.output:
+        case Generation() as output:
+            assert isinstance(output.text, str)
+        case Embeddings() as output:
+            assert len(output.vectors) == 2
+            assert {type(value) for vector in output.vectors for value in vector} <= {float}
+        case Transcript() as output:
+            assert isinstance(output.text, str)
+    usage = response.usage or TokenUsage()
+    assert 0 <= usage.prompt_tokens < 2**53
+    assert 0 <= usage.total_tokens < 2**53
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": 3}, {"prompt_tokens": "3", "completion_tokens": "x"}, {"total_tokens": None}, None],
+    ids=str,
+)
+async def test_a_paid_answer_is_not_lost_over_its_usage(serve: Serve, kind: str, usage: dict[str, Any] | None) -> None:
+    request, body = GOOD[kind]
+    client = direct(await serve(answering(body(usage=usage))))
+    response = await client.send(request)
+    await client.aclose()
+    said = response.output.vectors if isinstance(response.output, Embeddings) else response.output.text
+    assert said in ("Hello.", ([0.5, 0.0], [0.5, 1.0]))
 
 
 @pytest.mark.parametrize("status", [200, 429, 500])
-async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve, status: int) -> None:
+@pytest.mark.parametrize("kind", GOOD)
+async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve, status: int, kind: str) -> None:
     headers = {
         "retry-after": "soon",
         "retry-after-ms": "NaN",
@@ -890,11 +1048,13 @@ async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve
         "x-ratelimit-remaining-tokens": "0",
         "x-ratelimit-reset-tokens": "99999999999999999999d",
     }
-    client = connect(await serve(answering(chat_body(), status=status, headers=headers)))
+    request, body = GOOD[kind]
+    client = connect(await serve(answering(body(), status=status, headers=headers)))
     if status == 200:
-        assert generation(await client.send(CHAT)).text == "Hello."
+        response = await client.send(request)
+        assert headers.items() <= dict(response.headers).items()
     else:
-        error = await failure(client)
+        error = await failure(client, request)
         assert error.status == status
         assert error.retry_after_s is None
 
@@ -1064,6 +1224,71 @@ async def test_another_providers_wire_ends_in_the_same_response(serve: Serve) ->
     assert response.headers["anthropic-ratelimit-requests-remaining"] == "12"
     assert response.model_id == "claude-x"
     assert response.request_id == "req_9"
+    await client.aclose()
+
+
+def anthropic_events(*kinds: str) -> Handler:
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x", "content": []}
+    events: dict[str, dict[str, Any]] = {
+        "message_start": {"message": {**message, "usage": {"input_tokens": 5, "output_tokens": 1}}},
+        "content_block_start": {"index": 0, "content_block": {"type": "text", "text": ""}},
+        "content_block_delta": {"index": 0, "delta": {"type": "text_delta", "text": "Hello."}},
+        "content_block_stop": {"index": 0},
+        "message_delta": {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 3}},
+        "message_stop": {},
+        "error": {"error": {"type": "overloaded_error", "message": "Overloaded"}},
+    }
+    return streaming(*({"type": kind, **events[kind]} for kind in kinds))
+
+
+ANTHROPIC = ("message_start", "content_block_start", "content_block_delta", "content_block_stop")
+
+
+async def test_another_providers_stream_ends_in_the_same_response(serve: Serve) -> None:
+    url = await serve(anthropic_events(*ANTHROPIC, "message_delta", "message_stop"))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    request = streamed()
+    response = await client.send(request)
+    assert generation(response) == Generation(text="Hello.", finish_reason="stop")
+    assert response.usage is not None
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (5, 3)
+    assert response.request_id == "req_7"
+    assert len(request.trace.chunk_times) == 1
+    assert request.trace.ttft_s == request.trace.chunk_times[0]
+    await client.aclose()
+
+
+async def test_another_providers_stream_that_fails_is_an_error(serve: Serve) -> None:
+    url = await serve(anthropic_events(*ANTHROPIC, "error"))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    error = await failure(client, streamed())
+    assert "Overloaded" in str(error)
+    assert error.billing == "unknown"
+    assert_presentable(error)
+    await client.aclose()
+
+
+async def test_a_redirect_takes_no_key_of_another_provider_along(serve: Serve) -> None:
+    elsewhere = Recorder()
+    other = await serve(elsewhere.answer)
+    url = await serve(answering(b"", status=307, headers={"location": other}))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    for request in (CHAT, streamed()):
+        assert type(await failure(client, request)) is errors.NotFoundError
+    assert not elsewhere.requests
+    await client.aclose()
+
+
+async def test_litellm_itself_is_left_alone(serve: Serve) -> None:
+    """Calls of LiteLLM beside ours are not guarded."""
+    recorder = Recorder()
+    other = await serve(recorder.answer)
+    url = await serve(answering(b"", status=307, headers={"location": other + "/chat/completions"}))
+    client = litellm(url)
+    answer = await importlib.import_module("litellm").acompletion(
+        model="hosted_vllm/m", api_base=url, messages=[{"role": "user", "content": "Hi."}], max_retries=0
+    )
+    assert answer.choices[0].message.content == "Hello."
     await client.aclose()
 
 

@@ -29,7 +29,7 @@ from runner.errors import ConfigError, ItemError, RowError
 from runner.limiter import RateLimiter
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
-from runner.stack import limiters_of, open_stack
+from runner.stack import open_limiters, open_stack
 from runner.types import (
     BatchResult,
     EmbeddingResult,
@@ -138,7 +138,7 @@ class LMClient:
             partial(
                 _open_engine,
                 replicas,
-                limiters=limiters_of(replicas, limits),
+                limiters=open_limiters(replicas, limits),
                 limits=limits,
                 retry=retry,
                 simulator=simulator or SimulatorConfig(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -133,16 +134,30 @@ async def _shown(
     for note in notes:
         progress.note(note)
     run.stop.listen(lambda: progress.note(_ending_note(run)))
+    warnings = _Warnings(progress)
+    logging.getLogger("runner").addHandler(warnings)
     ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
     try:
         yield
     finally:
+        logging.getLogger("runner").removeHandler(warnings)
         ticker.cancel()
         await asyncio.wait([ticker])
         snapshot = run.snapshot()
         progress.update(snapshot)
         progress.close()
         tracker.log(snapshot.as_series())
+
+
+class _Warnings(logging.Handler):
+    """Shows them (a long pause, shared limits out of reach) to the person who watches, beside the log."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.note(record.getMessage())
 
 
 async def _tick(run: Run, progress: Progress, tracker: Tracker, log_every_s: float) -> None:

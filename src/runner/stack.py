@@ -11,6 +11,7 @@ from runner.limited import Limited
 from runner.limiter import RateLimiter, limits_of
 from runner.retry import Retrying
 from runner.router import Router
+from runner.sharing import open_shared
 from runner.transports import open_transport
 from runner.transports.prices import price_for
 from runner.types import Client
@@ -29,12 +30,12 @@ def open_stack(
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
 
     Args:
-        limiters: By label, where several stacks share their quota; None: new ones, as `limiters_of` makes them.
+        limiters: What `open_limiters` gave, for stacks that are to keep the limits together.
 
     Raises:
         ConfigError: A deployment cannot be served.
     """
-    limiters = limiters_of(deployments, limits) if limiters is None else limiters
+    limiters = open_limiters(deployments, limits) if limiters is None else limiters
     limited: dict[str, Client] = {}
     for label, deployment in deployments.items():
         own = deployment.limits or limits
@@ -54,13 +55,18 @@ def open_stack(
     return Retrying(client, retry, slot=window)
 
 
-def limiters_of(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> dict[str, RateLimiter]:
+def open_limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> dict[str, RateLimiter]:
     """The limiter of each deployment: its own, or one for all that have no limits of their own, but those of the run.
 
     One that several share reads no headers, since they speak of several quotas.
     """
-    sharing = [label for label, deployment in deployments.items() if deployment.limits is None]
-    limiters = {label: RateLimiter.of(deployment.limits or limits) for label, deployment in deployments.items()}
-    if len(sharing) > 1 and limits_of(limits):
-        limiters |= dict.fromkeys(sharing, RateLimiter.of(limits, reads_headers=False))
+    limiters: dict[str, RateLimiter] = {}
+    of_the_run = {label: deployment for label, deployment in deployments.items() if deployment.limits is None}
+    if len(of_the_run) > 1 and limits_of(limits):
+        account = RateLimiter.of(limits, reads_headers=False, quota=open_shared(limits, of_the_run))
+        limiters = dict.fromkeys(of_the_run, account)
+    for label, deployment in deployments.items():
+        if label not in limiters:
+            own = deployment.limits or limits
+            limiters[label] = RateLimiter.of(own, quota=open_shared(own, {label: deployment}))
     return limiters

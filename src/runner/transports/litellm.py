@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 from runner.transports import wire
 from runner.transports.form import media_type
+from runner.transports.locality import warn_of_plain_http
 from runner.transports.stream import Stream
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response, TranscriptionRequest
 
@@ -110,6 +111,7 @@ class LiteLLMTransport:
     async def send(self, request: Request) -> Response:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._fixed.get("api_base", ""))
         ask, fields = self._call(request)
         params = self._params_of(request)
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
@@ -287,6 +289,8 @@ class _Connections:
         if self._session is not None:
             await self._session.aclose()
             self._session = litellm.aclient_session = None
+        if (shared := vars(litellm).get("module_level_aclient")) is not None:  # made at its first use
+            await shared.close()
         await litellm.close_litellm_async_clients()
         litellm.in_memory_llm_clients_cache.flush_cache()
 
