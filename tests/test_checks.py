@@ -134,6 +134,7 @@ SECRET = "sk-do-not-print-me"
         (served(api_key=SECRET), "deployments.east.api_key"),
         (served(extra_kwargs={"api_key": SECRET}), "deployments.east.extra_kwargs.api_key"),
         ({"request": {"api_key": SECRET}}, "request.api_key"),
+        (rows(kind=DatasetKind.python, arguments={"password": SECRET}), "dataset.arguments.password"),
         ({"request": {"aws_secret_access_key": SECRET}}, "request.aws_secret_access_key"),
         ({"request": {"extra_headers": {"Authorization": SECRET}}}, "request.extra_headers.Authorization"),
         ({"request": {"extra_headers": {"X-Api-Key": SECRET}}}, "request.extra_headers.X-Api-Key"),

@@ -66,6 +66,7 @@ def check_secrets(config: RunnerConfig) -> None:
         ConfigError: There is one; the message names its place, and not the key.
     """
     _check_secrets("request", config.request)
+    _check_secrets("dataset.arguments", config.dataset.arguments)
     for label, deployment in replicas(config).items():
         where = f"deployments.{label}." if config.deployments else ""
         if deployment.api_key:
