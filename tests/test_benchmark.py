@@ -58,6 +58,15 @@ def test_only_the_named_contenders_run_as_often_as_asked() -> None:
     assert last == {"ratios": {}}
 
 
+def test_embeddings_are_compared_with_their_own_twin() -> None:
+    *contenders, last = lines_of(
+        benchmark("--only", "raw_embeddings", "embed_batch", "--rows", "70", "--concurrency", "2", "--repeats", "1")
+    )
+
+    assert [line["name"] for line in contenders] == ["raw_embeddings", "embed_batch"]
+    assert set(last["ratios"]) == {"embed_batch/raw_embeddings"}
+
+
 def test_requests_that_fail_are_not_measured() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

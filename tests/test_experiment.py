@@ -9,55 +9,23 @@ import re
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
 
-from harness import Asked, Json, read_rows, read_summary, refusal, serving, shout
+from harness import Asked, Experiment, numbered, read_rows, read_summary, refusal, serving, shout
 from runner.config import (
     DatasetConfig,
     DatasetKind,
     LimitsConfig,
     RetryConfig,
-    RunnerConfig,
     ScorerConfig,
     SimulatorConfig,
-    TrackerConfig,
-    TrackerKind,
 )
-from runner.experiment import Report, run_experiment
 from runner.simulator import Simulator
 from runner.types import Endpoint
 
 KEY = "OPENAI_LIKE_API_KEY"
-
-
-class Experiment:
-    """A configuration that is run again and again in one folder, with changes."""
-
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.folder = folder / "run"
-        self._rows = folder / "rows.jsonl"
-        self._settings = settings
-
-    async def __call__(self, rows: list[Json] | None = None, **changes: Any) -> Report:
-        if rows is not None:
-            self._rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        settings: dict[str, Any] = {
-            "model": "openai_like/m",
-            "dataset": DatasetConfig(kind=DatasetKind.jsonl, path=str(self._rows)),
-            "tracker": TrackerConfig(kind=TrackerKind.none),
-            "retry": RetryConfig(base_s=0.01),
-        }
-        return await run_experiment(RunnerConfig(**{**settings, **self._settings, **changes}), self.folder)
-
-    def texts(self) -> list[str | None]:
-        return [row["output_text"] for row in read_rows(self.folder)]
-
-
-def numbered(count: int) -> list[Json]:
-    return [{"prompt": f"row {index}"} for index in range(count)]
 
 
 async def test_templates_are_filled_from_a_csv(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from runner import DB_URL_DEFAULT, export_jsonl, prompt_map
 from runner.errors import ConfigError, StoreError
 from runner.export import main
 from runner.identity import dump_text
-from runner.store import Claim, Outcome, Store
+from runner.store import Claim, Outcome, Store, Terms
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ async def settle(store: Store, first: int, count: int, **columns: Any) -> None:
         Claim(position=position, content=key, metadata=dump_text({"id": position}))
         for position, key in enumerate(keys, first)
     ]
-    await store.claim(claims, retry_failed=False, scored=False)
+    await store.claim(claims, Terms(retry_failed=False, scored=False))
     for position, key in enumerate(keys, first):
         text = {"output_text": f"answer {position}", **columns}
         await store.save(position, Outcome(content=key, occurrence=0, settled_at=1.0, **text))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from runner.database_url import DB_URL_DEFAULT
     from runner.export import export_jsonl
     from runner.limiter import RateLimiter, RateLimiterAcquisitionHandle
+    from runner.media import image_block
     from runner.promptmap import prompt_map
     from runner.types import (
         BatchResult,
@@ -42,6 +43,7 @@ _HOMES = {
     "TokenUsage": "runner.types",
     "ToolCall": "runner.types",
     "TranscriptionResult": "runner.types",
+    "image_block": "runner.media",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "ToolCall",
     "TranscriptionResult",
     "export_jsonl",
+    "image_block",
     "prompt_map",
 ]
 

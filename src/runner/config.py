@@ -67,6 +67,14 @@ class Resume(StrEnum):
     require = "require"
 
 
+class Dedupe(StrEnum):
+    """Whether identical requests of a run are asked once."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 class TrackerKind(StrEnum):
     wandb = "wandb"
     none = "none"
@@ -161,14 +169,27 @@ class DatasetConfig:
     path: str | None = None
     name: str | None = None
     split: str | None = None
+    streaming: bool = False
     function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
+    """What is asked of the model; see `runner.task`.
+
+    Args:
+        image: generate: the row's field that holds an image, or several.
+        micro_batch_size: embed: texts in one request.
+        max_bytes: transcribe: the largest audio file; None: any.
+    """
+
     kind: TaskKind = TaskKind.generate
+    image: str | None = None
+    micro_batch_size: int = 32
+    max_bytes: int | None = 25 * 2**20
 
 
 @dataclass(kw_only=True)
@@ -275,6 +296,8 @@ class RunnerConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     resume: Resume = Resume.auto
     retry_failed: bool = True
+    retry_truncated: bool = False
+    dedupe: Dedupe = Dedupe.auto
     reuse: bool = False
     plan: bool = False
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -21,7 +21,7 @@ RunnerError
         │   └── RequestTooLargeError   413, or larger than this client sends
         ├── AuthenticationError    401
         ├── PermissionDeniedError  403
-        ├── NotFoundError          404: no such model or path
+        ├── NotFoundError          404: no such model or path; 3xx: it is somewhere else
         ├── RateLimitError         429
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx

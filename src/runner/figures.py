@@ -18,10 +18,12 @@ def score(value: float | Mapping[str, Any] | None) -> str:
     return text if count is None else f"{text} (n = {count:,})"
 
 
-def closing_cost(known: float | None, upper_bound: float | None) -> str:
-    """A cost, and what it may be at most where attempts of unknown cost were made."""
+def closing_cost(known: float | None, upper_bound: float | None, *, without_bound: int = 0) -> str:
+    """A cost, and what it may be at most where attempts of unknown cost were made, or how many have no bound."""
     if known is None:
         return "unknown"
+    if without_bound:
+        return f"{dollars(known)}, and {without_bound:,} attempts of unknown cost (request.max_tokens would bound it)"
     bounded = upper_bound is not None and upper_bound > known
     return f"{dollars(known)}, at most {dollars(upper_bound)}" if bounded and upper_bound else dollars(known)
 

@@ -381,6 +381,9 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     for key in ("rows", "succeeded", "reused"):
         if summary.get(key) is not None:
             yield _Fact(key, f"{summary[key]:,}")
+    for key in ("deduplicated", "taken_over"):
+        if summary.get(key):
+            yield _Fact(key.replace("_", " "), f"{summary[key]:,}")
     if summary.get("failed") is not None:
         yield _Fact("failed", f"{summary['failed']:,}", "red" if summary["failed"] else "")
     open_rows = summary.get("rows", 0) - summary.get("succeeded", 0) - summary.get("failed", 0)
@@ -389,6 +392,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
+    if summary.get("unparsed"):
+        yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
     if summary.get("retries") is not None:
         yield _Fact("retries", f"{summary['retries']:,}")
     scores: Mapping[str, Any] = summary.get("scores") or {}
@@ -411,7 +416,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     if counts:
         yield _Fact("tokens", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     if "cost_usd" in summary:
-        yield _Fact("cost", figures.closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")))
+        bounds = summary.get("cost_usd_upper_bound"), summary.get("attempts_without_bound", 0)
+        yield _Fact("cost", figures.closing_cost(summary["cost_usd"], bounds[0], without_bound=bounds[1]))
 
 
 def _note_lines(text: str) -> list[str]:

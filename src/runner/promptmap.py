@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RunnerConfig, SimulatorConfig, replicas
 from runner.database import lock_folder
 from runner.database_url import DB_URL_DEFAULT, path_of, results_path
+from runner.digests import Digests
 from runner.errors import APIResponseError, ConfigError, Interrupted, ParseError, StoreError, SystemicError
 from runner.identity import ContentHasher, dump_text
 from runner.limited import Limited
@@ -35,10 +36,10 @@ from runner.run import GRACE_S, Run
 from runner.scoring import Scorers
 from runner.stack import open_stack
 from runner.store import Outcome, Store
+from runner.task import Generate, Item
 from runner.transports import check_addresses
 from runner.transports.worker import Worker, WorkerTransport, identity_of
-from runner.types import Attempt, Client, Generation, GenerationRequest, Request, Response, Trace
-from runner.workload import Item
+from runner.types import Client, Generation, Request, Response
 
 _OPENROUTER = "openrouter/"
 
@@ -258,7 +259,8 @@ class _Prompts:
             raise ConfigError("prompts is one text: give a list of texts")
         self.given = list(prompts)
         self.scorers = Scorers({})
-        self._params = config.request
+        self.response_format = None
+        self.task = Generate(config, None)
         self._places: dict[str, int] = {}
         for idx, prompt in enumerate(self.given):
             if not isinstance(prompt, str):
@@ -280,9 +282,8 @@ class _Prompts:
                 input=prompt,
             )
 
-    def request(self, item: Item, on_failure: Callable[[Attempt], Awaitable[None]]) -> GenerationRequest:
-        assert item.input is not None
-        return GenerationRequest(input=item.input, params=self._params, trace=Trace(on_failure=on_failure))
+    async def identified(self, items: Sequence[Item], digests: Digests) -> Sequence[Item]:
+        return items
 
     def rows(self, answers: Sequence[tuple[str | None, str | None]], *, unique: bool) -> list[PromptRow]:
         """What is handed out, from the answer (text, error) of each position."""

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from runner.errors import ConfigError, ParseError
+from runner.names import import_name
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -56,6 +58,29 @@ class ResponseFormat:
             f"response_format={layout!r} is of type {type(layout).__name__}:"
             " give a Pydantic model class or a JSON schema"
         )
+
+    @classmethod
+    def configured(cls, value: Any) -> ResponseFormat:
+        """The format that a configuration names.
+
+        Args:
+            value: What `of` takes as a mapping, the path of a ``.json`` file that holds it, or
+                ``package.module:PydanticModel``.
+
+        Raises:
+            ConfigError: There is no such file or model, or it is of no use.
+        """
+        if not isinstance(value, str):
+            return cls.of(value)
+        if not value.endswith(".json"):
+            return cls.of(import_name(value, key="response_format"))
+        try:
+            layout = json.loads(Path(value).expanduser().read_bytes())
+        except OSError as error:
+            raise ConfigError(f"response_format={value}: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"response_format={value} holds no JSON: {error}") from None
+        return cls.of(layout)
 
 
 def parse_json(text: str) -> Any:

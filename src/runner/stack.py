@@ -13,8 +13,8 @@ from runner.retry import Retrying
 from runner.router import Router
 from runner.sharing import open_shared
 from runner.transports import open_transport
-from runner.transports.prices import price_of
-from runner.types import Client, TokenPrice
+from runner.transports.prices import price_for
+from runner.types import Client
 
 
 def open_stack(
@@ -46,7 +46,7 @@ def open_stack(
             estimator=Estimator.of(
                 own.token_estimates, model=deployment.model, default_output_tokens=own.default_output_tokens
             ),
-            price=_price_of(deployment, simulator),
+            price=price_for(deployment, simulator),
             slot=window,
         )
     client = next(iter(limited.values()))
@@ -70,12 +70,3 @@ def open_limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsCon
             own = deployment.limits or limits
             limiters[label] = RateLimiter.of(own, quota=open_shared(own, {label: deployment}))
     return limiters
-
-
-def _price_of(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:
-    if deployment.model.startswith("simulated/"):
-        return TokenPrice(
-            prompt=simulator.usd_per_million_prompt_tokens / 1e6,
-            completion=simulator.usd_per_million_completion_tokens / 1e6,
-        )
-    return price_of(deployment.model)
