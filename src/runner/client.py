@@ -22,6 +22,7 @@ from runner.config import (
 )
 from runner.errors import ConfigError, ItemError
 from runner.stack import open_stack
+from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
     Client,
@@ -55,7 +56,7 @@ class LMClient:
         api_key: The key. None: from the provider's usual environment variable.
         deployments: Several places that answer for ``model``, by label.
         endpoint: Which interface generations use by default.
-        max_parallel_requests: Requests in flight at once. None: 128.
+        max_parallel_requests: Requests in flight at once; ``"auto"`` finds out how many are best. None: 128.
         rpm, tpm, rpd, tpd: Requests and tokens per minute and per day.
         max_request_burst, max_token_burst: What may go out at once after a pause. None: 2 % of the limit.
         header_bucket_scope: Whether the provider's rate-limit headers speak of the minute or the day.
@@ -78,7 +79,7 @@ class LMClient:
         api_key: str | None = None,
         deployments: Mapping[str, DeploymentConfig | Mapping[str, Any]] | None = None,
         endpoint: EndpointName = "chat_completion",
-        max_parallel_requests: int | None = None,
+        max_parallel_requests: int | Literal["auto"] | None = None,
         rpm: float | None = None,
         tpm: float | None = None,
         rpd: float | None = None,
@@ -224,13 +225,14 @@ class LMClient:
         engine = self._engines.get(loop)
         if engine is None:
             self._engines = {known: engine for known, engine in self._engines.items() if not known.is_closed()}
-            window = Window(self._limits.concurrency)
+            window = Window.of(self._limits)
             client = open_stack(
                 self._deployments,
                 limits=self._limits,
                 retry=self._retry,
                 simulator=self._simulator,
                 window=window,
+                tuner=Tuner.of(self._limits, window),
                 timeout_s=self._timeout_s,
             )
             engine = self._engines[loop] = _Engine(client=client, window=window)

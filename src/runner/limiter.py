@@ -271,6 +271,7 @@ class Limited:
         handle = await self._limiter.acquire(self._estimate(request))
         sent = time.perf_counter()
         trace.queue_wait_s += sent - queued
+        trace.sent_at = sent
         trace.on_the_wire = True  # and stays so where this is cancelled
         try:
             response = await self._client.send(request)

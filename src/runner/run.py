@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import TypeAlias
@@ -93,15 +93,26 @@ class Run:
                 self._soft_start.close()
                 await self._keep_ledger()
 
-    def snapshot(self) -> Snapshot:
-        return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
+    def snapshot(self, *, loop_lag_s: float | None = None) -> Snapshot:
+        window = self._window
+        return self._meter.snapshot(
+            total=self.total,
+            in_flight=window.active,
+            window=window.limit,
+            window_why=window.why,
+            loop_lag_s=loop_lag_s,
+        )
+
+    def in_flight(self) -> Iterator[Trace]:
+        """The traces of the requests that were begun and have not ended."""
+        return (trace for _, trace in self._in_flight.values())
 
     # Taking up
 
     async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
         """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
         items = self._workload.items()
-        size = ClaimSize(self._config.limits.concurrency)
+        size = ClaimSize(self._window.limit)
         length = 0
         while chunk := list(islice(items, size.next())):
             length = chunk[-1].position + 1

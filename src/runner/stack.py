@@ -1,9 +1,13 @@
-"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``."""
+"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``.
+
+Where the window is found automatically, each transport is an ``Adaptive(Transport)``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from runner.adaptive import Adaptive
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, SimulatorConfig
 from runner.limiter import Limited, RateLimiter
@@ -11,6 +15,7 @@ from runner.retry import Retrying
 from runner.router import Router
 from runner.transports import open_transport
 from runner.transports.prices import price_of
+from runner.tuner import Tuner
 from runner.types import Client, TokenPrice
 
 
@@ -21,9 +26,15 @@ def open_stack(
     retry: RetryConfig,
     simulator: SimulatorConfig,
     window: Window,
+    tuner: Tuner | None = None,
     timeout_s: float | None = None,
 ) -> Client:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
+
+    Args:
+        window: Where requests give their slots back while they wait for a retry.
+        tuner: Sets the window by what comes of the requests; None: nobody does.
+        timeout_s: How long an attempt may take where its request does not say; None: `transports.DEFAULT_TIMEOUT_S`.
 
     Raises:
         ConfigError: A deployment cannot be served.
@@ -31,7 +42,7 @@ def open_stack(
     account = RateLimiter.of(limits)
     limited: dict[str, Client] = {
         label: Limited(
-            open_transport(deployment, simulator=simulator, timeout_s=timeout_s),
+            _observed(open_transport(deployment, simulator=simulator, timeout_s=timeout_s), tuner),
             account if deployment.limits is None else RateLimiter.of(deployment.limits),
             label=label,
             price=_price_of(deployment, simulator),
@@ -43,6 +54,10 @@ def open_stack(
     if len(limited) > 1:
         client = Router(limited, weights={label: deployment.weight for label, deployment in deployments.items()})
     return Retrying(client, retry, slot=window)
+
+
+def _observed(client: Client, tuner: Tuner | None) -> Client:
+    return client if tuner is None else Adaptive(client, tuner)
 
 
 def _price_of(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:

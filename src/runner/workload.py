@@ -80,9 +80,8 @@ class Workload:
         if item.error is not None:
             raise item.error
         assert item.input is not None
-        return GenerationRequest(
-            input=item.input, endpoint=self._endpoint, params=self._params, trace=Trace(on_failure=on_failure)
-        )
+        trace = Trace(row=item.position // self.samples, on_failure=on_failure)
+        return GenerationRequest(input=item.input, endpoint=self._endpoint, params=self._params, trace=trace)
 
     def _items_of(self, row: Row) -> Iterator[Item]:
         error = row.error
