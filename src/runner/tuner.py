@@ -48,13 +48,16 @@ _CUT = 0.85
 _REGROWTH = 0.5
 """A refusal cuts the window to so much of it; each answer gives back so many slots."""
 
-_TROUBLE = 0.15
+_TROUBLE = 0.25
 """Share of refusals and timeouts that cuts the window where no wall explains them."""
 
-_MEMORY = 16
+_MEMORY = 32
 """Requests that this share is taken over, at least."""
 
 _SAME_WALL = 0.9
+_SMALL_WALL = 10
+"""A refusal below so much of a wall refutes it. Just below may be a matter of who counts, unless the wall is small."""
+
 _WALL_S = 5.0, 3.0, 120.0
 """How long a wall is not tried again: at first, by which factor longer if it is still there, and at most."""
 
@@ -336,7 +339,8 @@ class Tuner:
         now = time.perf_counter()
         wall = self._wall
         first_s, factor, most_s = _WALL_S
-        if now < wall.until and in_flight < _SAME_WALL * wall.level:
+        refuted = in_flight <= max(1, wall.level if wall.level < _SMALL_WALL else _SAME_WALL * wall.level)
+        if refuted and now < wall.until:
             self._wall = _Wall(level=math.inf, until=-math.inf)
             self._no_walls_until = now + _NO_WALLS_S
         if now < self._no_walls_until:
@@ -349,6 +353,7 @@ class Tuner:
     def _suffer(self, ticket: Ticket, why: str) -> None:
         self._trouble += (1 - self._trouble) / max(_MEMORY, self._level)
         if self._trouble > _TROUBLE:
+            self._no_walls_until = -math.inf
             self._cut(ticket.in_flight, why)
 
     def _cut(self, in_flight: int, why: str) -> None:
