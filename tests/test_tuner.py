@@ -17,7 +17,8 @@ from runner.batch import run_batch
 from runner.concurrency import Window
 from runner.config import LimitsConfig, RetryConfig
 from runner.errors import RateLimitError, RequestError, ServiceUnavailableError, Timeout
-from runner.limiter import Limited, RateLimiter
+from runner.limited import Limited
+from runner.limiter import RateLimiter
 from runner.retry import Retrying
 from runner.simulator.service import Slots, sleep_until
 from runner.tuner import Ticket, Tuner

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from runner.config import LimitsConfig, RunnerConfig
 from runner.errors import ConfigError
 
-_OPEN_MAPPINGS = ("request", "deployments", "scorers")
+_OPEN_MAPPINGS = ("request.", "deployments.", "scorers.", "dataset.arguments.")
 """Groups whose keys the user makes up."""
 
 _KEYS = {entry.name for entry in fields(RunnerConfig)} | {entry.name for entry in fields(LimitsConfig)}
@@ -36,15 +36,21 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         if argument.startswith("-") or not equals:
             yield argument
             continue
-        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
+        if key.startswith(_OPEN_MAPPINGS):
             key = f"++{key}"
         elif key == "experiment":
             key = "+experiment"
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
-            value = _quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
+            value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
         elif not _parses(parser, f"{key}={value}"):
-            value = _quoted(value)
+            value = quoted(value)
         yield f"{key}={value}"
+
+
+def quoted(value: str) -> str:
+    """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
@@ -69,9 +75,3 @@ def _parses(parser: OverridesParser, argument: str) -> bool:
     except HydraException:
         return False
     return True
-
-
-def _quoted(value: str) -> str:
-    """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"'{escaped}'"

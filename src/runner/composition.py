@@ -1,0 +1,197 @@
+"""Composition: Hydra puts the configuration together from ``conf/``, the user's own ``./conf`` and overrides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runner.arguments import friendly
+from runner.checks import check_secrets, unknown_key_message, unknown_keys
+from runner.complaints import explain
+from runner.config import RunnerConfig
+from runner.errors import ConfigError, RunnerError
+from runner.sweep import sweep_id
+
+logger = logging.getLogger(__name__)
+
+
+def compose(overrides: Sequence[str]) -> RunnerConfig:
+    """The configuration that a command with these overrides would run with. Makes no folder.
+
+    Raises:
+        ConfigError: It cannot be composed, or holds what no key allows.
+        HydraException: A group or an option does not exist.
+    """
+    composed = _composed(list(friendly(overrides)))
+    load_environment(composed.env_file)
+    return typed(composed)
+
+
+def typed(composed: DictConfig) -> RunnerConfig:
+    """The composed configuration as an object.
+
+    Raises:
+        ConfigError: A key is unknown, or a value is missing.
+    """
+    content = _plain(composed)
+    content.pop("hydra", None)
+    for path in unknown_keys(content):
+        raise ConfigError(unknown_key_message(path))
+    missing = sorted(OmegaConf.missing_keys(OmegaConf.create(content)))
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be set: {missing[0]}=…")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(RunnerConfig, content))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    assert isinstance(config, RunnerConfig)
+    return config
+
+
+def conf_folder() -> Path:
+    """The shipped configuration: beside the package in a wheel, at the top of a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"runner's configuration is missing from {package}: install it again")
+
+
+def load_environment(path: str) -> None:
+    """Read the file of environment variables, where it exists."""
+    from dotenv import load_dotenv
+
+    if Path(path).is_file():
+        try:
+            load_dotenv(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"env_file={path}: it cannot be read ({error})") from None
+
+
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for a sweep."""
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def swept_keys(arguments: Sequence[str]) -> list[str]:
+    """The keys that a multirun's command line sweeps over."""
+    parser = OverridesParser.create()
+    overrides = parser.parse_overrides([each for each in arguments if "=" in each and not each.startswith("-")])
+    return [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
+
+
+def sweep_folder(arguments: Sequence[str]) -> Path:
+    """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one.
+
+    Raises:
+        HydraException: The first cell cannot be composed.
+    """
+    parser = OverridesParser.create()
+    overrides = []
+    for argument in arguments:
+        if "=" not in argument or argument.startswith(("-", "hydra.", "hydra/", "+scale=")):
+            continue
+        override = parser.parse_override(argument)
+        if override.is_sweep_override():
+            argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        overrides.append(argument)
+    first = _composed(overrides)
+    return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
+
+
+def swept_by(overrides: Sequence[str], keys: Sequence[str], sweeper: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What sets a cell apart: those of its overrides that are swept over, on the command line or by ``sweeper``."""
+    swept = {*keys, *(key.lstrip("+") for key in sweeper.get("params") or ())}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") in swept:
+            yield key.lstrip("+"), value
+
+
+class UserConf(SearchPathPlugin):
+    """Finds the user's own ``./conf`` too. Appended, so that a stranger's config.yaml never replaces ours."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        own = Path.cwd() / "conf"
+        if own.is_dir() and own.resolve() != conf_folder():
+            search_path.append(provider="user", path=f"file://{own}")
+
+
+@dataclass
+class _Composed(RunnerConfig):
+    """What Hydra composes into. Entries under names of the user's own get their types in `typed`."""
+
+    deployments: dict[str, Any] = field(default_factory=dict)
+    scorers: dict[str, Any] = field(default_factory=dict)
+
+
+def _run_id(*, _root_: DictConfig) -> str:
+    """The ``${run_id:}`` of the folder's name. Sees first whether the run can begin, so that a bad one makes no folder.
+
+    In a sweep, a bad cell has a folder, and the other cells go on.
+    """
+    from runner.experiment import check_experiment
+    from runner.identity import run_id
+
+    job = _root_.hydra
+    if job.mode is RunMode.MULTIRUN:
+        try:
+            config = typed(_root_)
+        except ConfigError:
+            return f"rejected-{job.job.num}"
+        check_secrets(config)  # Hydra would write them into the cell's folder
+        return run_id(config, swept=dict(swept_by(job.overrides.task, config.sweep.over, job.sweeper)))
+    load_environment(_root_.env_file)
+    config = typed(_root_)
+    try:
+        check_experiment(config)
+    except RunnerError:
+        raise
+    except Exception:  # a bug: the run will meet it too, in a folder for its traceback
+        logger.debug("the check failed", exc_info=True)
+    return run_id(config)
+
+
+def _package_data(name: str) -> str:
+    return str(resources.files("runner").joinpath("data", name))
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return hydra_compose("config", overrides=overrides)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain data, nothing resolved."""
+    content = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _register() -> None:
+    """Make our groups, resolvers and the user's folder known to Hydra.
+
+    On import: a launcher's worker imports this module to unpickle its task, and then resolves the folder's name.
+    """
+    Plugins.instance().register(UserConf)
+    ConfigStore.instance().store(name="schema", node=_Composed)
+    OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
+    OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
+
+
+_register()

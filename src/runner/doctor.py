@@ -1,0 +1,282 @@
+"""The doctor: ``python -m runner.doctor [--ask] [+experiment=NAME] [key=value ...]``.
+
+Looks at everything that the command with these arguments would need, and says what to change. Without ``--ask`` it
+sends no request that costs anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from runner.checks import check
+from runner.config import DeploymentConfig, RunnerConfig, TrackerKind, replicas
+from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
+from runner.progress import printable, write
+from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport
+from runner.transports.models import listed_models, missing_keys
+from runner.types import GenerationRequest, Response
+from runner.workload import Workload
+
+_LOW_DISK_BYTES = 2**30
+_WANDB_TIMEOUT_S = 5.0
+_ASK_TIMEOUT_S = 60.0
+
+_LIMIT_HEADERS = {
+    "rpm": ("x-ratelimit-limit-requests", "anthropic-ratelimit-requests-limit"),
+    "tpm": ("x-ratelimit-limit-tokens", "anthropic-ratelimit-tokens-limit"),
+    "itpm": ("anthropic-ratelimit-input-tokens-limit",),
+    "otpm": ("anthropic-ratelimit-output-tokens-limit",),
+}
+
+
+class Verdict(Enum):
+    """How a finding is shown, and with which colour on a terminal."""
+
+    ok = ("ok", "32")
+    note = ("note", "33")
+    fault = ("FAULT", "31")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    verdict: Verdict
+    subject: str
+    text: str  # what was found and, unless it is fine, what to change
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the findings; exit code 2 where one is a fault."""
+    parser = argparse.ArgumentParser(
+        prog="python -m runner.doctor",
+        description="Look at what a run would need, and say what to change. Takes the arguments of `python -m runner`.",
+    )
+    parser.add_argument("--ask", action="store_true", help="send one tiny request to each deployment (it may cost)")
+    given, overrides = parser.parse_known_args(argv)
+    try:
+        config = _compose(overrides)
+    except ConfigError as error:
+        write(sys.stderr, f"runner: {error}\n")
+        return BAD_CONFIG
+    return asyncio.run(_show(config, ask=given.ask))
+
+
+async def examine(config: RunnerConfig, *, ask: bool = False) -> AsyncIterator[Finding]:
+    """The findings about ``config``, one after the other, as they are made.
+
+    Args:
+        ask: Whether each deployment is sent one tiny request.
+    """
+    try:
+        check(config)
+        yield _ok("configuration", "every key is known, every value possible")
+    except ConfigError as error:
+        yield _fault("configuration", str(error))
+        return
+    yield _look_at_rows(config)
+    for label, deployment in replicas(config).items():
+        async for finding in _look_at_deployment(label, deployment, config, ask=ask):
+            yield finding
+    for finding in (*_look_at_disk(Path(config.runs_dir)), *_look_at_descriptors(config)):
+        yield finding
+    yield await _look_at_tracker(config)
+
+
+def _compose(overrides: Sequence[str]) -> RunnerConfig:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from runner.complaints import explain
+    from runner.composition import compose
+
+    try:
+        return compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from None
+
+
+async def _show(config: RunnerConfig, *, ask: bool) -> int:
+    faults = 0
+    async for finding in examine(config, ask=ask):
+        faults += finding.verdict is Verdict.fault
+        word, colour = finding.verdict.value
+        mark = f"\x1b[{colour}m{word:<5}\x1b[0m" if _in_colour() else f"{word:<5}"
+        write(sys.stdout, f"{mark}  {printable(finding.subject):<14}  {printable(finding.text)}\n")
+    closing = "Everything is in place." if not faults else f"{faults} to mend." if faults > 1 else "One to mend."
+    write(sys.stdout, f"\n{closing}\n")
+    return BAD_CONFIG if faults else FINISHED
+
+
+def _in_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _look_at_rows(config: RunnerConfig) -> Finding:
+    try:
+        workload = Workload(config)
+        workload.check()
+        total = workload.count()
+    except (ConfigError, DatasetError) as error:
+        return _fault("dataset", str(error))
+    if total == 0:
+        return _note("dataset", "it has no rows")
+    return _ok("dataset", "it can be read" if total is None else f"{total:,} to ask")
+
+
+async def _look_at_deployment(
+    label: str, deployment: DeploymentConfig, config: RunnerConfig, *, ask: bool
+) -> AsyncIterator[Finding]:
+    prefix, _, model = deployment.model.partition("/")
+    provider = DIRECT.get(prefix)
+    try:
+        transport = open_transport(deployment, simulator=config.simulator, timeout_s=_ASK_TIMEOUT_S)
+        key = key_of(deployment)
+    except ConfigError as error:
+        yield _fault(label, str(error))
+        return
+    variable = deployment.api_key_env or (provider.key_env if provider else None)
+    base = base_of(deployment)
+    if prefix == "simulated" and base is None:
+        yield _ok(label, "simulated: needs no key and no network")
+    elif key is not None:
+        yield _ok(label, f"there is a key in {variable}")
+    elif provider is None:
+        missing = missing_keys(deployment.model)
+        yield _fault(label, f"set {' and '.join(missing)}") if missing else _ok(label, "LiteLLM finds its keys")
+    else:
+        yield _note(label, f"there is no key in {variable}: right for a server that wants none")
+    if base is not None:
+        yield await _look_at_server(label, deployment, base, key, model)
+    if ask:
+        request = GenerationRequest(input="Say OK.", endpoint=config.endpoint, params=_tiny(config))
+        try:
+            response = await transport.send(request)
+        except RequestError as error:
+            yield _fault(label, f"one request: {type(error).__name__}: {error}")
+        else:
+            yield _ok(label, f"one request: answered by {response.model_id or deployment.model}")
+            for finding in _look_at_limits(label, deployment, config, response):
+                yield finding
+    await transport.aclose()
+
+
+async def _look_at_server(label: str, deployment: DeploymentConfig, base: str, key: str | None, model: str) -> Finding:
+    try:
+        await check_addresses({label: deployment})
+        listed = await listed_models(base, key)
+    except ConfigError as error:
+        return _fault(label, str(error))
+    except RequestError as error:
+        if error.systemic and error.status in (401, 403):
+            return _fault(label, f"the server refuses the key: {error}")
+        return _note(label, f"the server is there, but its list of models is not: {error}")
+    if listed and model not in listed:
+        some = ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")
+        return _fault(label, f"the server does not list {model!r}, but {some}: correct the model's name")
+    return _ok(label, f"{base} lists the model")
+
+
+def _look_at_limits(
+    label: str, deployment: DeploymentConfig, config: RunnerConfig, response: Response
+) -> Iterator[Finding]:
+    """Compare the limits that the provider's headers tell with those that are configured."""
+    limits = deployment.limits or config.limits
+    for key, names in _LIMIT_HEADERS.items():
+        told = next((value for name in names if (value := _number(response.headers, name))), None)
+        if told is None:
+            continue
+        ours = getattr(limits, key)
+        if ours is None:
+            yield _note(label, f"the provider allows {told:,.0f}: limits.{key}={told:.0f} would keep to it")
+        elif ours > told:
+            yield _note(label, f"limits.{key}={ours:g} is above the provider's {told:,.0f}: it will answer 429")
+        else:
+            yield _ok(label, f"limits.{key}={ours:g} is within the provider's {told:,.0f}")
+
+
+def _number(headers: Mapping[str, str], name: str) -> float | None:
+    text = headers.get(name) or headers.get(f"llm_provider-{name}")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
+
+
+def _tiny(config: RunnerConfig) -> dict[str, object]:
+    """The experiment's own parameters, with a short answer."""
+    key = "max_completion_tokens" if "max_completion_tokens" in config.request else "max_tokens"
+    if config.endpoint.value == "responses":
+        key = "max_output_tokens"
+    return {**{name: value for name, value in config.request.items() if name != "timeout"}, key: 16, "stream": False}
+
+
+def _look_at_disk(folder: Path) -> Iterator[Finding]:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        yield _fault("disk", f"{there} cannot be written: choose another folder with runs_dir=PATH")
+        return
+    free = shutil.disk_usage(there).free
+    text = f"{free / 2**30:,.1f} GiB free for {folder}"
+    yield _ok("disk", text) if free > _LOW_DISK_BYTES else _note("disk", f"only {text}: make room before a long run")
+
+
+def _look_at_descriptors(config: RunnerConfig) -> Iterator[Finding]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    slots = config.limits.concurrency
+    if isinstance(slots, int) and slots + 100 > soft:
+        yield _fault(
+            "open files", f"limits.concurrency={slots} needs more than {soft} allow: ulimit -n {2 * slots + 100}"
+        )
+
+
+async def _look_at_tracker(config: RunnerConfig) -> Finding:
+    if config.tracker.kind is TrackerKind.none:
+        return _ok("tracker", "switched off; numbers go to metrics.jsonl in the run's folder")
+    if find_spec("wandb") is None:
+        return _fault("tracker", "wandb is not installed: install runner again, or use tracker=none")
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return _ok("tracker", f"W&B is {os.environ['WANDB_MODE']} (WANDB_MODE)")
+
+    import wandb
+
+    if not wandb.login(verify=False, prompt=False):
+        return _note("tracker", "W&B has no key, so runs are kept offline: set WANDB_API_KEY or run `wandb login`")
+    host = urlsplit(str(wandb.Settings().base_url))
+    try:
+        async with asyncio.timeout(_WANDB_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(
+                host.hostname, host.port or (443 if host.scheme == "https" else 80)
+            )
+        writer.close()
+    except (OSError, TimeoutError, socket.gaierror):
+        return _note("tracker", f"W&B's server {host.hostname} cannot be reached, so runs are kept offline")
+    return _ok("tracker", f"W&B has a key, and {host.hostname} is reachable")
+
+
+def _ok(subject: str, text: str) -> Finding:
+    return Finding(verdict=Verdict.ok, subject=subject, text=text)
+
+
+def _note(subject: str, text: str) -> Finding:
+    return Finding(verdict=Verdict.note, subject=subject, text=text)
+
+
+def _fault(subject: str, text: str) -> Finding:
+    return Finding(verdict=Verdict.fault, subject=subject, text=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

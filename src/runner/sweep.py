@@ -1,0 +1,67 @@
+"""A sweep: the cells of one multirun, gathered through files in a folder that all of them see.
+
+Cells run wherever the launcher puts them: in this process, in others, on other hosts. Each notes how it stands in the
+sweep's folder, ``runs_dir/name/sweep-ID``, and the process that started them reads it there when they have ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.results import replace_file
+
+_SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "-")
+"""Beginnings of arguments that say where the cells run, and not which there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One cell, as it notes itself."""
+
+    number: int  # in the order of the multirun
+    name: str  # its own overrides: what sets it apart
+    folder: str  # of its run
+    exit_code: int | None = None  # None: at work, or killed
+    message: str | None = None  # why it failed or stopped
+    summary: Mapping[str, Any] = field(default_factory=dict)  # the content of summary.json
+
+
+class Sweep:
+    """The folder of a sweep.
+
+    Args:
+        folder: On a file system that the cells share.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def forget(self) -> None:
+        """Forget how the cells ended last time. Their runs stay."""
+        shutil.rmtree(self._cells, ignore_errors=True)
+
+    def note(self, cell: Cell) -> None:
+        """Write down how a cell stands. Safe from any process; the last note counts."""
+        self._cells.mkdir(parents=True, exist_ok=True)
+        replace_file(self._cells / f"{cell.number}.json", json.dumps(asdict(cell)).encode())
+
+    def cells(self) -> list[Cell]:
+        """The cells that have begun, in their order."""
+        notes = (json.loads(path.read_bytes()) for path in self._cells.glob("*.json"))
+        return sorted((Cell(**note) for note in notes), key=lambda cell: cell.number)
+
+    @property
+    def _cells(self) -> Path:
+        return self.folder / "cells"
+
+
+def sweep_id(arguments: Sequence[str]) -> str:
+    """Eight hex digits that name the sweep of a command line: the same for the same cells, wherever they run."""
+    asked = sorted(argument for argument in arguments if not argument.startswith(_SAME_CELLS))
+    return hashlib.sha256("\0".join(asked).encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from harness import Asked, refusal, serving, shout
+from runner.config import DeploymentConfig, LimitsConfig, RunnerConfig, TrackerConfig, TrackerKind
+from runner.doctor import Finding, Verdict, examine, main
+
+
+def experiment(url: str, **changes: object) -> RunnerConfig:
+    config = RunnerConfig(
+        model="hosted_vllm/llama",
+        api_base=url,
+        prompt="hi",
+        tracker=TrackerConfig(kind=TrackerKind.none),
+    )
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+async def findings(config: RunnerConfig, *, ask: bool = False) -> list[Finding]:
+    return [finding async for finding in examine(config, ask=ask)]
+
+
+def faults(found: list[Finding]) -> list[str]:
+    return [finding.text for finding in found if finding.verdict is Verdict.fault]
+
+
+def listing(*models: str) -> web.Response:
+    return web.json_response({"data": [{"id": model} for model in models]})
+
+
+async def test_a_server_that_lists_the_model_is_fine_and_is_asked_nothing_that_costs() -> None:
+    async with serving(lambda asked: listing("llama")) as server:
+        found = await findings(experiment(server.url))
+
+    assert faults(found) == []
+    assert [asked.path for asked in server.requests] == ["/v1/models"]
+
+
+async def test_a_model_that_the_server_does_not_list_is_named_with_those_it_does() -> None:
+    async with serving(lambda asked: listing("llama-3-8b")) as server:
+        [fault] = faults(await findings(experiment(server.url)))
+
+    assert "'llama'" in fault
+    assert "llama-3-8b" in fault
+
+
+async def test_a_refused_key_is_a_fault_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-canary-0123456789")
+    async with serving(lambda asked: refusal(401, "invalid_api_key", "bad key sk-canary-0123456789")) as server:
+        found = await findings(experiment(server.url, api_key_env="MY_KEY"))
+
+    [fault] = faults(found)
+    assert "refuses the key" in fault
+    assert not any("canary" in finding.text for finding in found)
+
+
+async def test_a_server_that_is_not_there_is_a_fault() -> None:
+    async with serving() as server:
+        gone = server.url
+
+    [fault] = faults(await findings(experiment(gone)))
+
+    assert "nobody listens" in fault
+
+
+async def test_a_server_without_a_list_of_models_is_noted_only() -> None:
+    async with serving(lambda asked: web.Response(status=404)) as server:
+        found = await findings(experiment(server.url))
+
+    assert faults(found) == []
+    assert any("list of models" in finding.text for finding in found)
+
+
+async def test_a_request_on_consent_compares_the_limits_with_the_provider_s_headers() -> None:
+    def answer(asked: Asked) -> web.Response:
+        if asked.path == "/v1/models":
+            return listing("llama")
+        response = shout(asked)
+        response.headers["x-ratelimit-limit-requests"] = "300"
+        response.headers["x-ratelimit-limit-tokens"] = "1000"
+        return response
+
+    limits = LimitsConfig(rpm=500)
+    async with serving(answer) as server:
+        found = await findings(experiment(server.url, limits=limits), ask=True)
+
+    notes = [finding.text for finding in found if finding.verdict is Verdict.note]
+    assert any("limits.rpm=500 is above the provider's 300" in note for note in notes)
+    assert any("limits.tpm=1000 would keep to it" in note for note in notes)
+    assert server.requests[-1].body["max_tokens"] == 16
+
+
+async def test_every_deployment_is_looked_at() -> None:
+    async with serving(lambda asked: listing("llama")) as server:
+        config = experiment(
+            server.url,
+            deployments={
+                "gpu-0": DeploymentConfig(model="hosted_vllm/llama", api_base=server.url),
+                "gpu-1": DeploymentConfig(model="hosted_vllm/lama", api_base=server.url),
+            },
+        )
+        found = await findings(config)
+
+    assert {finding.subject for finding in found if finding.verdict is Verdict.fault} == {"gpu-1"}
+
+
+async def test_a_folder_that_cannot_be_made_and_too_many_slots_are_faults(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    config = experiment("", model="simulated/echo", api_base=None, runs_dir=str(file / "runs"))
+    config.limits.concurrency = 10_000_000
+
+    assert any("runs_dir" in fault for fault in faults(await findings(config)))
+    assert any("ulimit" in fault for fault in faults(await findings(config)))
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promt=x"]) == 2
+    assert "Did you mean 'prompt'" in capsys.readouterr().err
+    assert main(["tracker=none"]) == 2
+    assert "FAULT  dataset" in capsys.readouterr().out
+    assert main(["tracker=none", "+experiment=quickstart"]) == 0
+    assert "Everything is in place." in capsys.readouterr().out
