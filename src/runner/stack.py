@@ -1,9 +1,13 @@
-"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``."""
+"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``.
+
+Where the window is found automatically, each transport is an ``Adaptive(Transport)``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from runner.adaptive import Adaptive
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, SimulatorConfig
 from runner.estimate import Estimator
@@ -14,6 +18,7 @@ from runner.router import Router
 from runner.sharing import open_shared
 from runner.transports import open_transport
 from runner.transports.prices import price_for
+from runner.tuner import Tuner
 from runner.types import Client
 
 
@@ -24,12 +29,16 @@ def open_stack(
     retry: RetryConfig,
     simulator: SimulatorConfig,
     window: Window,
+    tuner: Tuner | None = None,
     timeout_s: float | None = None,
     limiters: Mapping[str, RateLimiter] | None = None,
 ) -> Client:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
 
     Args:
+        window: Where requests give their slots back while they wait for a retry or the end of a pause.
+        tuner: Sets the window by what comes of the requests; None: nobody does.
+        timeout_s: How long an attempt may take where its request does not say; None: `transports.DEFAULT_TIMEOUT_S`.
         limiters: What `open_limiters` gave, for stacks that are to keep the limits together.
 
     Raises:
@@ -39,8 +48,9 @@ def open_stack(
     limited: dict[str, Client] = {}
     for label, deployment in deployments.items():
         own = deployment.limits or limits
+        transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
         limited[label] = Limited(
-            open_transport(deployment, simulator=simulator, timeout_s=timeout_s),
+            transport if tuner is None else Adaptive(transport, tuner),
             limiters[label],
             label=label,
             estimator=Estimator.of(
