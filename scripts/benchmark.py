@@ -4,6 +4,7 @@
     python scripts/benchmark.py --infermesh /path/to/its/python             # with the predecessor
     python scripts/benchmark.py --rows 200000 --repeats 1 --only experiment # memory at scale
     python scripts/benchmark.py server                                      # the server alone, until stdin ends
+    python scripts/benchmark.py limits --requests 200000                    # the rate limiter alone
     py-spy record -- python scripts/benchmark.py raw --server URL           # one contender, once, in this process
 
 The comparison prints a JSON line per contender, with the medians of its runs, and a line with the ratios of those
@@ -48,7 +49,7 @@ from urllib.parse import urlsplit
 
 MODEL = "m"
 MICRO_BATCH_SIZE = 32
-DIMENSIONS = 64
+DIMENSIONS = 256
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -60,6 +61,8 @@ def main() -> None:
         throughput(arguments)
     elif arguments.what == "server":
         asyncio.run(serve())
+    elif arguments.what == "limits":
+        print(json.dumps(limits(arguments.requests)))
     else:
         with server_at(arguments.server) as server:
             job = Job(server=server, requests=arguments.requests, concurrency=arguments.concurrency)
@@ -75,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         "what",
         nargs="?",
         default="throughput",
-        choices=["throughput", "server", *IN_PROCESS],
+        choices=["throughput", "server", "limits", *IN_PROCESS],
         help="default: throughput",
     )
     parser.add_argument("--requests", "--rows", type=int, default=20_000, metavar="N", help="default: 20000")
@@ -366,6 +369,37 @@ def infermesh_batch(job: Job) -> Timing:
     client.close()
     require(not any(batch.errors or ()), "requests failed")
     return stopwatch.timing
+
+
+def limits(requests: int) -> dict[str, Any]:
+    """The rate limiter alone: four limits, a thousand workers in line, headers read and usage settled each time.
+
+    The limit is 25,000 a second, so that there is a line; what the limiter could do is in the rate per CPU second.
+    """
+    from runner import RateLimiter
+
+    stopwatch = Stopwatch()
+    limiter = RateLimiter(1.5e6, 1e9, 1e9, 1e13)
+    headers = {"x-ratelimit-remaining-requests": "1500000", "x-ratelimit-limit-requests": "1500000"}
+    numbers = iter(range(requests))
+
+    async def work() -> None:
+        for _ in numbers:
+            handle = await limiter.acquire(100)
+            await limiter.adjust(handle, 90, headers)
+
+    async def run() -> None:
+        with stopwatch:
+            await asyncio.gather(*(work() for _ in range(1_000)))
+
+    asyncio.run(run())
+    timing = stopwatch.timing
+    return {
+        "name": "limits",
+        "requests_per_s": rate(requests, timing.elapsed_s),
+        "cpu_us_per_request": round(1e6 * timing.cpu_s / requests, 2),
+        "requests_per_cpu_s": rate(requests, timing.cpu_s),
+    }
 
 
 async def ask_all(ask: Callable[[Q], Awaitable[A]], questions: Sequence[Q], concurrency: int) -> list[A]:

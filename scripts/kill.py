@@ -1,6 +1,7 @@
 """Kills a run again and again, lets it finish, and checks that nothing was lost, doubled or asked in vain.
 
     python scripts/kill.py --kills 50 --rows 5000 --seed 1
+    python scripts/kill.py --kills 5 --rows 2000 --task embed --concurrency 8
 
 Each session is ended with SIGKILL once the server has seen a random number of its requests, and followed by the same
 command. The server's answers meet faults of every kind. Prints one JSON line; exits with 1 if a promise was broken:
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import sqlite3
@@ -25,10 +27,13 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from runner.config import SimulatorConfig
+from runner.simulator.model import AnswerKey, Model
 
 FAULTS = {
     **{"http_429": 0.02, "http_500": 0.02, "http_502": 0.01, "http_503": 0.01, "http_529": 0.01},
@@ -42,10 +47,60 @@ WAITING = 256
 _ROUNDING_USD = 1e-9
 
 
+GROUP = 8
+"""Texts in one embedding request."""
+
+
+class Generate:
+    """Prompts, answered with their echo."""
+
+    arguments: tuple[str, ...] = ("dataset=jsonl", "dataset.path=rows.jsonl", "request.max_tokens=16")
+    group = 1
+    bounded = True  # what an attempt can cost is known
+
+    def lay(self, folder: Path, prompts: Sequence[str]) -> None:
+        rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts)
+        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+
+    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
+        return bool(row["output_text"] == f"echo: {prompt}")
+
+
+class Embed(Generate):
+    """Texts, each with the vector that is its own."""
+
+    arguments = ("task=embed", f"task.micro_batch_size={GROUP}", "dataset=jsonl", "dataset.path=rows.jsonl")
+    group = GROUP
+    model = Model(SimulatorConfig(), AnswerKey({}))
+
+    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
+        return bool(row["embedding"] == self.model.vector("echo", prompt))
+
+
+class Transcribe:
+    """Recordings, of which the server repeats the names."""
+
+    arguments = ("task=transcribe", "dataset=files", "dataset.path=recordings")
+    group = 1
+    bounded = False
+
+    def lay(self, folder: Path, prompts: Sequence[str]) -> None:
+        (folder / "recordings").mkdir()
+        for prompt in prompts:
+            (folder / "recordings" / prompt).write_text(prompt, encoding="utf-8")
+
+    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
+        return bool(row["text"] == f"echo: {prompt}")
+
+
+WORK: dict[str, Generate | Transcribe] = {"generate": Generate(), "embed": Embed(), "transcribe": Transcribe()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a run again and again, and check what is left.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--task", choices=list(WORK), default="generate")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency-s", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
@@ -64,21 +119,21 @@ class Trial:
         self._folder = folder
         self._server = url.removesuffix("/v1")
         self._kills = options.kills
-        self._concurrency = options.concurrency
+        self._work = WORK[options.task]
+        self._in_flight = options.concurrency * self._work.group
         self._random = random.Random(options.seed)
-        self._prompts = [f"question {options.seed}-{number}" for number in range(options.rows)]
+        self._prompts = [f"question {options.seed}-{number:06}.wav" for number in range(options.rows)]
         self._held: dict[str, int] = {}  # prompts with a stored answer: how often they had been asked by then
         self._lost: set[str] = set()  # prompts with an answer that was not stored
         self._costs: list[tuple[float, float, float]] = []  # in the books at least, charged, in the books at most
         self._violations: list[str] = []
         self._command = [
             *(sys.executable, "-m", "runner", "model=simulated/echo", f"api_base={url}"),
-            *("dataset=jsonl", "dataset.path=rows.jsonl", "name=kill", "tracker=none"),
+            *(*self._work.arguments, "name=kill", "tracker=none"),
             *(f"limits.concurrency={options.concurrency}", "retry.base_s=0.02"),
-            *("request.max_tokens=16", "request.timeout=1"),
+            "request.timeout=1",
         ]
-        rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in self._prompts)
-        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+        self._work.lay(folder, self._prompts)
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -101,7 +156,7 @@ class Trial:
             "requests": sum(count["asked"] for count in asked.values()),
             "answers_lost": len(self._lost),
             "finishing_sessions": sessions,
-            "cost_usd": dict(zip(("at_least", "charged", "at_most"), self._costs[-1], strict=True)),
+            "cost_usd": [round(cost, 6) for cost in self._costs[-1] if cost < math.inf],
             "seconds": round(time.monotonic() - started, 1),
             "violations": self._violations,
         }
@@ -109,7 +164,7 @@ class Trial:
     def _killed(self, kills_left: int) -> bool:
         """Begin a session and kill it. False: it came to its end before."""
         before = self._requests()
-        share = (len(self._prompts) - len(self._held)) / (kills_left + 1)
+        share = (len(self._prompts) - len(self._held)) / (kills_left + 1) / self._work.group
         requests = self._random.randint(0, int(1.5 * share))
         session = self._session()
         if requests == 0:
@@ -146,7 +201,7 @@ class Trial:
         for prompt in self._held.keys() - booked.keys():
             self._violations.append(f"{prompt} had an answer and lost it")
         lost = {prompt for prompt, count in asked.items() if count["answered"]} - self._held.keys()
-        if len(lost - self._lost) > self._concurrency + WAITING:
+        if len(lost - self._lost) > self._in_flight + WAITING:
             self._violations.append(f"a kill cost {len(lost - self._lost)} answers")
         self._lost |= lost
 
@@ -158,8 +213,8 @@ class Trial:
         if [row["_index"] for row in rows] != list(range(len(self._prompts))):
             self._violations.append("results.jsonl does not hold every row once, in order")
         for row in rows:
-            if row["output_text"] != f"echo: {self._prompts[row['_index']]}":
-                self._violations.append(f"row {row['_index']} has the answer {row['output_text']!r}")
+            if row["error"] or not self._work.is_answer(row, self._prompts[row["_index"]]):
+                self._violations.append(f"row {row['_index']} has another row's answer, or none: {str(row)[:200]}")
 
     def _stored(self) -> tuple[list[tuple[int, int, int]], tuple[float, float]]:
         """Position, answers and other attempts of each row, and the bounds of the cost, as the last session left them.
@@ -173,9 +228,10 @@ class Trial:
                 if not database.execute(_LAID).fetchone():
                     return [], (0.0, 0.0)
                 at_least, bounds, without_bound = database.execute(_COSTS).fetchone()
-                if without_bound:
+                if without_bound and self._work.bounded:
                     self._violations.append(f"{without_bound} attempts have no bound")
-                return database.execute(_STORED).fetchall(), (at_least, at_least + bounds)
+                at_most = at_least + bounds if self._work.bounded else math.inf
+                return database.execute(_STORED).fetchall(), (at_least, at_most)
 
     def _asked(self) -> dict[str, dict[str, int]]:
         """Counts by prompt, once the server has noticed that nobody waits for it any more."""

@@ -16,7 +16,6 @@ from runner.config import (
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
-    Scope,
     ScorerConfig,
     ShardConfig,
     Shared,
@@ -50,6 +49,7 @@ GOOD: dict[str, dict[str, Any]] = {
             default_output_tokens=0,
         )
     },
+    "a window that is found": {"limits": LimitsConfig(concurrency="auto", max_concurrency=1)},
     "no retries": {"retry": RetryConfig(max_retries=0, base_s=0)},
     "a dataset of nothing": {"dataset": DatasetConfig(limit=0)},
     "the last shard": {"dataset": DatasetConfig(shard=ShardConfig(index=3, count=4))},
@@ -88,6 +88,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (limited(concurrency=1.5), r"^limits\.concurrency=1\.5"),
     (limited(concurrency="many"), r"^limits\.concurrency='many'"),
     (limited(concurrency=None), r"^limits\.concurrency=None"),
+    (limited(max_concurrency=0), r"^limits\.max_concurrency=0: at least 1"),
     *[
         (limited(**{key: value}), rf"^limits\.{key}={value}: a number above 0")
         for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst")
@@ -135,6 +136,7 @@ SECRET = "sk-do-not-print-me"
         (served(api_key=SECRET), "deployments.east.api_key"),
         (served(extra_kwargs={"api_key": SECRET}), "deployments.east.extra_kwargs.api_key"),
         ({"request": {"api_key": SECRET}}, "request.api_key"),
+        (rows(kind=DatasetKind.python, arguments={"password": SECRET}), "dataset.arguments.password"),
         ({"request": {"aws_secret_access_key": SECRET}}, "request.aws_secret_access_key"),
         ({"request": {"extra_headers": {"Authorization": SECRET}}}, "request.extra_headers.Authorization"),
         ({"request": {"extra_headers": {"X-Api-Key": SECRET}}}, "request.extra_headers.X-Api-Key"),
@@ -148,12 +150,21 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
     assert SECRET not in str(caught.value)
 
 
+def test_limits_that_are_shared_must_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.shared=file shares limits, and there are none: set limits\.rpm"):
+        check(RunnerConfig(limits=LimitsConfig(shared=Shared.file)))
+    check(RunnerConfig(limits=LimitsConfig(shared=Shared.file, otpm=5)))
+
+
+def test_a_password_has_no_place_in_the_address_of_redis() -> None:
+    with pytest.raises(ConfigError, match="RUNNER_REDIS_PASSWORD") as caught:
+        check(RunnerConfig(limits=LimitsConfig(redis_url="redis://:hunter2@host:6379/0")))
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        (limited(concurrency="auto"), "limits.concurrency=auto"),
-        (limited(header_bucket_scope=Scope.day), "limits.header_bucket_scope=day"),
-        (limited(shared=Shared.redis), "limits.shared=redis"),
         ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
         ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),

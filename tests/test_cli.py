@@ -123,10 +123,14 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "succeeded": 60,
         "failed": 0,
         "reused": 0,
+        "concurrency": {"window": 64, "why": None},
         "tokens": {"prompt": 180, "completion": 120, "total": 300, "cached": 0, "reasoning": 0},
         "cost_usd": None,
         "cost_usd_upper_bound": None,
         "attempts_of_unknown_cost": 60,
+        "attempts_without_bound": 60,
+        "deduplicated": 0,
+        "taken_over": 0,
         "retries": 0,
         "unparsed": 0,
         "errors": {},
@@ -322,9 +326,10 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
     assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
 
 
-def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command) -> None:
+@pytest.mark.parametrize(("task", "concurrency"), [("generate", 16), ("embed", 2), ("transcribe", 16)])
+def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command, task: str, concurrency: int) -> None:
     script = SOURCES.parent / "scripts" / "kill.py"
-    arguments = ["--kills=4", "--rows=400", "--concurrency=16", "--latency-s=0.05"]
+    arguments = [f"--task={task}", "--kills=4", "--rows=400", f"--concurrency={concurrency}", "--latency-s=0.05"]
     done = subprocess.run(
         [sys.executable, str(script), *arguments], env=command.environment, capture_output=True, text=True, check=False
     )

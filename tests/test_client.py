@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import io
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +27,10 @@ from runner.errors import (
     AuthenticationError,
     BadRequestError,
     ConfigError,
+    InsufficientQuotaError,
     InternalServerError,
     RequestError,
+    RequestTooLargeError,
     RowError,
 )
 
@@ -343,6 +347,16 @@ async def test_an_answer_that_does_not_fit_is_a_warning_and_none(caplog: pytest.
     assert "does not fit Answer" in caplog.text
 
 
+def test_a_tool_call_is_no_answer_that_does_not_fit(client: LMClient, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+    result = client.generate("add", tools=[tool], tool_choice="required", response_format=Answer)
+
+    assert result.tool_calls
+    assert result.output_parsed is None
+    assert not caplog.records
+
+
 async def test_an_answer_may_be_parsed_without_a_format() -> None:
     async with (
         serving(says('{"any": 1}')) as provider,
@@ -447,6 +461,49 @@ async def test_without_return_exceptions_the_first_bad_text_is_raised() -> None:
             await client.aembed_batch(["a"], micro_batch_size=0)
 
 
+# Transcriptions
+
+
+def test_a_recording_is_transcribed_from_a_path_from_bytes_and_from_a_file(client: LMClient, tmp_path: Path) -> None:
+    path = tmp_path / "talk.wav"
+    path.write_bytes(b"sound")
+
+    with path.open("rb") as file:
+        batch = client.transcribe_batch([path, str(path), b"sound", file, io.BytesIO(b"sound")])
+    single = client.transcribe(path, response_format="verbose_json")
+
+    names = ["talk.wav", "talk.wav", "audio.wav", "talk.wav", "audio.wav"]
+    assert [result.text for result in batch if result] == [f"echo: {name}" for name in names]
+    assert single.text == "echo: talk.wav"
+    assert single.language == "english"
+    assert single.duration_s is not None
+    assert single.raw_response["task"] == "transcribe"  # type: ignore[index]
+    assert single.metrics is not None
+    assert single.metrics.deployment == "simulated/echo"
+
+
+def test_a_recording_that_is_missing_or_too_large_fails_alone(client: LMClient, tmp_path: Path) -> None:
+    good, large = tmp_path / "good.wav", tmp_path / "large.wav"
+    good.write_bytes(b"sound")
+    with large.open("wb") as file:
+        file.truncate(26 * 2**20)
+    told: list[int] = []
+
+    batch = client.transcribe_batch(
+        (each for each in (good, tmp_path / "missing.wav", large, good)), on_result=lambda index, *_: told.append(index)
+    )
+
+    assert [result is not None for result in batch] == [True, False, False, True]
+    assert isinstance(batch.errors[1], RowError)
+    assert isinstance(batch.errors[2], RequestTooLargeError)
+    assert sorted(told) == [0, 1, 2, 3]
+    assert client.transcribe(large, max_transcription_bytes=None).text == "echo: large.wav"
+    with pytest.raises(RequestTooLargeError, match="more than 4 bytes"):
+        client.transcribe(b"sound", max_transcription_bytes=4)
+    with pytest.raises(RowError, match=r"missing\.wav"):
+        client.transcribe_batch([tmp_path / "missing.wav"], return_exceptions=False)
+
+
 # Loops, threads, endings
 
 
@@ -465,6 +522,14 @@ def test_one_client_serves_one_event_loop_after_the_other(client: LMClient) -> N
         return (await client.agenerate("hello")).output_text
 
     assert asyncio.run(ask()) == asyncio.run(ask()) == client.generate("hello").output_text == "echo: hello"
+
+
+def test_both_twins_take_from_one_quota() -> None:
+    with echo(rpd=3) as client:
+        for _ in range(3):
+            client.generate("hello")
+        with pytest.raises(InsufficientQuotaError):
+            asyncio.run(client.agenerate("hello"))
 
 
 def test_many_threads_may_call_at_once(client: LMClient) -> None:

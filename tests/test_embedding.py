@@ -54,10 +54,17 @@ async def test_texts_go_in_one_request_and_come_back_in_order() -> None:
     outcomes = await outcomes_of(provider, ["a", "bb", "ccc"])
 
     assert provider.asked == [["a", "bb", "ccc"]]
-    assert [outcome.index for outcome in outcomes] == [0, 1, 2]
+    assert [outcome.place for outcome in outcomes] == [0, 1, 2]
     assert [outcome.embedding for outcome in outcomes] == [[1.0], [2.0], [3.0]]
     assert {(outcome.model_id, outcome.request_id) for outcome in outcomes} == {("m-1", "r-1")}
     assert len({id(outcome.trace) for outcome in outcomes}) == 1
+
+
+async def test_of_no_texts_nothing_is_asked() -> None:
+    provider = Provider()
+
+    assert await outcomes_of(provider, []) == []
+    assert provider.asked == []
 
 
 @pytest.mark.parametrize(
@@ -77,8 +84,8 @@ async def test_a_bad_text_fails_alone(error: errors.ItemError) -> None:
 
     outcomes = await outcomes_of(provider, texts)
 
-    assert [outcome.index for outcome in outcomes] == list(range(32))
-    assert [outcome.index for outcome in outcomes if outcome.embedding is None] == [13]
+    assert [outcome.place for outcome in outcomes] == list(range(32))
+    assert [outcome.place for outcome in outcomes if outcome.embedding is None] == [13]
     assert outcomes[13].error is error
     assert len(provider.asked) == 1 + 2 * 5
 
@@ -88,7 +95,7 @@ async def test_several_bad_texts_fail_each_for_itself() -> None:
 
     outcomes = await outcomes_of(Provider(fails_on("text 0", "text 1", "text 19")), texts)
 
-    assert [outcome.index for outcome in outcomes if outcome.error] == [0, 1, 19]
+    assert [outcome.place for outcome in outcomes if outcome.error] == [0, 1, 19]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ async def test_the_outcomes_of_a_request_are_there_before_the_next_is_sent() -> 
     provider = Provider(fails_on("bad"))
 
     sent = [
-        (len(provider.asked), [outcome.index for outcome in part])
+        (len(provider.asked), [outcome.place for outcome in part])
         async for part in embed(provider.send, texts, requests_for(texts))
     ]
 

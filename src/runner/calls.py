@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 from runner.embedding import EmbeddingOutcome, embed
-from runner.errors import ParseError
+from runner.errors import ItemError, ParseError
 from runner.media import TranscriptionInput, read_audio
 from runner.prompt import require_input
 from runner.response_format import ResponseFormat
@@ -23,6 +24,7 @@ from runner.types import (
     Request,
     RequestMetrics,
     Response,
+    TokenUsage,
     Trace,
     Transcript,
     TranscriptionRequest,
@@ -74,7 +76,7 @@ class GenerationCall:
         )
 
     def _parsed(self, output: Generation) -> Any:
-        if self.layout is None:
+        if self.layout is None or (output.tool_calls and not output.text):
             return None
         try:
             return self.layout.parse(output.text)
@@ -95,29 +97,24 @@ class EmbeddingCall:
         Raises:
             ItemError: There is no vector for the text.
         """
-        [[outcome]] = [part async for part in self.outcomes(send, [text])]
-        if outcome.error is not None:
-            raise outcome.error
-        return self.result(outcome)
+        [[(_, result)]] = [part async for part in self.many(send, [text])]
+        if isinstance(result, ItemError):
+            raise result
+        return result
 
-    def outcomes(self, send: Send, texts: Sequence[str]) -> AsyncIterator[list[EmbeddingOutcome]]:
-        """What comes of one micro-batch, as `embed` yields it."""
+    async def many(
+        self, send: Send, texts: Sequence[str]
+    ) -> AsyncIterator[list[tuple[int, EmbeddingResult | ItemError]]]:
+        """What comes of the texts of a micro-batch, with their places, for each request that settles."""
 
         def request(part: range) -> EmbeddingRequest:
             return EmbeddingRequest(texts=texts[part.start : part.stop], params=self.params, timeout_s=self.timeout_s)
 
-        return embed(send, texts, request)
-
-    def result(self, outcome: EmbeddingOutcome) -> EmbeddingResult:
-        """The result of a text that has a vector."""
-        assert outcome.embedding is not None
-        return EmbeddingResult(
-            model_id=outcome.model_id,
-            embedding=outcome.embedding,
-            token_usage=outcome.usage,
-            request_id=outcome.request_id,
-            metrics=_metrics(outcome.trace, outcome.cost_usd),
-        )
+        async for part in embed(send, texts, request):
+            metrics = _shared_metrics(part[0].trace)
+            yield [
+                (outcome.place, outcome.error or _embedding_result(outcome, metrics(outcome.usage))) for outcome in part
+            ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +147,22 @@ class TranscriptionCall:
             request_id=response.request_id,
             metrics=_metrics(request.trace, request.trace.cost_usd(response.usage)),
         )
+
+
+def _embedding_result(outcome: EmbeddingOutcome, metrics: RequestMetrics) -> EmbeddingResult:
+    assert outcome.embedding is not None
+    return EmbeddingResult(
+        model_id=outcome.model_id,
+        embedding=outcome.embedding,
+        token_usage=outcome.usage,
+        request_id=outcome.request_id,
+        metrics=metrics,
+    )
+
+
+def _shared_metrics(trace: Trace) -> Callable[[TokenUsage | None], RequestMetrics]:
+    """The metrics of a text by its share of the usage, which many texts of a request have in common."""
+    return cache(lambda usage: _metrics(trace, trace.cost_usd(usage)))
 
 
 def _metrics(trace: Trace, cost_usd: float | None) -> RequestMetrics:

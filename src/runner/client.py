@@ -26,9 +26,11 @@ from runner.config import (
 from runner.embedding import MICRO_BATCH_SIZE
 from runner.engine import Engine, Engines
 from runner.errors import ConfigError, ItemError, RowError
+from runner.limiter import RateLimiter
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
-from runner.stack import open_stack
+from runner.stack import open_limiters, open_stack
+from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
     EmbeddingResult,
@@ -39,7 +41,7 @@ from runner.types import (
 )
 
 DEFAULT_PARALLEL_REQUESTS = 128
-_CHUNK = 64  # inputs that are read ahead
+_CHUNK = 64  # requests whose inputs are read ahead
 
 EndpointName: TypeAlias = Literal["chat_completion", "text_completion", "responses"]
 
@@ -51,8 +53,9 @@ class LMClient:
     """Sends single requests and batches to a model, under its limits, with retries and routing.
 
     Every method comes twice: ``agenerate`` for asynchronous code, ``generate`` for scripts and notebooks, where it
-    runs on a background event loop. Both may be used in one session, from several threads, and by several event loops;
-    slots and connections are each loop's own. Close the client, or use it in a ``with``: later calls are errors.
+    runs on a background event loop. Both may be used in one session, from several threads, and by several event loops:
+    the quota is one for all of them, slots and connections are each loop's own. Close the client, or use it in a
+    ``with``: later calls are errors.
 
     The batch methods have these in common. At most ``max_parallel_requests`` are at work at once. Inputs may be any
     iterable, asynchronous ones too; they are read as they are needed, on the event loop. Callbacks are called there as
@@ -66,7 +69,7 @@ class LMClient:
         api_key: The key. None: from the provider's usual environment variable.
         deployments: Several places that answer for ``model``, by label.
         endpoint: Which interface generations use by default.
-        max_parallel_requests: Requests in flight at once. None: 128.
+        max_parallel_requests: Requests in flight at once; ``"auto"`` finds out how many are best. None: 128.
         rpm, tpm, rpd, tpd: Requests and tokens per minute and per day.
         max_request_burst, max_token_burst: What may go out at once after a pause. None: 2 % of the limit.
         header_bucket_scope: Whether the provider's rate-limit headers speak of the minute or the day.
@@ -90,7 +93,7 @@ class LMClient:
         api_key: str | None = None,
         deployments: Mapping[str, DeploymentConfig | Mapping[str, Any]] | None = None,
         endpoint: EndpointName = "chat_completion",
-        max_parallel_requests: int | None = None,
+        max_parallel_requests: int | Literal["auto"] | None = None,
         rpm: float | None = None,
         tpm: float | None = None,
         rpd: float | None = None,
@@ -131,10 +134,12 @@ class LMClient:
                 " timeout, routing_strategy, and each deployment's weight and limits say how requests are routed"
             )
         self.background = BackgroundLoop()
+        replicas = _deployments(model, api_base, api_key, deployments)
         self._engines = Engines(
             partial(
                 _open_engine,
-                _deployments(model, api_base, api_key, deployments),
+                replicas,
+                limiters=open_limiters(replicas, limits),
                 limits=limits,
                 retry=retry,
                 simulator=simulator or SimulatorConfig(),
@@ -220,7 +225,9 @@ class LMClient:
             RowError: The input is no text.
             ConfigError: An argument cannot be used.
         """
-        return await self._embedding(kwargs)((await self._engine()).send, _require_text(input_data, "the input"))
+        if not isinstance(input_data, str):
+            raise _no_text(input_data)
+        return await self._embedding(kwargs)((await self._engine()).send, input_data)
 
     async def aembed_batch(
         self,
@@ -257,22 +264,22 @@ class LMClient:
             input_batch, return_exceptions=return_exceptions, on_result=on_result, on_progress=on_progress
         )
 
-        async def settle(micro_batch: Sequence[tuple[int, str]]) -> None:
-            places, texts = [], []
+        async def settle(micro_batch: Sequence[tuple[int, Any]]) -> None:
+            asked = []
             for index, text in micro_batch:
-                try:
-                    texts.append(_require_text(text, f"input {index}"))
-                    places.append(index)
-                except RowError as error:
-                    collector.failed(index, error)
-            async for part in call.outcomes(engine.client.send, texts):
-                for outcome in part:
-                    if outcome.error is None:
-                        collector.answered(places[outcome.index], call.result(outcome))
+                if isinstance(text, str):
+                    asked.append((index, text))
+                else:
+                    collector.failed(index, _no_text(text))
+            texts = [text for _, text in asked]
+            async for settled in call.many(engine.client.send, texts):
+                for place, result in settled:
+                    if isinstance(result, ItemError):
+                        collector.failed(asked[place][0], result)
                     else:
-                        collector.failed(places[outcome.index], outcome.error)
+                        collector.answered(asked[place][0], result)
 
-        micro_batches = chunked(collector.chunks(micro_batch_size), max(1, _CHUNK // micro_batch_size))
+        micro_batches = chunked(collector.chunks(micro_batch_size), _CHUNK)
         await run_batch(micro_batches, settle, window=engine.window)
         return collector.batch()
 
@@ -420,14 +427,22 @@ class LMClient:
 def _open_engine(
     deployments: Mapping[str, DeploymentConfig],
     *,
+    limiters: Mapping[str, RateLimiter],
     limits: LimitsConfig,
     retry: RetryConfig,
     simulator: SimulatorConfig,
     timeout_s: float | None,
 ) -> Engine:
-    window = Window(limits.concurrency)
+    window = Window.of(limits)
     client = open_stack(
-        deployments, limits=limits, retry=retry, simulator=simulator, window=window, timeout_s=timeout_s
+        deployments,
+        limits=limits,
+        retry=retry,
+        simulator=simulator,
+        window=window,
+        tuner=Tuner.of(limits, window),
+        timeout_s=timeout_s,
+        limiters=limiters,
     )
     return Engine(client=client, window=window)
 
@@ -482,7 +497,5 @@ def _check_params(where: str, params: Mapping[str, Any]) -> None:
 _OF_THE_CLIENT = {"api_base", "api_key", "base_url", "max_retries", "model", "num_retries"}
 
 
-def _require_text(text: Any, what: str) -> str:
-    if not isinstance(text, str):
-        raise RowError(f"{what} is of type {type(text).__name__}, not a text")
-    return text
+def _no_text(found: object) -> RowError:
+    return RowError(f"the input is of type {type(found).__name__}, not a text")

@@ -31,6 +31,13 @@ class Shared(StrEnum):
     redis = "redis"
 
 
+class TokenEstimates(StrEnum):
+    """How the tokens of a prompt are estimated before it is sent."""
+
+    ratio = "ratio"
+    tokenizer = "tokenizer"
+
+
 class TransportKind(StrEnum):
     auto = "auto"
     direct = "direct"
@@ -97,6 +104,7 @@ class LimitsConfig:
     """What may be sent per unit of time, and at once. None: no such limit."""
 
     concurrency: Any = 32  # requests in flight; "auto" finds it
+    max_concurrency: int = 1024  # of auto
     rpm: float | None = None
     tpm: float | None = None
     rpd: float | None = None
@@ -106,8 +114,11 @@ class LimitsConfig:
     max_request_burst: float | None = None
     max_token_burst: float | None = None
     default_output_tokens: int = 256
+    token_estimates: TokenEstimates = TokenEstimates.ratio
     header_bucket_scope: Scope = Scope.auto
     shared: Shared = Shared.none
+    shared_folder: str | None = None
+    redis_url: str = "redis://localhost:6379/0"
 
 
 @dataclass(kw_only=True)
@@ -239,6 +250,7 @@ class SimulatorConfig:
     ttft_s: float | None = None
     itl_s: float | None = None
     slots: int | None = None
+    max_in_flight: int | None = None
     rpm: int | None = None
     tpm: int | None = None
     output_tokens: int = 24

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from pathlib import Path
@@ -22,16 +22,22 @@ APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
 
 PATIENCE_S = 10.0
 """How long to wait for another program that has the file to itself."""
+RUN_DATABASE = "results.sqlite"
+"""What the database in a run's folder is called."""
 
 _HEADER_SIZE = 100
 """Bytes that every SQLite file begins with, at least."""
 
 
 def lock_folder(path: Path) -> IO[str]:
-    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
+    """Hold the run's folder for this process; the lock goes with the process, however it ends.
+
+    A run has its folder to itself; a database of another name shares it, and is held alone.
+    """
+    held, name = (path.parent, ".lock") if path.name == RUN_DATABASE else (path, f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / ".lock").open("a+", encoding="utf-8")
+        file = (path.parent / name).open("a+", encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror}): {_way_out(path, error)}") from None
     try:
@@ -41,7 +47,7 @@ def lock_folder(path: Path) -> IO[str]:
         holder = file.read().strip()
         file.close()
         raise StoreError(
-            f"{path.parent} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
+            f"{held} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
             " or give this run another name=…"
         ) from None
     with suppress(OSError):  # on a full disk, the holder stays unnamed
@@ -104,7 +110,7 @@ class Database:
         async with translated(self.path):
             return list(await self._connection.execute_fetchall(sql, parameters))
 
-    async def rows(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+    async def rows(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time."""
         async with translated(self.path), self._connection.execute(sql, parameters) as cursor:
             while rows := await cursor.fetchmany(_CHUNK):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from runner.errors import APIResponseError, BadRequestError, ItemError, RowError
 from runner.types import EmbeddingRequest, Embeddings, Request, Response, TokenUsage, Trace
@@ -13,11 +14,10 @@ MICRO_BATCH_SIZE = 32
 """Texts in a request, by default."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddingOutcome:
+class EmbeddingOutcome(NamedTuple):
     """What came of one text."""
 
-    index: int  # in the micro-batch
+    place: int  # in the micro-batch
     trace: Trace  # of the request, shared by all its texts
     embedding: list[float] | None = None  # None: there is an error
     error: ItemError | None = None
@@ -46,14 +46,14 @@ async def embed(
 
     Args:
         send: A client's `send`.
-        texts: At least one.
+        texts: The micro-batch. Of none, nothing is asked.
         make_request: Called with the places of the texts to ask for, once a request.
         on_split: Awaited when a request failed and before its texts are asked for again, so that a ledger can keep it.
 
     Raises:
         Exception: Whatever ``send`` raises that is no `ItemError`.
     """
-    waiting = [range(len(texts))]
+    waiting = [range(len(texts))] if texts else []
     while waiting:
         part = waiting.pop()
         request = make_request(part)
@@ -66,7 +66,7 @@ async def embed(
                 middle = len(part) // 2
                 waiting += [part[middle:], part[:middle]]
             else:
-                yield [EmbeddingOutcome(index=index, trace=request.trace, error=error) for index in part]
+                yield [EmbeddingOutcome(place=place, trace=request.trace, error=error) for place in part]
         else:
             yield _shared_out(part, texts, request.trace, response)
 
@@ -77,17 +77,17 @@ _PERHAPS_ONE_TEXTS_FAULT = (BadRequestError, APIResponseError, RowError)
 def _shared_out(part: range, texts: Sequence[str], trace: Trace, response: Response) -> list[EmbeddingOutcome]:
     output = response.output
     assert isinstance(output, Embeddings)
-    usages = usage_shares(response.usage, [max(1, len(texts[index])) for index in part])
+    usages = usage_shares(response.usage, [max(1, len(texts[place])) for place in part])
     return [
         EmbeddingOutcome(
-            index=index,
+            place=place,
             trace=trace,
             embedding=vector,
             model_id=response.model_id,
             request_id=response.request_id,
             usage=usage,
         )
-        for index, vector, usage in zip(part, output.vectors, usages, strict=True)
+        for place, vector, usage in zip(part, output.vectors, usages, strict=True)
     ]
 
 
@@ -97,23 +97,23 @@ def usage_shares(usage: TokenUsage | None, weights: Sequence[int]) -> list[Token
         return [None] * len(weights)
     if len(weights) == 1:
         return [usage]
-    prompts, completions, totals = (
-        _shares(tokens, weights) for tokens in (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    prompts, completions, totals, cached = (
+        [None] * len(weights) if tokens is None else _shares(tokens, weights)
+        for tokens in (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens)
     )
-    cached = None if usage.cached_tokens is None else _shares(usage.cached_tokens, weights)
-    return [
-        TokenUsage(
-            prompt_tokens=prompts[place],
-            completion_tokens=completions[place],
-            total_tokens=totals[place],
-            cached_tokens=None if cached is None else cached[place],
-        )
-        for place in range(len(weights))
-    ]
+    return [_usage(*counts) for counts in zip(prompts, completions, totals, cached, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def _usage(prompt: int, completion: int, total: int, cached: int | None) -> TokenUsage:
+    """Most shares are small numbers, so that many texts have the same."""
+    return TokenUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total, cached_tokens=cached)
 
 
 def _shares(total: int, weights: Sequence[int]) -> list[int]:
     """Each within 1 of its exact share."""
+    if not total:
+        return [0] * len(weights)
     whole = sum(weights)
     reached = [total * weight // whole for weight in accumulate(weights)]
     return [here - before for before, here in pairwise([0, *reached])]

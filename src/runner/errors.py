@@ -14,7 +14,8 @@ RunnerError
         ├── APIConnectionError     the connection broke before the answer was whole
         │   └── ConnectError       there was none: nobody listens, the name is unknown; nothing was sent
         ├── Timeout                no answer in time; what it cost is unknown
-        ├── BadRequestError        400, 409 without retry, 422 and every other refusal of the request itself
+        ├── BadRequestError        400, 422 and every other refusal of the request itself
+        │   ├── ConflictError          409: something else is under way with what the request is about
         │   ├── ContextWindowExceededError
         │   ├── ContentPolicyViolationError
         │   └── RequestTooLargeError   413, or larger than this client sends
@@ -25,7 +26,8 @@ RunnerError
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
         │   └── ServiceUnavailableError  503, 529: this replica is overloaded
-        └── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        ├── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        └── WorkerError            the caller's own function, asked in a provider's place, raised or gave no text
 
 The names below RequestError are those that LiteLLM and the OpenAI SDK use.
 """
@@ -174,6 +176,12 @@ class ContentPolicyViolationError(BadRequestError):
     """The provider's content filter refused the prompt or the answer."""
 
 
+class ConflictError(BadRequestError):
+    """The request is in the way of another one, which will be over."""
+
+    retryable = True
+
+
 class RequestTooLargeError(BadRequestError):
     """The request, or its answer, is larger than one side accepts."""
 
@@ -210,5 +218,10 @@ class ServiceUnavailableError(InternalServerError):
 
 
 class APIResponseError(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class WorkerError(RequestError):
     retryable = True
     billing = "unknown"

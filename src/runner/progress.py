@@ -347,6 +347,8 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
     ]
+    if snapshot.window_why:
+        columns.append(_Column(f"auto: {snapshot.window_why}", 0))
     if closing:
         columns.append(_Column(f"in {figures.duration(snapshot.elapsed_s)}", 7))
     elif snapshot.total is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ _CURRENT = """
 
 async def result_rows(
     store: Store, *, limit: int | None = None, failed: bool | None = None
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
     ``failed`` leaves only those that failed, or only those that did not.
@@ -42,14 +42,15 @@ async def result_rows(
     sql += " ORDER BY rows.position"
     if limit is not None:
         sql += f" LIMIT {limit:d}"
-    async for record in store.query(sql):
-        yield _result_row(record, samples, task)
+    async with aclosing(store.query(sql)) as records:
+        async for record in records:
+            yield _result_row(record, samples, task)
 
 
 async def write_jsonl(store: Store, path: Path) -> int:
     """Write the settled rows to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
     count = 0
-    with _replacing(path) as file:
+    with replacing(path) as file:
         async for row in result_rows(store):
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             count += 1
@@ -58,13 +59,13 @@ async def write_jsonl(store: Store, path: Path) -> int:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file as a whole or not at all."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(content)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` once it is written, for its owner only: there are answers in it."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` once it is whole, for its owner only: there are answers in it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

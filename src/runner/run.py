@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
@@ -31,13 +31,14 @@ from runner.errors import (
 from runner.identity import dump_text
 from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
+from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
-from runner.signals import handled_signals
+from runner.scoring import Scorers
 from runner.store import Key, Known, Outcome, Store, Terms
-from runner.task import Item
+from runner.task import Asking, Item
 from runner.transports import DIRECT
 from runner.types import Client, Request, Response, Trace
-from runner.workload import ClaimSize, Workload
+from runner.workload import ClaimSize
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -55,13 +56,27 @@ Claimed: TypeAlias = tuple[Item, int]
 """An item and its occurrence."""
 
 
+class Asks(Protocol):
+    """What a run asks: a `Workload`, or whatever else has items in an order and a way to ask for them."""
+
+    scorers: Scorers
+
+    @property
+    def task(self) -> Asking: ...
+    @property
+    def response_format(self) -> ResponseFormat | None: ...
+    def count(self) -> int | None: ...
+    def items(self) -> Iterator[Item]: ...
+    async def identified(self, items: Sequence[Item], digests: Digests) -> Sequence[Item]: ...
+
+
 class Run:
     """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
 
     def __init__(
         self,
         config: RunnerConfig,
-        workload: Workload,
+        workload: Asks,
         *,
         client: Client,
         store: Store,
@@ -84,6 +99,7 @@ class Run:
         self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
+        self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
         store.listen(lambda error: self.stop(SystemicError(str(error))))
 
@@ -96,24 +112,53 @@ class Run:
         return int(settled)
 
     async def until_done(self) -> None:
-        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
-        batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
-        with handled_signals(lambda signum: self._interrupt(signum, batch)):
-            try:
-                await batch
-                if self.sharing and self._workload.scorers:
-                    await self._score_sharing()
-            except asyncio.CancelledError:
-                if self._interrupted_at is None or _is_cancelled():
-                    raise
-            except (StoreError, DatasetError) as error:
-                self.stop(SystemicError(str(error)))
-            finally:
-                self._soft_start.close()
-                await self._keep_ledger()
+        """Ask until there is nothing left, or `stop` or `interrupt` is called."""
+        self._batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
+        try:
+            await self._batch
+            if self.sharing and self._workload.scorers:
+                await self._score_sharing()
+        except asyncio.CancelledError:
+            if self._interrupted_at is None or _is_cancelled():
+                raise
+        except (StoreError, DatasetError) as error:
+            self.stop(SystemicError(str(error)))
+        finally:
+            self._soft_start.close()
+            await self._keep_ledger()
 
-    def snapshot(self) -> Snapshot:
-        return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
+    def interrupt(self, reason: Interrupted) -> None:
+        """End early: ask nothing more, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
+        loop = asyncio.get_running_loop()
+        self._interrupted_at = loop.time()
+        self.stop(reason)
+        for flight in self._flights.values():
+            if not flight.trace.on_the_wire:
+                flight.task.cancel()
+        if self._batch is not None:
+            loop.call_later(GRACE_S, self._batch.cancel)
+
+    def on_signal(self, signum: int) -> None:
+        """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
+        if self._interrupted_at is None:
+            self.interrupt(Interrupted(signum))
+        elif asyncio.get_running_loop().time() - self._interrupted_at > _ECHO_S:
+            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
+            os._exit(128 + signum)
+
+    def snapshot(self, *, loop_lag_s: float | None = None) -> Snapshot:
+        window = self._window
+        return self._meter.snapshot(
+            total=self.total,
+            in_flight=window.active,
+            window=window.limit,
+            window_why=window.why,
+            loop_lag_s=loop_lag_s,
+        )
+
+    def in_flight(self) -> Iterator[Trace]:
+        """The traces of the requests that were begun and have not ended."""
+        return (flight.trace for flight in self._flights.values())
 
     # Taking up
 
@@ -124,7 +169,7 @@ class Run:
         """
         items = self._workload.items()
         group_size = self._workload.task.group_size
-        size = ClaimSize(self._config.limits.concurrency * group_size)
+        size = ClaimSize(self._window.limit * group_size)
         todo: list[Claimed] = []
         length = 0
         ahead = await self._read(items, size)
@@ -185,7 +230,14 @@ class Run:
         usable = [claimed for claimed in group if claimed[0].error is None]
         if not usable:
             return
-        line = _Line(usable, client=self._client, store=self._store, flights=self._flights, stop=self.stop)
+        line = _Line(
+            usable,
+            samples=self._config.samples,
+            client=self._client,
+            store=self._store,
+            flights=self._flights,
+            stop=self.stop,
+        )
         async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
             self._flights.pop(id(settled.trace), None)
             asked = [usable[place] for place in settled.places]
@@ -203,7 +255,7 @@ class Run:
             scores = self._score(claimed[0], outcome.output_text or "") if self._workload.scorers else None
             saved.append((claimed[0].position, outcome, scores))
         await self._store.save_all(saved)
-        if self._suspects:
+        if self._suspects and self.stop.reason is None:
             await self._clear_suspects()
 
     async def _failed(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
@@ -211,6 +263,8 @@ class Run:
         patience = None
         if isinstance(error, RequestError):
             patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+            if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
+                patience = 1  # it says itself that it is the account's
         if patience is None or not isinstance(error, RequestError):
             await self._fail(asked, trace, error)
             return
@@ -224,9 +278,8 @@ class Run:
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         way_out = _way_out(error, replicas(self._config).get(trace.deployment))
-        self.stop(
-            SystemicError(f"{type(error).__name__} on one row after the other: {str(error).rstrip('.')}. {way_out}.")
-        )
+        where = " on one row after the other" if len(self._suspects) > 1 else ""
+        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {way_out}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
@@ -253,22 +306,6 @@ class Run:
         self._meter.scored(scores)
         return dump_text(scores)
 
-    # Ending early
-
-    def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        """Let what is on the wire come in; at a second signal end the process, as what is stored is safe."""
-        loop = asyncio.get_running_loop()
-        if self._interrupted_at is None:
-            self._interrupted_at = loop.time()
-            self.stop(Interrupted(signum))
-            for flight in self._flights.values():
-                if not flight.trace.on_the_wire:
-                    flight.task.cancel()
-            loop.call_later(GRACE_S, batch.cancel)
-        elif loop.time() - self._interrupted_at > _ECHO_S:
-            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
-            os._exit(128 + signum)
-
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
@@ -286,9 +323,17 @@ class _Line:
     """
 
     def __init__(
-        self, group: Sequence[Claimed], *, client: Client, store: Store, flights: dict[int, _Flight], stop: Stop
+        self,
+        group: Sequence[Claimed],
+        *,
+        samples: int,
+        client: Client,
+        store: Store,
+        flights: dict[int, _Flight],
+        stop: Stop,
     ) -> None:
         self._group = group
+        self._samples = samples
         self._client = client
         self._store = store
         self._flights = flights
@@ -296,7 +341,10 @@ class _Line:
 
     def trace(self, places: Sequence[int]) -> Trace:
         keys = [_key(self._group[place]) for place in places]
-        trace = Trace(on_failure=lambda attempt: self._store.note_attempts(keys, attempt))
+        first, _ = self._group[places[0]]
+        trace = Trace(
+            row=first.position // self._samples, on_failure=lambda attempt: self._store.note_attempts(keys, attempt)
+        )
         self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
         return trace
 
@@ -309,6 +357,7 @@ class _Line:
             await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
         if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
             flight.task.cancel()
+            await asyncio.sleep(0)  # where the cancellation takes effect, not halfway into the next request
 
 
 _SETTLED = """
@@ -334,6 +383,8 @@ def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
             base = deployment.api_base
             hint = "" if base is None or base.rstrip("/").endswith("/v1") else f"; perhaps {base.rstrip('/')}/v1"
             return f"Check model={deployment.model} and api_base{hint}"
+        case InsufficientQuotaError() if error.retry_after_s:
+            return "The same command goes on then"
         case InsufficientQuotaError():
             return "Check the account's balance and limits"
     return "Check the server"

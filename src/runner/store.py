@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +92,7 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        store = cls(database, lock=lock, reserve=Reserve(path.with_name(".reserve")), on_commit=on_commit)
+        store = cls(database, lock=lock, reserve=Reserve(path.with_name(f".{path.name}.reserve")), on_commit=on_commit)
         try:
             await store._begin_session()
         except BaseException:
@@ -178,6 +178,15 @@ class Store:
             await move_all_to_ledger(self._database)
             await self._database.execute("UPDATE rows SET scores = NULL WHERE scores IS NOT NULL")
 
+    async def forget_rows(self) -> int:
+        """Drop the rows and their answers. Returns how many answers to rows of earlier datasets remain."""
+        await self.flush()
+        async with self._database.transaction():
+            await self._database.execute(_FORGET_ANSWERS)
+            await self._database.execute("DELETE FROM rows")
+            [(remaining,)] = await self._database.fetch("SELECT count(*) FROM answers")
+        return int(remaining)
+
     # Answering
 
     async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
@@ -224,7 +233,7 @@ class Store:
                 list(facts.items()),
             )
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[sqlite3.Row]:
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
         return self._database.rows(sql, parameters)
 
@@ -311,3 +320,8 @@ class _Settled(NamedTuple):
 
 
 _SEEN = "UPDATE sessions SET last_seen = ? WHERE id = ?"
+
+_FORGET_ANSWERS = """
+    DELETE FROM answers
+    WHERE (content, occurrence) IN (SELECT content, occurrence FROM rows)
+"""

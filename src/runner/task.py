@@ -69,11 +69,19 @@ class Line(Protocol):
         ...
 
 
-class Task(Protocol):
-    """What is asked for rows. Making one checks that the configuration fits it."""
+class Asking(Protocol):
+    """How items are asked for."""
 
     group_size: int
     """How many items may share a request."""
+
+    def ask_for(self, items: Sequence[Item], line: Line) -> AsyncIterator[Settled]:
+        """Ask for the items of one group; yields each request as it settles."""
+        ...
+
+
+class Task(Asking, Protocol):
+    """What is asked for rows. Making one checks that the configuration fits it."""
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise a `ConfigError` if the first rows show that this cannot work."""
@@ -81,10 +89,6 @@ class Task(Protocol):
 
     def ask(self, row: Row) -> Ask:
         """What to ask for ``row``. Raises a `RowError` where that cannot be said."""
-        ...
-
-    def ask_for(self, items: Sequence[Item], line: Line) -> AsyncIterator[Settled]:
-        """Ask for the items of one group; yields each request as it settles."""
         ...
 
 
@@ -233,7 +237,7 @@ class Embed:
             return EmbeddingRequest(texts=asked, params=self._params, trace=line.trace(places))
 
         async for outcomes in embed(line.send, texts, make_request, on_split=line.note_split):
-            places, first = [outcome.index for outcome in outcomes], outcomes[0]
+            places, first = [outcome.place for outcome in outcomes], outcomes[0]
             responses = [
                 Response(
                     output=Embeddings(vectors=(outcome.embedding,)),

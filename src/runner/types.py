@@ -100,10 +100,12 @@ class Trace:
             before more money is spent.
     """
 
+    row: int | None = None  # index in the dataset, of the first of a group; None: of no dataset
     started: float = field(default_factory=time.perf_counter)
     queue_wait_s: float = 0.0  # waiting for quota, slot or pause, over all attempts; backoff excluded
     service_time_s: float = 0.0  # of the last attempt
     on_the_wire: bool = False  # an attempt was sent, and nothing has come of it yet
+    sent_at: float = 0.0  # when the last attempt was, by `time.perf_counter`
     ttft_s: float | None = None  # time to first token of the last attempt, streamed answers only
     chunk_times: Sequence[float] = ()  # when each piece of a streamed answer came, seconds after the last attempt began
     deployment: str = ""
@@ -199,7 +201,7 @@ class Response:
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
-    body: Any = field(default=None, repr=False)  # the decoded answer as it came; None where it is not kept
+    body: Any = field(default=None, repr=False, compare=False)  # the answer, decoded; None where it is not kept
 
 
 class Client(Protocol):
@@ -244,7 +246,7 @@ class GenerationResult:
     finish_reason: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[dict[str, Any], ...] = ()  # every choice as the provider sent it, where n > 1
-    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer; None where it was streamed
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer, a stream put together
     request_id: str | None = None
     cost: float | None = None  # US dollars, as in `metrics`
     metrics: RequestMetrics | None = None

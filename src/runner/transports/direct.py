@@ -15,6 +15,7 @@ import aiohttp
 from runner import errors
 from runner.transports import wire
 from runner.transports.deadlines import Deadlines
+from runner.transports.locality import warn_of_plain_http
 from runner.transports.stream import Stream
 from runner.types import GenerationRequest, Request, Response
 
@@ -37,6 +38,9 @@ class DirectTransport:
         params: LiteLLM keyword arguments added to every request, under its own.
         timeout_s: How long a request may take, from sending to the last byte.
         max_response_bytes: Larger answers are refused with an `APIResponseError`.
+
+    Raises:
+        ConfigError: There is a user in ``api_base`` and a key beside it.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class DirectTransport:
         self._where = wire.address(self._base)
         self._headers = {"accept-encoding": "gzip, identity", "content-type": "application/json"}
         self._secrets = [api_key] if api_key else []
+        if api_key and "@" in urlsplit(self._base).netloc:
+            raise errors.ConfigError(f"api_base={self._where} holds a user, and there is a key: leave one of them out")
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._params = dict(params or {})
@@ -121,7 +127,7 @@ class DirectTransport:
                     self._base + call.path, data=data, headers=headers, timeout=_NO_TIMEOUT, allow_redirects=False
                 ) as answer:
                     answer_headers = answer.headers
-                    if stream is None or answer.status != 200 or "json" in answer.content_type:
+                    if stream is None or answer.status != 200:
                         return answer.status, await self._read(answer), answer_headers
                     await self._follow(answer, stream)
         except TimeoutError:
@@ -179,6 +185,7 @@ class DirectTransport:
     def _connect(self) -> aiohttp.ClientSession:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._base)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
             read_bufsize=_READ_BUFFER,

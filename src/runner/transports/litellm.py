@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 from runner.transports import wire
 from runner.transports.form import media_type
+from runner.transports.locality import warn_of_plain_http
 from runner.transports.stream import Stream
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response, TranscriptionRequest
 
 if TYPE_CHECKING:
     import httpx
+
+    from runner.transports.guard import Exchange
 
 _BY_NAME: dict[str, type[errors.RequestError]] = {
     "APIConnectionError": errors.APIConnectionError,
@@ -108,6 +111,7 @@ class LiteLLMTransport:
     async def send(self, request: Request) -> Response:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._fixed.get("api_base", ""))
         ask, fields = self._call(request)
         params = self._params_of(request)
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
@@ -119,12 +123,15 @@ class LiteLLMTransport:
 
         ours = Exchange(max_response_bytes=self._max_response_bytes, watch=stream.feed if stream else None)
         outer = sys.exception()
+        answer: Any = None
         with exchange(ours):
             try:
                 async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer
                     answer = await ask(**options)
                     if stream is not None:
-                        await _follow(answer, stream, ours.headers)
+                        await _follow(answer, stream, ours)
+            except errors.RequestError as error:  # of the stream
+                raise wire.without_secrets(error, self._secrets) from None
             except Exception as error:
                 if stream is None or not stream.is_whole:
                     raise self._translated(error, list(_causes(error, outer)), timeout_s) from None
@@ -283,6 +290,8 @@ class _Connections:
         if self._session is not None:
             await self._session.aclose()
             self._session = litellm.aclient_session = None
+        if (shared := vars(litellm).get("module_level_aclient")) is not None:  # made at its first use
+            await shared.close()
         await litellm.close_litellm_async_clients()
         litellm.in_memory_llm_clients_cache.flush_cache()
 
@@ -364,7 +373,7 @@ def _kind_of(error: BaseException) -> type[errors.RequestError] | None:
     return next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
 
 
-async def _follow(answer: Any, stream: Stream, headers: Mapping[str, str]) -> None:
+async def _follow(answer: Any, stream: Stream, ours: Exchange) -> None:
     """Wait for the end of a stream that the guard feeds, where the provider's wire is OpenAI's.
 
     LiteLLM's own pieces are taken where it is another's. They are the second choice: LiteLLM leaves out what it cannot
@@ -377,16 +386,20 @@ async def _follow(answer: Any, stream: Stream, headers: Mapping[str, str]) -> No
                 has_own_wire = not stream.has_begun
             if has_own_wire:
                 stream.add(piece.model_dump(mode="json", warnings=False))
-        if has_own_wire and not stream.has_events:
-            content_type = headers.get("content-type", "")
-            if content_type.startswith("text/"):
-                raise errors.APIResponseError("the server's stream holds no answer", status=200)
-            if content_type.startswith("application/json"):
+        if has_own_wire and not stream.has_events and _is_text(ours.headers):
+            if stream.has_content:
                 stream.forget_times()  # the answer came whole, and LiteLLM has cut it up
+            else:
+                stream.read_whole()  # and LiteLLM found nothing in it
         stream.end()
     finally:
         if hasattr(answer, "aclose"):
             await answer.aclose()
+
+
+def _is_text(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is JSON, or text of any kind, and no provider's own kind of stream."""
+    return headers.get("content-type", "").startswith(("text/", "application/json"))
 
 
 def _body(answer: Any) -> Any:

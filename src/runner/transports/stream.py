@@ -39,6 +39,8 @@ class Stream:
         self._trace.ttft_s = None
         self._events = EventReader()
         self._pieces: _Pieces = _Items() if request.endpoint is Endpoint.responses else _Chunks(choices)
+        self._other: list[bytes] = []  # what came before any event
+        self._whole: dict[str, Any] | None = None
         self._done = False
         self.has_events = False
         """Whether what came is a stream of events at all."""
@@ -48,6 +50,11 @@ class Stream:
     def has_begun(self) -> bool:
         """Whether something of the answer is there."""
         return self._pieces.have_begun
+
+    @property
+    def has_content(self) -> bool:
+        """Whether some of that is more than its beginning and its end."""
+        return bool(self._times)
 
     @property
     def is_whole(self) -> bool:
@@ -61,8 +68,9 @@ class Stream:
 
     def feed(self, part: bytes) -> None:
         """Take in what has just come; raises as `add` does."""
+        if not self.has_events:
+            self._other.append(part)
         for data in self._events.feed(part):
-            self.has_events = True
             self._take(data)
 
     def add(self, event: Any) -> None:
@@ -88,11 +96,30 @@ class Stream:
 
         Raises:
             APIConnectionError: The answer is not whole.
+            APIResponseError: What came is none.
         """
         for data in self._events.end():
             self._take(data)
+        if self._other and not self.is_whole:
+            self.read_whole()
         if not self.is_whole:
             raise errors.APIConnectionError("the stream ended before the answer was whole")
+
+    def read_whole(self) -> None:
+        """Take what came for an answer in one piece, from a server that does not stream.
+
+        Raises:
+            APIResponseError: It is none.
+        """
+        came = b"".join(self._other)
+        try:
+            self._whole = dict(_event(came))
+        except wire.UNREADABLE:
+            raise errors.APIResponseError(
+                f"the server's answer is no stream: {wire.excerpt(came)}", status=200
+            ) from None
+        self._done = True
+        self.forget_times()
 
     def forget_times(self) -> None:
         """What came was no stream: its pieces came at no times of their own."""
@@ -101,12 +128,16 @@ class Stream:
 
     def body(self) -> dict[str, Any]:
         """What the server would have sent in one piece."""
+        if self._whole is not None:
+            return self._whole
         try:
             return self._pieces.body()
         except wire.UNREADABLE:
             raise errors.APIResponseError("the server's stream holds no answer", status=200) from None
 
     def _take(self, data: bytes) -> None:
+        self.has_events = True
+        self._other.clear()
         if self._done:
             return
         if data.strip() == _DONE:

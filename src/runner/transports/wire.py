@@ -68,6 +68,7 @@ _BY_STATUS: dict[int, type[errors.RequestError]] = {
     403: errors.PermissionDeniedError,
     404: errors.NotFoundError,
     408: errors.Timeout,
+    409: errors.ConflictError,
     413: errors.RequestTooLargeError,
     429: errors.RateLimitError,
     503: errors.ServiceUnavailableError,
@@ -133,12 +134,18 @@ def encode(request: Request, model: str, params: Mapping[str, Any]) -> Call:
         if isinstance(request, EmbeddingRequest):
             return Call("/embeddings", orjson.dumps({"model": model, "input": list(request.texts), **fields}))
         if isinstance(request, TranscriptionRequest):
+            if model == _TELLS_LANGUAGE:
+                fields.setdefault("response_format", "verbose_json")
             form = form_fields({"model": model, **fields})
             content_type, payload = encode_form(form, filename=request.filename, content=request.audio)
             return Call("/audio/transcriptions", payload, content_type)
     except (TypeError, ValueError) as error:
         raise errors.RowError(f"the request cannot be written: {error}") from None
     raise AssertionError(f"{type(request).__name__} is no request")
+
+
+_TELLS_LANGUAGE = "whisper-1"
+"""OpenAI's one transcriber that tells language and duration, if it is asked to. LiteLLM asks it, too."""
 
 
 def native_params(request: Request, params: dict[str, Any]) -> dict[str, Any]:
@@ -333,10 +340,12 @@ def excerpt(value: Any) -> str:
 
 def _output(request: Request, body: dict[str, Any]) -> Generation | Embeddings | Transcript:
     if isinstance(request, EmbeddingRequest):
-        ordered = sorted(body["data"], key=lambda entry: _count(entry.get("index")) or 0)
-        if len(ordered) != len(request.texts):
+        entries = body["data"]
+        if len(entries) != len(request.texts):
             raise KeyError("data")
-        return Embeddings(vectors=tuple(_vector(entry["embedding"]) for entry in ordered))
+        if [entry.get("index") for entry in entries] != list(range(len(entries))):
+            entries = sorted(entries, key=lambda entry: _count(entry.get("index")) or 0)
+        return Embeddings(vectors=tuple([_vector(entry["embedding"]) for entry in entries]))
     if isinstance(request, TranscriptionRequest):
         return _transcript(body)
     if isinstance(request, GenerationRequest) and request.endpoint is Endpoint.responses:
@@ -391,10 +400,9 @@ def _vector(values: Any) -> list[float]:
         if sys.byteorder == "big":
             vector.byteswap()
         return vector.tolist()
-    try:
-        return array("d", values).tolist()
-    except TypeError:
-        return [float(value) for value in values]
+    if set(map(type, values)) == {float}:
+        return values  # type: ignore[no-any-return]
+    return [float(value) for value in values]
 
 
 def _transcript(body: dict[str, Any]) -> Transcript:
