@@ -24,7 +24,7 @@ from yaml import YAMLError
 from runner.arguments import friendly, quoted
 from runner.complaints import explain
 from runner.composition import conf_folder, is_multirun, load_environment, sweep_folder, swept_by, swept_keys, typed
-from runner.config import DatasetKind
+from runner.config import DatasetKind, Resume
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
@@ -137,7 +137,8 @@ def _run(composed: DictConfig, folder: Path) -> Report:
         summary_table(report.summary, results=Path(os.path.relpath(folder / "results.jsonl")))
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
-        write(sys.stderr, f"{printable(report.message)}\nThe same command {again}.\n")
+        command = "With resume=auto, the same command" if config.resume is Resume.fresh else "The same command"
+        write(sys.stderr, f"{printable(report.message)}\n{command} {again}.\n")
     return report
 
 
