@@ -401,8 +401,8 @@ def _vector(values: Any) -> list[float]:
             vector.byteswap()
         return vector.tolist()
     try:
-        if isinstance(values, list) and sum(values) is not None:  # a sum tells at little cost that all are numbers
-            return values
+        if isinstance(values, list) and sum(values, 0.0) is not None:
+            return values  # a sum tells at little cost that all are numbers, and that each is a float's size
     except TypeError:
         pass
     return [float(value) for value in values]
