@@ -101,6 +101,7 @@ class Run:
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
+        store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
         """How many answers the store has that need not be asked for again; exact where they may be all."""
@@ -171,10 +172,13 @@ class Run:
         size = ClaimSize(self._window.limit * group_size)
         todo: list[Claimed] = []
         length = 0
-        while taken := list(islice(items, size.next())):
-            length = taken[-1].position + 1
-            chunk = await self._workload.identified(taken, self._digests)
-            known = await self._store.claim(chunk, self._terms)
+        ahead = await self._read(items, size)
+        while ahead:
+            if isinstance(ahead, DatasetError):
+                raise ahead
+            chunk, length = ahead, ahead[-1].position + 1
+            # While the store looks up what was read, in its thread, the next chunk is read.
+            known, ahead = await asyncio.gather(self._store.claim(chunk, self._terms), self._read(items, size))
             await self._score_known(chunk, known)
             todo += [
                 (item, fact.occurrence)
@@ -189,6 +193,13 @@ class Run:
         if todo:
             yield [todo]
         await self._store.truncate(length)
+
+    async def _read(self, items: Iterator[Item], size: ClaimSize) -> Sequence[Item] | DatasetError:
+        """The next chunk; the error that ends the dataset is one, as what was read before it comes first."""
+        try:
+            return await self._workload.identified(list(islice(items, size.next())), self._digests)
+        except DatasetError as error:
+            return error
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""
