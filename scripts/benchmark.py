@@ -5,6 +5,7 @@
     python scripts/benchmark.py --rows 200000 --repeats 1 --only experiment # memory at scale
     python scripts/benchmark.py server                                      # the server alone, until stdin ends
     python scripts/benchmark.py limits --requests 200000                    # the rate limiter alone
+    python scripts/benchmark.py auto                                        # the window that is found, see auto.py
     py-spy record -- python scripts/benchmark.py raw --server URL           # one contender, once, in this process
 
 The comparison prints a JSON line per contender, with the medians of its runs, and a line with the ratios of those
@@ -63,6 +64,8 @@ def main() -> None:
         asyncio.run(serve())
     elif arguments.what == "limits":
         print(json.dumps(limits(arguments.requests)))
+    elif arguments.what == "auto":
+        import_module("auto").main([])
     else:
         with server_at(arguments.server) as server:
             job = Job(server=server, requests=arguments.requests, concurrency=arguments.concurrency)
@@ -78,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "what",
         nargs="?",
         default="throughput",
-        choices=["throughput", "server", "limits", *IN_PROCESS],
+        choices=["throughput", "server", "limits", "auto", *IN_PROCESS],
         help="default: throughput",
     )
     parser.add_argument("--requests", "--rows", type=int, default=20_000, metavar="N", help="default: 20000")
