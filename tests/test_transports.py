@@ -420,7 +420,7 @@ async def test_embeddings_meet_the_same_faults(
         (403, {}, errors.PermissionDeniedError),
         (404, {"code": "model_not_found", "type": "invalid_request_error"}, errors.NotFoundError),
         (408, {}, errors.Timeout),
-        (409, {}, errors.BadRequestError),
+        (409, {}, errors.ConflictError),
         (413, {}, errors.RequestTooLargeError),
         (422, {}, errors.BadRequestError),
         (429, {"code": "insufficient_quota"}, errors.InsufficientQuotaError),

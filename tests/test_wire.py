@@ -302,7 +302,7 @@ def test_no_more_tokens_are_cached_than_were_sent() -> None:
         (403, errors.PermissionDeniedError),
         (404, errors.NotFoundError),
         (408, errors.Timeout),
-        (409, errors.BadRequestError),
+        (409, errors.ConflictError),
         (413, errors.RequestTooLargeError),
         (418, errors.BadRequestError),
         (422, errors.BadRequestError),

@@ -15,6 +15,7 @@ from runner.config import (
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     Resume,
     RoutingConfig,
@@ -46,6 +47,7 @@ def check(config: RunnerConfig) -> None:
     _at_least("retry.max_retries", config.retry.max_retries, 0)
     _at_least("retry.base_s", config.retry.base_s, 0)
     _at_least("retry.cap_s", config.retry.cap_s, 0)
+    _at_least("retry.budget", config.retry.budget, 0)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
     _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
@@ -87,6 +89,7 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
     if not 0 < deployment.weight < math.inf:
         raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
+    _at_least(f"{prefix}order", deployment.order, 0)
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
 
@@ -96,7 +99,8 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
     concurrency = limits.concurrency
     if concurrency == "auto":
         raise ConfigError(f"{where}.concurrency=auto {_NOT_AVAILABLE}: give a number")
-    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+    unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
+    if not unbounded and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
         raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1")
     for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst"):
         value = getattr(limits, key)
@@ -112,11 +116,11 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
 
 
 def check_routing(routing: RoutingConfig) -> None:
-    """Check the strategy."""
+    """Check the strategy and the times."""
     if routing.strategy not in STRATEGIES:
         raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    if routing.strategy != "simple-shuffle":
-        raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
+    _at_least("routing.max_wait_s", routing.max_wait_s, 0)
+    _at_least("routing.cooldown_s", routing.cooldown_s, 0.1)
 
 
 _NOT_AVAILABLE = "is not available in this version"

@@ -113,7 +113,8 @@ class LMClient:
         self._defaults = dict(default_request_kwargs or {})
         self._engines: dict[asyncio.AbstractEventLoop, _Engine] = {}
         check_limits("limits", self._limits)
-        check_routing(RoutingConfig(strategy=routing_strategy))
+        self._routing = RoutingConfig(strategy=routing_strategy)
+        check_routing(self._routing)
 
     async def agenerate(
         self, input_data: GenerateInput, *, endpoint: EndpointName | None = None, **kwargs: Any
@@ -229,6 +230,7 @@ class LMClient:
                 self._deployments,
                 limits=self._limits,
                 retry=self._retry,
+                routing=self._routing,
                 simulator=self._simulator,
                 window=window,
                 timeout_s=self._timeout_s,

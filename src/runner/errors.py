@@ -13,7 +13,8 @@ RunnerError
         ├── APIConnectionError     the connection broke before the answer was whole
         │   └── ConnectError       there was none: nobody listens, the name is unknown; nothing was sent
         ├── Timeout                no answer in time; what it cost is unknown
-        ├── BadRequestError        400, 409 without retry, 422 and every other refusal of the request itself
+        ├── ConflictError          409: the server was busy with something that excludes this request
+        ├── BadRequestError        400, 422 and every other refusal of the request itself
         │   ├── ContextWindowExceededError
         │   ├── ContentPolicyViolationError
         │   └── RequestTooLargeError   413, or larger than this client sends
@@ -24,6 +25,7 @@ RunnerError
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
         │   └── ServiceUnavailableError  503, 529: this replica is overloaded
+        ├── NoDeploymentError      no deployment has answered for so long that waiting ended; nothing was sent
         └── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
 
 The names below RequestError are those that LiteLLM and the OpenAI SDK use.
@@ -113,6 +115,9 @@ class RequestError(ItemError):
     billing: ClassVar[str] = "free"
     """``free`` if a request that ends so is not charged, ``unknown`` if it may have been."""
 
+    turned_away: ClassVar[bool] = False
+    """Whether the deployment did not take the request at all, so that another attempt costs nothing but time."""
+
     pauses: ClassVar[bool] = False
     """Whether everyone who shares the quota should wait too."""
 
@@ -150,11 +155,16 @@ class APIConnectionError(RequestError):
 
 class ConnectError(APIConnectionError):
     billing = "free"
+    turned_away = True
 
 
 class Timeout(RequestError):
     retryable = True
     billing = "unknown"
+
+
+class ConflictError(RequestError):
+    retryable = True
 
 
 class BadRequestError(RequestError):
@@ -187,6 +197,7 @@ class NotFoundError(RequestError):
 
 class RateLimitError(RequestError):
     retryable = True
+    turned_away = True
     pauses = True
 
 
@@ -202,6 +213,11 @@ class InternalServerError(RequestError):
 
 class ServiceUnavailableError(InternalServerError):
     billing = "free"
+    turned_away = True
+
+
+class NoDeploymentError(RequestError):
+    systemic = True
 
 
 class APIResponseError(RequestError):

@@ -28,7 +28,7 @@ from runner.outcomes import count
 from runner.progress import Progress, open_progress
 from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.run import GRACE_S, Run
-from runner.stack import open_stack
+from runner.stack import Stack, open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import check_addresses
@@ -110,11 +110,12 @@ def check_experiment(config: RunnerConfig) -> None:
     _open_client(config, Window(config.limits.concurrency))
 
 
-def _open_client(config: RunnerConfig, window: Window) -> Client:
+def _open_client(config: RunnerConfig, window: Window) -> Stack:
     return open_stack(
         replicas(config),
         limits=config.limits,
         retry=config.retry,
+        routing=config.routing,
         simulator=config.simulator,
         window=window,
         timeout_s=config.request.get("timeout"),
@@ -140,6 +141,7 @@ async def _shown(run: Run, config: RunnerConfig, tracker: Tracker, settled: int)
     if settled:
         progress.note(f"going on: {settled:,} rows have their answers")
     run.stop.listen(lambda: progress.note(_ending_note(run)))
+    run.listen(progress.note)
     ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
     try:
         yield

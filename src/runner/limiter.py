@@ -300,18 +300,23 @@ class Limited:
     def _estimate(self, request: Request) -> Estimate:
         if not self._limiter.counts_tokens:
             return _NOTHING
-        if isinstance(request, GenerationRequest):
-            reserved = next(
-                (request.params[key] for key in _RESERVED_OUTPUT_KEYS if request.params.get(key) is not None),
-                self._default_output_tokens,
-            )
-            return Estimate(
-                prompt_tokens=_characters(request.input) / _CHARACTERS_PER_TOKEN,
-                completion_tokens=float(reserved) * int(request.params.get("n") or 1),
-            )
-        if isinstance(request, EmbeddingRequest):
-            return Estimate(prompt_tokens=sum(map(len, request.texts)) / _CHARACTERS_PER_TOKEN)
-        return _NOTHING
+        return estimate_of(request, default_output_tokens=self._default_output_tokens)
+
+
+def estimate_of(request: Request, *, default_output_tokens: int) -> Estimate:
+    """The tokens that ``request`` will take."""
+    if isinstance(request, GenerationRequest):
+        reserved = next(
+            (request.params[key] for key in _RESERVED_OUTPUT_KEYS if request.params.get(key) is not None),
+            default_output_tokens,
+        )
+        return Estimate(
+            prompt_tokens=_characters(request.input) / _CHARACTERS_PER_TOKEN,
+            completion_tokens=float(reserved) * int(request.params.get("n") or 1),
+        )
+    if isinstance(request, EmbeddingRequest):
+        return Estimate(prompt_tokens=sum(map(len, request.texts)) / _CHARACTERS_PER_TOKEN)
+    return _NOTHING
 
 
 _NOTHING = Estimate()

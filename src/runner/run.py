@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import TypeAlias
@@ -20,6 +20,7 @@ from runner.errors import (
     InsufficientQuotaError,
     Interrupted,
     ItemError,
+    NoDeploymentError,
     NotFoundError,
     PermissionDeniedError,
     RequestError,
@@ -32,9 +33,10 @@ from runner.metrics import Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.retry import failed_attempt
 from runner.signals import handled_signals
+from runner.stack import Stack
 from runner.store import Claim, Store
 from runner.transports import DIRECT
-from runner.types import Client, Response, Trace
+from runner.types import Response, Trace
 from runner.workload import ClaimSize, Item, Workload
 
 GRACE_S = 10.0
@@ -57,7 +59,7 @@ class Run:
     """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
 
     def __init__(
-        self, config: RunnerConfig, workload: Workload, *, client: Client, store: Store, meter: Meter, window: Window
+        self, config: RunnerConfig, workload: Workload, *, client: Stack, store: Store, meter: Meter, window: Window
     ) -> None:
         self.stop = Stop()
         self._config = config
@@ -94,7 +96,17 @@ class Run:
                 await self._keep_ledger()
 
     def snapshot(self) -> Snapshot:
-        return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
+        several = len(replicas(self._config)) > 1
+        return self._meter.snapshot(
+            total=self.total,
+            in_flight=self._window.active,
+            window=self._window.limit,
+            deployments=self._client.deployments() if several else None,
+        )
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Have ``listener`` told what somebody who watches the run should know."""
+        self._client.listen(listener)
 
     # Taking up
 
@@ -160,6 +172,8 @@ class Run:
     async def _failed(self, claimed: Claimed, trace: Trace, error: RequestError) -> None:
         """Save the failure, unless it is one that every row will meet: then the row is not to blame."""
         patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+        if isinstance(error, NoDeploymentError):
+            patience = 1  # the router has waited long enough
         if patience is None:
             item, occurrence = claimed
             await self._store.save(item.position, failure((item.content, occurrence), trace, error))
@@ -170,9 +184,10 @@ class Run:
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         way_out = _way_out(error, replicas(self._config).get(trace.deployment))
-        self.stop(
-            SystemicError(f"{type(error).__name__} on one row after the other: {str(error).rstrip('.')}. {way_out}.")
-        )
+        text = str(error).rstrip(".")
+        if not isinstance(error, NoDeploymentError):
+            text = f"{type(error).__name__} on one row after the other: {text}"
+        self.stop(SystemicError(f"{text}. {way_out}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""

@@ -1,17 +1,42 @@
-"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``."""
+"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``, and what may stand between these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+from runner.account import Account
 from runner.concurrency import Window
-from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, SimulatorConfig
-from runner.limiter import Limited, RateLimiter
+from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RoutingConfig, SimulatorConfig
+from runner.limiter import Limited, RateLimiter, estimate_of
+from runner.metrics import DeploymentSnapshot
 from runner.retry import Retrying
-from runner.router import Router
+from runner.router import Circuit, Hedged, Recallable, Replica, Router, strategy_of
 from runner.transports import open_transport
 from runner.transports.prices import price_of
-from runner.types import Client, TokenPrice
+from runner.types import Client, Request, Response, TokenPrice
+
+
+class Stack:
+    """A `Client` with all its layers, and what is to be known of the deployments below. Made by `open_stack`."""
+
+    def __init__(self, client: Client, router: Router) -> None:
+        self._client = client
+        self._router = router
+
+    async def send(self, request: Request) -> Response:
+        return await self._client.send(request)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    def deployments(self) -> Mapping[str, DeploymentSnapshot]:
+        """How each of them does, by label."""
+        return self._router.snapshot()
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Have ``listener`` told what somebody who watches should know: that all deployments are out, or back."""
+        self._router.listen(listener)
 
 
 def open_stack(
@@ -21,28 +46,66 @@ def open_stack(
     retry: RetryConfig,
     simulator: SimulatorConfig,
     window: Window,
+    routing: RoutingConfig | None = None,
     timeout_s: float | None = None,
-) -> Client:
+) -> Stack:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
+
+    Args:
+        deployments: By label.
+        limits: The account's, which hold for all deployments together; a deployment may have its own beside them.
+        window: What a request has a slot of, and gives back while it waits for a retry.
+        timeout_s: Seconds that a request may take. None: 600.
 
     Raises:
         ConfigError: A deployment cannot be served.
     """
+    routing = routing or RoutingConfig()
     account = RateLimiter.of(limits)
-    limited: dict[str, Client] = {
-        label: Limited(
-            open_transport(deployment, simulator=simulator, timeout_s=timeout_s),
-            account if deployment.limits is None else RateLimiter.of(deployment.limits),
+    alone = len(deployments) == 1 and not any(deployment.limits for deployment in deployments.values())
+
+    def replica_of(label: str, deployment: DeploymentConfig) -> Replica:
+        own = deployment.limits
+        transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
+        recall = Recallable(transport) if len(deployments) > 1 else None
+        price = _price_of(deployment, simulator)
+        client: Client = Limited(
+            recall or transport,
+            account if alone else RateLimiter.of(own) if own else RateLimiter(),
             label=label,
-            price=_price_of(deployment, simulator),
-            default_output_tokens=(deployment.limits or limits).default_output_tokens,
+            price=price,
+            default_output_tokens=(own or limits).default_output_tokens,
         )
-        for label, deployment in deployments.items()
-    }
-    client = next(iter(limited.values()))
-    if len(limited) > 1:
-        client = Router(limited, weights={label: deployment.weight for label, deployment in deployments.items()})
-    return Retrying(client, retry, slot=window)
+        if not alone and any(getattr(limits, key) is not None for key in _QUOTAS):
+            client = Account(client, account, partial(estimate_of, default_output_tokens=limits.default_output_tokens))
+        return Replica(
+            label,
+            client,
+            weight=deployment.weight,
+            order=deployment.order,
+            price=price,
+            limits=own,
+            window=Window(own.concurrency) if own and own.concurrency else None,
+            circuit=Circuit(budget=retry.budget, cooldown_s=routing.cooldown_s),
+            recall=recall,
+        )
+
+    replicas = [replica_of(label, deployment) for label, deployment in deployments.items()]
+    router = Router(
+        replicas,
+        strategy=strategy_of(routing.strategy, replicas),
+        failover=routing.failover,
+        max_wait_s=routing.max_wait_s,
+        is_full=lambda: window.active >= window.limit,
+    )
+    client: Client = router
+    if routing.hedge and len(replicas) > 1:
+        client = Hedged(router)
+    client = Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s)
+    return Stack(client, router)
+
+
+_QUOTAS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
 
 
 def _price_of(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:

@@ -55,6 +55,7 @@ _BY_STATUS: dict[int, type[errors.RequestError]] = {
     403: errors.PermissionDeniedError,
     404: errors.NotFoundError,
     408: errors.Timeout,
+    409: errors.ConflictError,
     413: errors.RequestTooLargeError,
     429: errors.RateLimitError,
     503: errors.ServiceUnavailableError,
