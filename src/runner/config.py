@@ -219,6 +219,7 @@ class FaultsConfig:
     http_529: float = 0.0
     reset: float = 0.0
     hang: float = 0.0
+    slow: float = 0.0
     truncated: float = 0.0
     invalid_json: float = 0.0
     error_200: float = 0.0
@@ -243,6 +244,7 @@ class SimulatorConfig:
     api_key: str | None = None
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     hang_s: float = 3600.0
+    slow_factor: float = 20.0
     usd_per_million_prompt_tokens: float = 0.15
     usd_per_million_completion_tokens: float = 0.60
 

@@ -346,6 +346,10 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
     ]
+    if snapshot.deployments:
+        out = sum(deployment.is_out for deployment in snapshot.deployments.values())
+        count = len(snapshot.deployments)
+        columns.append(_Column(f"servers {count - out}/{count}", 8 if out else 1, "yellow" if out else ""))
     if closing:
         columns.append(_Column(f"in {_duration(snapshot.elapsed_s)}", 7))
     elif snapshot.total is not None:
@@ -390,6 +394,10 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
     if summary.get("retries") is not None:
         yield _Fact("retries", f"{summary['retries']:,}")
+    deployments: Mapping[str, Any] = summary.get("deployments") or {}
+    if len(deployments) > 1:
+        for label, deployment in deployments.items():
+            yield _Fact(f"  {printable(label)}", _deployment(deployment))
     scores: Mapping[str, Any] = summary.get("scores") or {}
     for name, score in scores.items():
         yield _Fact(f"score {printable(name)}", _score(score), "bold")
@@ -411,6 +419,14 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact("tokens", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     if "cost_usd" in summary:
         yield _Fact("cost", _closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")))
+
+
+def _deployment(deployment: Mapping[str, Any]) -> str:
+    latencies = {name: value for name, value in deployment["latency_s"].items() if value is not None}
+    parts = [f"{deployment['answered']:,} answered ({deployment['share']:.0%})"]
+    parts += [f"{name} {_seconds(value)}" for name, value in latencies.items()]
+    parts += [f"{deployment[key]:,} {key}" for key in ("failed", "retries") if deployment[key]]
+    return ", ".join(parts)
 
 
 def _score(score: float | Mapping[str, Any] | None) -> str:
