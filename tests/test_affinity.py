@@ -33,10 +33,10 @@ class Pool:
     def ask(self, content: GenerateInput, *, without: Replica | None = None) -> str:
         ready = [replica for replica in self.replicas if replica is not without]
         picked = self.strategy.pick(ready, request(content))
-        picked.in_flight += 1
+        picked.enter(0.0)
         self._in_flight.append(picked)
         if len(self._in_flight) > self._size:
-            self._in_flight.pop(random.Random(len(content)).randrange(self._size)).in_flight -= 1
+            self._in_flight.pop(random.Random(len(content)).randrange(self._size)).leave()
         return picked.label
 
 

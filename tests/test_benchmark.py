@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner.config import STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,6 +62,13 @@ def test_requests_that_fail_are_not_measured() -> None:
     assert ended.returncode != 0
     assert ended.stdout == ""
     assert "refused" in ended.stderr.lower() or "cannot connect" in ended.stderr.lower()
+
+
+def test_routing_has_a_line_for_each_strategy() -> None:
+    lines = lines_of(benchmark("routing", "--replicas", "3", "--requests", "20", "--repeats", "1"))
+
+    assert [line["strategy"] for line in lines] == list(STRATEGIES)
+    assert all(line["replicas"] == 3 and isinstance(line["added_us"], float) for line in lines)
 
 
 def test_a_contender_that_needs_another_interpreter_asks_for_it() -> None:

@@ -17,7 +17,7 @@ async def test_a_late_request_is_asked_elsewhere_and_the_first_answer_counts() -
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
     asked = len(a.asked) + len(b.asked)
-    fleet.replicas["b"].in_flight += 1
+    fleet.replicas["b"].enter(now())
     a.latency_s = 10.0
     began = now()
     request = asking()
@@ -38,7 +38,7 @@ async def test_the_first_replica_may_win_all_the_same() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].in_flight += 1
+    fleet.replicas["b"].enter(now())
     a.latency_s, b.latency_s = 0.2, 10.0
     request = asking()
     await fleet.client.send(request)
@@ -51,7 +51,7 @@ async def test_the_ledger_knows_before_the_second_request_is_sent() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].in_flight += 1
+    fleet.replicas["b"].enter(now())
     a.latency_s = 10.0
     before = len(b.asked)
     ledger: list[int] = []
@@ -117,7 +117,7 @@ async def test_a_failure_is_outlasted_by_the_other_attempt() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].in_flight += 1
+    fleet.replicas["b"].enter(now())
     a.latency_s, b.latency_s = 0.3, 1.0
     request = asking()
     asked = len(a.asked) + len(b.asked)

@@ -16,7 +16,9 @@ from virtual_time import now, virtual_time
 
 def replica(label: str, *, in_flight: int = 0, latency_s: float | None = None, **settings: Any) -> Replica:
     made = Replica(label, Server(label), **settings)
-    made.in_flight, made.latency_s = in_flight, latency_s
+    made.latency_s = latency_s
+    for _ in range(in_flight):
+        made.enter(time.monotonic())
     return made
 
 
@@ -63,11 +65,13 @@ async def test_the_one_with_the_most_of_its_limits_left_is_chosen() -> None:
     for _ in range(4):
         by_requests.enter(time.monotonic())
     by_tokens.answered(0, Trace(), TokenUsage(total_tokens=300))
-    by_slots.in_flight = 2
+    for _ in range(2):
+        by_slots.enter(time.monotonic())
     all_three = (by_requests, by_tokens, by_slots)
     assert [each.usage(time.monotonic()) for each in all_three] == pytest.approx([0.4, 0.3, 0.2], abs=0.01)
     assert set(chosen("usage-based-routing", *all_three, times=5)) == {"c"}
-    by_slots.in_flight = 9
+    for _ in range(7):
+        by_slots.enter(time.monotonic())
     assert set(chosen("usage-based-routing", *all_three, times=5)) == {"b"}
 
 

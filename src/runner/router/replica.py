@@ -24,6 +24,9 @@ _SMOOTHING = 0.1
 _RATE_S = 10.0
 _MINUTE_S = 60.0
 
+_FRESH = 1e-3
+"""Share of a span for which a count need not be looked at again."""
+
 
 class Replica:
     """One deployment: what its answers cost, how busy it is, and how it has done lately.
@@ -64,6 +67,7 @@ class Replica:
         self.circuit = circuit or Circuit()
         self.recall = recall
         self.in_flight = 0
+        self.load = 0.0  # requests in flight for its weight
         self.latency_s: float | None = None  # smoothed; None: no answer yet
         self.slow = False  # out of all proportion to its peers
         self.trial_at = 0.0  # when a slow one is tried again
@@ -81,11 +85,6 @@ class Replica:
         self._tokens = _Fading(_MINUTE_S)
 
     @property
-    def load(self) -> float:
-        """Requests in flight for its weight."""
-        return self.in_flight / self.weight
-
-    @property
     def has_room(self) -> bool:
         return self.window is None or self.window.active < self.window.limit
 
@@ -96,6 +95,8 @@ class Replica:
     def usage(self, now: float) -> float:
         """The share of its own limits that is used up, by the one that is used up most; 0 without limits."""
         limits = self._limits
+        if limits is None and self.window is None:
+            return 0.0
         shares = [0.0]
         if self.window is not None:
             shares.append(self.in_flight / self.window.limit)
@@ -108,6 +109,7 @@ class Replica:
     def enter(self, now: float) -> int:
         """Give it a request; there must be room. Returns the circuit's mark, for the outcome."""
         self.in_flight += 1
+        self.load = self.in_flight / self.weight
         if self.window is not None:
             self.window.try_enter()
         if self.slow:
@@ -147,6 +149,7 @@ class Replica:
     def leave(self) -> None:
         """Its request has come to an end."""
         self.in_flight -= 1
+        self.load = self.in_flight / self.weight
         if self.slow:
             self.trial_at = time.monotonic() + TRIAL_S
         if self.window is not None:
@@ -264,10 +267,12 @@ class _Fading:
 
     def add(self, amount: float, now: float) -> None:
         self._level = self.level(now) + amount
-        self._at = now
 
     def level(self, now: float) -> float:
-        return self._level * math.exp((self._at - now) / self._span_s)
+        if now - self._at > _FRESH * self._span_s:
+            self._level *= math.exp((self._at - now) / self._span_s)
+            self._at = now
+        return self._level
 
     def per_second(self, now: float) -> float:
         """The rate, of as much of the span as there has been."""

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 from runner.router.affinity import PrefixAffinity
@@ -49,7 +50,7 @@ class LeastBusy:
         self._turn = itertools.count()
 
     def pick(self, replicas: Sequence[Replica], request: Request) -> Replica:
-        return _least(replicas, _load, next(self._turn))
+        return _least(replicas, attrgetter("load"), next(self._turn))
 
 
 class LowestLatency:
@@ -67,7 +68,7 @@ class LowestLatency:
 
         def expected_s(replica: Replica) -> float:
             latency_s = fastest if replica.latency_s is None else replica.latency_s
-            return latency_s * (1 + replica.in_flight / replica.weight)
+            return latency_s * (1 + replica.load)
 
         return _least(replicas, expected_s, next(self._turn))
 
@@ -113,10 +114,6 @@ _BY_NAME: dict[str, Callable[[], Strategy]] = {
     "usage-based-routing": LowestUsage,
     "cost-based-routing": LowestCost,
 }
-
-
-def _load(replica: Replica) -> float:
-    return replica.load
 
 
 def _least(replicas: Sequence[Replica], key: Callable[[Replica], Any], turn: int) -> Replica:
