@@ -5,6 +5,7 @@
     python scripts/benchmark.py --rows 200000 --repeats 1 --only experiment # memory at scale
     python scripts/benchmark.py routing --replicas 64                       # what the router adds to a request
     python scripts/benchmark.py server                                      # the server alone, until stdin ends
+    python scripts/benchmark.py limits --requests 200000                    # the rate limiter alone
     py-spy record -- python scripts/benchmark.py raw --server URL           # one contender, once, in this process
 
 The comparison prints a JSON line per contender, with the medians of its runs, and a line with the ratios of those
@@ -37,16 +38,22 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 # Only the standard library up here: this file also runs in an interpreter that has infermesh and nothing of ours, and
 # a child's peak memory is never below that of the process it was forked from.
 
 MODEL = "m"
+MICRO_BATCH_SIZE = 32
+DIMENSIONS = 256
+
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
 def main() -> None:
@@ -57,6 +64,8 @@ def main() -> None:
         routing(arguments)
     elif arguments.what == "server":
         asyncio.run(serve())
+    elif arguments.what == "limits":
+        print(json.dumps(limits(arguments.requests)))
     else:
         with server_at(arguments.server) as server:
             job = Job(server=server, requests=arguments.requests, concurrency=arguments.concurrency)
@@ -72,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "what",
         nargs="?",
         default="throughput",
-        choices=["throughput", "routing", "server", *IN_PROCESS],
+        choices=["throughput", "routing", "server", "limits", *IN_PROCESS],
         help="default: throughput",
     )
     parser.add_argument("--requests", "--rows", type=int, default=20_000, metavar="N", help="default: 20000")
@@ -182,7 +191,8 @@ def routing(arguments: argparse.Namespace) -> None:
     their differences are given.
     """
     from runner.config import STRATEGIES
-    from runner.limiter import Limited, RateLimiter
+    from runner.limited import Limited
+    from runner.limiter import RateLimiter
     from runner.router import Recallable, Replica, Router, strategy_of
     from runner.types import Client, Generation, GenerationRequest, Request, Response
 
@@ -335,6 +345,50 @@ def generate_batch(job: Job) -> Timing:
     return stopwatch.timing
 
 
+def raw_embeddings(job: Job) -> Timing:
+    """aiohttp and orjson as in `raw`, with as many texts in a request as `embed_batch` has."""
+    import aiohttp
+    import orjson
+
+    stopwatch = Stopwatch()
+    url = f"{job.server}/embeddings"
+    headers = {"content-type": "application/json"}
+
+    async def run() -> list[list[float]]:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), cookie_jar=aiohttp.DummyCookieJar()
+        ) as session:
+
+            async def ask(texts: Sequence[str]) -> list[list[float]]:
+                body = orjson.dumps({"model": MODEL, "input": texts})
+                async with session.post(url, data=body, headers=headers) as answer:
+                    answer.raise_for_status()
+                    return [entry["embedding"] for entry in orjson.loads(await answer.read())["data"]]
+
+            await ask_all(ask, micro_batches(job.warm_up), job.concurrency)
+            texts = job.prompts
+            with stopwatch:
+                answers = await ask_all(ask, micro_batches(texts), job.concurrency)
+            return [vector for vectors in answers for vector in vectors]
+
+    require(len(asyncio.run(run())) == job.requests, "texts were lost")
+    return stopwatch.timing
+
+
+def embed_batch(job: Job) -> Timing:
+    """This package as a library, one text a row."""
+    from runner import LMClient
+
+    stopwatch = Stopwatch()
+    with LMClient(model=f"hosted_vllm/{MODEL}", api_base=job.server, max_parallel_requests=job.concurrency) as client:
+        client.embed_batch(job.warm_up)
+        texts = job.prompts
+        with stopwatch:
+            batch = client.embed_batch(texts, micro_batch_size=MICRO_BATCH_SIZE)
+    require(not any(batch.errors), f"texts failed: {next(filter(None, batch.errors), None)}")
+    return stopwatch.timing
+
+
 def litellm(job: Job) -> Timing:
     """``litellm.acompletion`` in the same loop of workers as `raw`."""
     acompletion = import_module("litellm").acompletion
@@ -373,17 +427,48 @@ def infermesh_batch(job: Job) -> Timing:
     return stopwatch.timing
 
 
-async def ask_all(ask: Callable[[str], Awaitable[str]], prompts: Sequence[str], concurrency: int) -> list[str]:
-    """The answers in order, from ``concurrency`` workers that share one iterator."""
-    answers = [""] * len(prompts)
-    numbered = enumerate(prompts)
+def limits(requests: int) -> dict[str, Any]:
+    """The rate limiter alone: four limits, a thousand workers in line, headers read and usage settled each time.
+
+    The limit is 25,000 a second, so that there is a line; what the limiter could do is in the rate per CPU second.
+    """
+    from runner import RateLimiter
+
+    stopwatch = Stopwatch()
+    limiter = RateLimiter(1.5e6, 1e9, 1e9, 1e13)
+    headers = {"x-ratelimit-remaining-requests": "1500000", "x-ratelimit-limit-requests": "1500000"}
+    numbers = iter(range(requests))
 
     async def work() -> None:
-        for number, prompt in numbered:
-            answers[number] = await ask(prompt)
+        for _ in numbers:
+            handle = await limiter.acquire(100)
+            await limiter.adjust(handle, 90, headers)
+
+    async def run() -> None:
+        with stopwatch:
+            await asyncio.gather(*(work() for _ in range(1_000)))
+
+    asyncio.run(run())
+    timing = stopwatch.timing
+    return {
+        "name": "limits",
+        "requests_per_s": rate(requests, timing.elapsed_s),
+        "cpu_us_per_request": round(1e6 * timing.cpu_s / requests, 2),
+        "requests_per_cpu_s": rate(requests, timing.cpu_s),
+    }
+
+
+async def ask_all(ask: Callable[[Q], Awaitable[A]], questions: Sequence[Q], concurrency: int) -> list[A]:
+    """The answers in order, from ``concurrency`` workers that share one iterator."""
+    answers: dict[int, A] = {}
+    numbered = enumerate(questions)
+
+    async def work() -> None:
+        for number, question in numbered:
+            answers[number] = await ask(question)
 
     await asyncio.gather(*(work() for _ in range(concurrency)))
-    return answers
+    return [answers[number] for number in range(len(questions))]
 
 
 async def ask_timed(ask: Callable[[str], Awaitable[str]], job: Job, stopwatch: Stopwatch) -> list[str]:
@@ -392,6 +477,10 @@ async def ask_timed(ask: Callable[[str], Awaitable[str]], job: Job, stopwatch: S
     prompts = job.prompts
     with stopwatch:
         return await ask_all(ask, prompts, job.concurrency)
+
+
+def micro_batches(texts: Sequence[str]) -> list[Sequence[str]]:
+    return [texts[start : start + MICRO_BATCH_SIZE] for start in range(0, len(texts), MICRO_BATCH_SIZE)]
 
 
 def prompt(number: int) -> str:
@@ -494,6 +583,8 @@ IN_PROCESS: Mapping[str, Callable[[Job], Timing]] = {
     "wire": wire,
     "raw": raw,
     "generate_batch": generate_batch,
+    "raw_embeddings": raw_embeddings,
+    "embed_batch": embed_batch,
     "litellm": litellm,
     "infermesh_batch": infermesh_batch,
 }
@@ -501,8 +592,11 @@ COMMANDS: Mapping[str, Callable[[Job, Path], tuple[Ended, dict[str, Any]]]] = {
     "experiment": experiment,
     "infermesh_cli": infermesh_cli,
 }
-CONTENDERS = ("wire", "raw", "generate_batch", "experiment", "litellm", "infermesh_batch", "infermesh_cli")
-ONLY_ON_REQUEST = {"litellm"}
+CONTENDERS = (
+    *("wire", "raw", "generate_batch", "experiment", "raw_embeddings", "embed_batch"),
+    *("litellm", "infermesh_batch", "infermesh_cli"),
+)
+ONLY_ON_REQUEST = {"raw_embeddings", "embed_batch", "litellm"}
 NEEDS_INFERMESH = {"infermesh_batch", "infermesh_cli"}
 SHARES = {"litellm": 0.1, "infermesh_batch": 0.1, "infermesh_cli": 0.05}
 """Of --requests: those that are so slow that fewer requests take as long."""
@@ -511,13 +605,14 @@ RATIOS = (
     "wire/raw",
     "generate_batch/raw",
     "experiment/raw",
+    "embed_batch/raw_embeddings",
     "generate_batch/litellm",
     "generate_batch/infermesh_batch",
     "experiment/infermesh_cli",
 )
 
 
-# The server: one fixed chat completion, at once, with as little work as Python allows
+# The server: one fixed chat completion, or fixed vectors, at once, with as little work as Python allows
 
 
 @contextmanager
@@ -551,22 +646,22 @@ async def serve() -> None:
 
 
 class Messages:
-    """Cuts a stream of bytes into HTTP/1.1 messages with a content-length, and counts them."""
+    """Cuts a stream of bytes into HTTP/1.1 messages with a content-length."""
 
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> int:
-        """How many messages ``data`` completes."""
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that ``data`` completes."""
         rest = self._rest + data if self._rest else data
-        complete = 0
+        complete = []
         while (head := rest.find(b"\r\n\r\n")) >= 0:
             length = _CONTENT_LENGTH.search(rest, 0, head)
             end = head + 4 + (int(length[1]) if length else 0)
             if len(rest) < end:
                 break
+            complete.append(rest[:end])
             rest = rest[end:]
-            complete += 1
         self._rest = rest
         return complete
 
@@ -584,7 +679,7 @@ class Stub(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if complete := self._messages.feed(data):
-            self._write(_ANSWER * complete)
+            self._write(b"".join(map(answer_to, complete)))
 
 
 class Sender(asyncio.Protocol):
@@ -622,7 +717,27 @@ class Sender(asyncio.Protocol):
             self._transport.write(message)
 
 
-_ANSWER_BODY = json.dumps(
+def answer_to(message: bytes) -> bytes:
+    if message.startswith(b"POST /v1/embeddings "):
+        return vectors(message.count(b'","'))  # as often as there are texts, as the model's name stands before them
+    return COMPLETION
+
+
+@cache
+def vectors(count: int) -> bytes:
+    vector = [round(0.001 * number - 0.03, 4) for number in range(DIMENSIONS)]
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index in range(count)]
+    usage = {"prompt_tokens": 24 * count, "total_tokens": 24 * count}
+    return http({"object": "list", "data": data, "model": MODEL, "usage": usage})
+
+
+def http(body: Mapping[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-request-id: req-stub\r\ncontent-length: "
+    return b"%s%d\r\n\r\n%s" % (head.encode(), len(content), content)
+
+
+COMPLETION = http(
     {
         "id": "chatcmpl-stub",
         "object": "chat.completion",
@@ -638,13 +753,6 @@ _ANSWER_BODY = json.dumps(
         ],
         "usage": {"prompt_tokens": 24, "completion_tokens": 12, "total_tokens": 36},
     }
-).encode()
-_ANSWER = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-request-id: req-stub\r\ncontent-length: %d\r\n\r\n%s"
-    % (
-        len(_ANSWER_BODY),
-        _ANSWER_BODY,
-    )
 )
 
 

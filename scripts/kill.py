@@ -1,6 +1,7 @@
 """Kills a run again and again, lets it finish, and checks that nothing was lost, doubled or asked in vain.
 
     python scripts/kill.py --kills 20 --rows 5000
+    python scripts/kill.py --kills 5 --rows 2000 --task embed --concurrency 8
 
 Each session is ended with SIGKILL once the server has seen a random number of its requests, and followed by the same
 command. Prints one JSON line; exits with 1 if a promise was broken:
@@ -24,19 +25,70 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from runner.config import SimulatorConfig
+from runner.simulator.model import AnswerKey, Model
+
 FAULTS = {"http_429": 0.02, "http_500": 0.02, "reset": 0.01, "truncated": 0.01, "invalid_json": 0.01}
 """What the server of our own does to this share of the requests."""
+
+
+GROUP = 8
+"""Texts in one embedding request."""
+
+
+class Generate:
+    """Prompts, answered with their echo."""
+
+    arguments: tuple[str, ...] = ("dataset=jsonl", "dataset.path=rows.jsonl")
+    group = 1
+
+    def lay(self, folder: Path, prompts: Sequence[str]) -> None:
+        rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts)
+        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+
+    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
+        return bool(row["output_text"] == f"echo: {prompt}")
+
+
+class Embed(Generate):
+    """Texts, each with the vector that is its own."""
+
+    arguments = ("task=embed", f"task.micro_batch_size={GROUP}", *Generate.arguments)
+    group = GROUP
+    model = Model(SimulatorConfig(), AnswerKey({}))
+
+    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
+        return bool(row["embedding"] == self.model.vector("echo", prompt))
+
+
+class Transcribe:
+    """Recordings, of which the server repeats the names."""
+
+    arguments = ("task=transcribe", "dataset=files", "dataset.path=recordings")
+    group = 1
+
+    def lay(self, folder: Path, prompts: Sequence[str]) -> None:
+        (folder / "recordings").mkdir()
+        for prompt in prompts:
+            (folder / "recordings" / prompt).write_text(prompt, encoding="utf-8")
+
+    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
+        return bool(row["text"] == f"echo: {prompt}")
+
+
+WORK: dict[str, Generate | Transcribe] = {"generate": Generate(), "embed": Embed(), "transcribe": Transcribe()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a run again and again, and check what is left.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rows", type=int, default=5000)
+    parser.add_argument("--task", choices=list(WORK), default="generate")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency-s", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
@@ -55,19 +107,19 @@ class Trial:
         self._folder = folder
         self._server = url.removesuffix("/v1")
         self._kills = options.kills
-        self._concurrency = options.concurrency
+        self._work = WORK[options.task]
+        self._in_flight = options.concurrency * self._work.group
         self._random = random.Random(options.seed)
-        self._prompts = [f"question {options.seed}-{number}" for number in range(options.rows)]
+        self._prompts = [f"question {options.seed}-{number:06}.wav" for number in range(options.rows)]
         self._held: dict[str, int] = {}  # prompts with a stored answer: how often they had been asked by then
         self._lost: set[str] = set()  # prompts with an answer that was not stored
         self._violations: list[str] = []
         self._command = [
             *(sys.executable, "-m", "runner", "model=openai_like/echo", f"api_base={url}"),
-            *("dataset=jsonl", "dataset.path=rows.jsonl", "name=kill", "tracker=none"),
+            *(*self._work.arguments, "name=kill", "tracker=none"),
             *(f"limits.concurrency={options.concurrency}", "retry.base_s=0.02"),
         ]
-        rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in self._prompts)
-        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+        self._work.lay(folder, self._prompts)
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -97,7 +149,7 @@ class Trial:
     def _killed(self, kills_left: int) -> bool:
         """Begin a session and kill it. False: it came to its end before."""
         before = self._requests()
-        share = (len(self._prompts) - len(self._held)) / (kills_left + 1)
+        share = (len(self._prompts) - len(self._held)) / (kills_left + 1) / self._work.group
         requests = self._random.randint(0, int(1.5 * share))
         session = self._session()
         if requests == 0:
@@ -129,7 +181,7 @@ class Trial:
         for prompt in self._held.keys() - booked.keys():
             self._violations.append(f"{prompt} had an answer and lost it")
         lost = {prompt for prompt, count in asked.items() if count["answered"]} - self._held.keys()
-        if len(lost - self._lost) > 2 * self._concurrency:
+        if len(lost - self._lost) > 2 * self._in_flight:
             self._violations.append(f"a kill cost {len(lost - self._lost)} answers")
         self._lost |= lost
 
@@ -141,8 +193,8 @@ class Trial:
         if [row["_index"] for row in rows] != list(range(len(self._prompts))):
             self._violations.append("results.jsonl does not hold every row once, in order")
         for row in rows:
-            if row["output_text"] != f"echo: {self._prompts[row['_index']]}":
-                self._violations.append(f"row {row['_index']} has the answer {row['output_text']!r}")
+            if row["error"] or not self._work.is_answer(row, self._prompts[row["_index"]]):
+                self._violations.append(f"row {row['_index']} has another row's answer, or none: {str(row)[:200]}")
 
     def _stored(self) -> list[tuple[int, int, int]]:
         """Position, answers and other attempts of each row, in results.sqlite as the last session left it.

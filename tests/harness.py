@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from aiohttp import ClientSession, web
+
+from runner.config import DatasetConfig, DatasetKind, RetryConfig, RunnerConfig, TrackerConfig, TrackerKind
+from runner.experiment import Report, run_experiment
+from runner.simulator.body import read_form
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 
@@ -90,6 +95,33 @@ class Command:
         return folder
 
 
+class Experiment:
+    """A configuration that is run again and again in one folder, with changes."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder / "run"
+        self._rows = folder / "rows.jsonl"
+        self._settings = settings
+
+    async def __call__(self, rows: list[Json] | None = None, **changes: Any) -> Report:
+        if rows is not None:
+            self._rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        settings: dict[str, Any] = {
+            "model": "openai_like/m",
+            "dataset": DatasetConfig(kind=DatasetKind.jsonl, path=str(self._rows)),
+            "tracker": TrackerConfig(kind=TrackerKind.none),
+            "retry": RetryConfig(base_s=0.01),
+        }
+        return await run_experiment(RunnerConfig(**{**settings, **self._settings, **changes}), self.folder)
+
+    def texts(self) -> list[str | None]:
+        return [row["output_text"] for row in read_rows(self.folder)]
+
+
+def numbered(count: int) -> list[Json]:
+    return [{"prompt": f"row {index}"} for index in range(count)]
+
+
 def read_rows(folder: Path) -> list[Json]:
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -125,7 +157,7 @@ class Provider:
     url: str = ""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        asked = Asked(path=request.path, headers=request.headers, body=json.loads(await request.read() or b"{}"))
+        asked = Asked(path=request.path, headers=request.headers, body=await _body(request))
         self.requests.append(asked)
         await asyncio.sleep(0.001 * (len(self.requests) * 7 % 5))  # answers overtake each other
         answer = self.answer(asked)
@@ -135,8 +167,26 @@ class Provider:
         return answer
 
 
+async def _body(request: web.BaseRequest) -> Json:
+    """The fields of a request, be it JSON or a form; a file in a form is (name, content)."""
+    raw = await request.read()
+    boundary = re.search("boundary=(.*)", request.headers.get("content-type", ""))
+    body: Json = read_form(raw, boundary[1].encode()) if boundary else json.loads(raw or b"{}")
+    return body
+
+
 def shout(asked: Asked) -> web.Response:
-    """The answer to anything: the same in capitals."""
+    """The answer to anything: the same in capitals; a vector of its length, or a file's name and content."""
+    if asked.path == "/v1/embeddings":
+        texts = asked.body["input"]
+        data = [{"index": place, "embedding": [float(len(text)), 0.5]} for place, text in enumerate(texts)]
+        words = sum(len(text.split()) for text in texts)
+        return web.json_response(
+            {"data": data, "model": "m-1", "usage": {"prompt_tokens": words, "total_tokens": words}}
+        )
+    if asked.path == "/v1/audio/transcriptions":
+        name, content = asked.body["file"]
+        return web.json_response({"text": f"{name}: {content.decode()}", "language": "english", "duration": 1.5})
     text = asked.text.upper()
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     if asked.path == "/v1/responses":

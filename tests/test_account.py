@@ -7,13 +7,14 @@ import pytest
 
 from runner.account import Account
 from runner.errors import ConnectError, RequestError, ServiceUnavailableError, Timeout
-from runner.limiter import Estimate, RateLimiter
+from runner.estimate import Estimator
+from runner.limiter import RateLimiter
 from virtual_fleet import Server, asking
 from virtual_time import now, virtual_time
 
 
 def account(client: Server, limiter: RateLimiter) -> Account:
-    return Account(client, limiter, lambda request: Estimate(prompt_tokens=100.0))
+    return Account(client, limiter, estimator=Estimator(default_output_tokens=100))
 
 
 async def asked_within(client: Account, count: int) -> float:

@@ -45,12 +45,28 @@ def test_each_contender_gets_a_line_and_the_last_line_compares_them() -> None:
     assert {"wire/raw", "generate_batch/raw"} <= set(last["ratios"])
 
 
+def test_the_rate_limiter_is_measured_alone() -> None:
+    [line] = lines_of(benchmark("limits", "--requests", "300"))
+
+    assert line["name"] == "limits"
+    assert line["requests_per_s"] > 0
+
+
 def test_only_the_named_contenders_run_as_often_as_asked() -> None:
     [line, last] = lines_of(benchmark("throughput", "--only", "raw", "--rows", "8", "--repeats", "2"))
 
     assert line["name"] == "raw"
     assert len(line["runs"]) == 2
     assert last == {"ratios": {}}
+
+
+def test_embeddings_are_compared_with_their_own_twin() -> None:
+    *contenders, last = lines_of(
+        benchmark("--only", "raw_embeddings", "embed_batch", "--rows", "70", "--concurrency", "2", "--repeats", "1")
+    )
+
+    assert [line["name"] for line in contenders] == ["raw_embeddings", "embed_batch"]
+    assert set(last["ratios"]) == {"embed_batch/raw_embeddings"}
 
 
 def test_requests_that_fail_are_not_measured() -> None:

@@ -14,11 +14,10 @@ from runner.config import (
     DeploymentLimitsConfig,
     FaultsConfig,
     LimitsConfig,
-    Resume,
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
-    Scope,
+    ScorerConfig,
     ShardConfig,
     Shared,
     SimulatorConfig,
@@ -28,6 +27,7 @@ from runner.config import (
     replicas,
 )
 from runner.errors import ConfigError
+from runner.types import Endpoint
 
 # Checks
 
@@ -141,6 +141,7 @@ SECRET = "sk-do-not-print-me"
         (served(api_key=SECRET), "deployments.east.api_key"),
         (served(extra_kwargs={"api_key": SECRET}), "deployments.east.extra_kwargs.api_key"),
         ({"request": {"api_key": SECRET}}, "request.api_key"),
+        (rows(kind=DatasetKind.python, arguments={"password": SECRET}), "dataset.arguments.password"),
         ({"request": {"aws_secret_access_key": SECRET}}, "request.aws_secret_access_key"),
         ({"request": {"extra_headers": {"Authorization": SECRET}}}, "request.extra_headers.Authorization"),
         ({"request": {"extra_headers": {"X-Api-Key": SECRET}}}, "request.extra_headers.X-Api-Key"),
@@ -154,26 +155,61 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
     assert SECRET not in str(caught.value)
 
 
+def test_limits_that_are_shared_must_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.shared=file shares limits, and there are none: set limits\.rpm"):
+        check(RunnerConfig(limits=LimitsConfig(shared=Shared.file)))
+    check(RunnerConfig(limits=LimitsConfig(shared=Shared.file, otpm=5)))
+
+
+def test_a_password_has_no_place_in_the_address_of_redis() -> None:
+    with pytest.raises(ConfigError, match="RUNNER_REDIS_PASSWORD") as caught:
+        check(RunnerConfig(limits=LimitsConfig(redis_url="redis://:hunter2@host:6379/0")))
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
         (limited(concurrency="auto"), "limits.concurrency=auto"),
-        (limited(header_bucket_scope=Scope.day), "limits.header_bucket_scope=day"),
-        (limited(shared=Shared.redis), "limits.shared=redis"),
-        ({"task": TaskConfig(kind=TaskKind.embed)}, "task=embed"),
-        ({"response_format": {"type": "object"}}, "response_format"),
+        ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),
         ({"budget": BudgetConfig(requests=0)}, "budget"),
-        ({"resume": Resume.fresh}, "resume=fresh"),
-        ({"reuse": True}, "reuse=true"),
         ({"plan": True}, "plan=true"),
-        ({"request": {"stream": True}}, "request.stream=true"),
     ],
 )
 def test_a_key_that_would_have_no_effect_is_rejected(values: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check(RunnerConfig(**values))
     assert str(caught.value).startswith(f"{key} is not available in this version")
+
+
+EMBED = TaskConfig(kind=TaskKind.embed)
+TRANSCRIBE = TaskConfig(kind=TaskKind.transcribe)
+SCHEMA = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"task": EMBED, "system": "Brief."}, "system is for task=generate, and the task here is embed"),
+        ({"task": TRANSCRIBE, "response_format": SCHEMA}, "response_format is for .*request.response_format says how"),
+        ({"task": TRANSCRIBE, "endpoint": Endpoint.responses}, "endpoint is for task=generate"),
+        ({"task": EMBED, "scorers": {"a": ScorerConfig()}}, "scorers score texts"),
+        ({"task": replace(EMBED, micro_batch_size=0)}, "task.micro_batch_size=0: at least 1"),
+        ({"task": replace(TRANSCRIBE, max_bytes=0)}, "task.max_bytes=0: at least 1"),
+        (
+            {"task": TaskConfig(image="path"), "endpoint": Endpoint.text_completion},
+            "endpoint=text_completion takes no images",
+        ),
+        ({"response_format": SCHEMA, "request": {"response_format": SCHEMA}}, "are the same"),
+        (rows(kind=DatasetKind.single, path="rows.csv"), "dataset.path is set, and dataset=single has no use for it"),
+        (rows(kind=DatasetKind.csv, path="a.csv", split="test"), "dataset=huggingface has$"),
+        (rows(kind=DatasetKind.python), "dataset.function must be set"),
+    ],
+)
+def test_a_key_of_another_task_or_dataset_is_rejected(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check(RunnerConfig(**values))
 
 
 def test_parts_can_be_checked_alone_and_name_their_own_place() -> None:
@@ -270,6 +306,12 @@ def test_the_message_names_the_key_that_was_meant_or_where_to_look() -> None:
 def test_parameters_that_are_reckoned_with_are_numbers(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"request.{key}"):
         check(RunnerConfig(request={key: value}))
+
+
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_an_answer_is_streamed_or_not(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"request\.stream=.*: true or false"):
+        check(RunnerConfig(request={"stream": value}))
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:

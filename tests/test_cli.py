@@ -128,6 +128,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "cost_usd_upper_bound": None,
         "attempts_of_unknown_cost": 60,
         "retries": 0,
+        "unparsed": 0,
         "errors": {},
         "scores": {},
         "stopped": None,
@@ -321,9 +322,10 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
     assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
 
 
-def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command) -> None:
+@pytest.mark.parametrize(("task", "concurrency"), [("generate", 16), ("embed", 2), ("transcribe", 16)])
+def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command, task: str, concurrency: int) -> None:
     script = SOURCES.parent / "scripts" / "kill.py"
-    arguments = ["--kills=4", "--rows=400", "--concurrency=16", "--latency-s=0.05"]
+    arguments = [f"--task={task}", "--kills=4", "--rows=400", f"--concurrency={concurrency}", "--latency-s=0.05"]
     done = subprocess.run(
         [sys.executable, str(script), *arguments], env=command.environment, capture_output=True, text=True, check=False
     )
@@ -349,7 +351,8 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(command: Command
     done = subprocess.run(arguments, cwd=command.folder, env=command.environment, capture_output=True, check=False)
 
     assert full.returncode == 4, full.stderr
-    assert "results.sqlite: disk I/O error\nThe same command goes on from here." in full.stderr
+    assert f"is the disk of {command.run()} full" in full.stderr
+    assert "The same command goes on from here." in full.stderr
     assert "Traceback" not in full.stderr
     assert done.returncode == 0
     assert 0 < read_summary(command.run())["reused"] < 600

@@ -3,18 +3,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import io
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
+from aiohttp import web
+from pydantic import BaseModel
 
-from runner import DeploymentConfig, LMClient
+from harness import Asked, refusal, serving
+from runner import DeploymentConfig, LMClient, image_block
 from runner.config import FaultsConfig, SimulatorConfig
-from runner.errors import AuthenticationError, ConfigError, InternalServerError, RequestError
+from runner.errors import (
+    AuthenticationError,
+    BadRequestError,
+    ConfigError,
+    InsufficientQuotaError,
+    InternalServerError,
+    RequestError,
+    RequestTooLargeError,
+    RowError,
+)
 
 FAST = SimulatorConfig(latency_s=0.001, latency_spread=0.0)
 
@@ -48,6 +66,49 @@ def test_messages_are_a_conversation(client: LMClient) -> None:
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
 
     assert client.generate(conversation).output_text == "echo: hello"
+
+
+def test_messages_may_hold_images(client: LMClient) -> None:
+    content = [{"type": "text", "text": "what is this?"}, image_block(b"\x89PNG", mime_type="image/png")]
+
+    assert client.generate([{"role": "user", "content": content}]).output_text == "echo: what is this?"
+
+
+def test_a_responses_input_has_instructions(client: LMClient) -> None:
+    result = client.generate({"input": "hello", "instructions": "Be brief."}, endpoint="responses")
+
+    assert result.output_text == "echo: hello"
+    assert result.raw_response["object"] == "response"  # type: ignore[index]
+
+
+def test_a_result_is_its_text(client: LMClient) -> None:
+    result = client.generate("hello")
+
+    assert str(result) == "echo: hello"
+    assert result.cost == result.metrics.cost_usd  # type: ignore[union-attr]
+    assert result.raw_response["choices"][0]["message"]["content"] == "echo: hello"  # type: ignore[index]
+
+
+def test_several_choices_are_all_there(client: LMClient) -> None:
+    result = client.generate("hello", n=3)
+
+    assert [choice["message"]["content"] for choice in result.choices] == ["echo: hello"] * 3
+
+
+def test_a_tool_call_is_read(client: LMClient) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+    result = client.generate("add", tools=[tool], tool_choice="required")
+
+    assert [call.name for call in result.tool_calls] == ["add"]
+    assert result.finish_reason == "tool_calls"
+
+
+def test_an_input_that_the_endpoint_does_not_take_fails_alone(client: LMClient) -> None:
+    batch = client.generate_batch(["a", None, {"input": "b"}, [{"content": "c"}], "d"])  # type: ignore[list-item]
+
+    assert [result is not None for result in batch] == [True, False, False, False, True]
+    assert all(isinstance(error, RowError) for error in batch.errors[1:4])
 
 
 @pytest.mark.parametrize("endpoint", ["chat_completion", "text_completion", "responses"])
@@ -130,6 +191,47 @@ def test_each_result_is_handed_out_as_it_settles(client: LMClient) -> None:
     assert progress == [(1, 3), (2, 3), (3, 3)]
 
 
+async def test_an_asynchronous_iterable_is_a_batch_too() -> None:
+    async def prompts() -> AsyncIterator[str]:
+        for n in range(3):
+            await asyncio.sleep(0)
+            yield f"prompt {n}"
+
+    async with echo() as client:
+        batch = await client.agenerate_batch(prompts())
+
+    assert [str(result) for result in batch] == [f"echo: prompt {n}" for n in range(3)]
+
+
+def test_a_large_batch_makes_few_tasks_and_holds_few_inputs() -> None:
+    class Prompt(str):
+        pass
+
+    alive: weakref.WeakSet[Prompt] = weakref.WeakSet()
+    inputs, tasks = [0], [0]
+
+    def prompts() -> Iterator[str]:
+        for n in range(3000):
+            prompt = Prompt(f"prompt {n}")
+            alive.add(prompt)
+            inputs.append(len(alive))
+            yield prompt
+
+    with echo() as client:
+        batch = client.generate_batch(prompts(), on_progress=lambda *_: tasks.append(len(asyncio.all_tasks())))
+
+    assert batch.errors == [None] * 3000
+    assert max(inputs) < 600
+    assert max(tasks) < 600
+
+
+@pytest.mark.parametrize("inputs", ["one prompt", b"bytes", {"input": "hello"}, 7, None])
+def test_one_input_is_no_batch(client: LMClient, inputs: Any) -> None:
+    for method in (client.generate_batch, client.embed_batch, client.transcribe_batch):
+        with pytest.raises(ConfigError, match="pass a list"):
+            method(inputs)
+
+
 def test_an_empty_batch_is_empty(client: LMClient) -> None:
     assert len(client.generate_batch([])) == 0
 
@@ -169,12 +271,243 @@ def test_several_deployments_share_the_requests() -> None:
         ({"model": "simulated/echo", "max_parallel_requests": 0}, "concurrency"),
         ({"model": "simulated/echo", "endpoint": "chat"}, "endpoint='chat'"),
         ({"model": "simulated/echo", "deployments": {"a": {"modle": "x"}}}, "modle"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rmp": 1}}}}, "rmp"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rpm": 0}}}}, "rpm=0"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "transport": "post"}}}, "post"),
         ({"model": "simulated/echo", "routing_strategy": "fastest"}, "fastest"),
+        ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs"),
+        ({"model": "simulated/echo", "timeout": 0}, "timeout=0"),
+        ({"model": "simulated/echo", "max_retries": -1}, "max_retries"),
+        ({"model": "simulated/echo", "header_bucket_scope": "hour"}, "header_bucket_scope='hour'"),
+        ({"model": "simulated/echo", "default_request_kwargs": {"model": "x"}}, "default_request_kwargs has 'model'"),
+        ({"model": "x/y", "api_base": "http://a/v1", "deployments": {"a": {"model": "x/y"}}}, "api_base and api_key"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LMClient(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [{"api_key": "k"}, {"timeout": -1}, {"endpoint": "chat"}, {"response_format": 1}])
+def test_arguments_of_a_call_that_cannot_be_used_are_refused_before_anything_is_sent(
+    client: LMClient, arguments: Any
+) -> None:
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        client.generate_batch(["a", "b"], **arguments)
+
+
+# Structured output
+
+
+class Answer(BaseModel):
+    value: int
+    confidence: float
+
+
+def says(text: str) -> Callable[[Asked], web.Response]:
+    """A provider that always says ``text``."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return lambda asked: web.json_response({"id": "x", "model": "m", "choices": [choice]})
+
+
+async def test_a_model_is_asked_for_and_read_back() -> None:
+    async with (
+        serving(says('{"value": 4, "confidence": 0.99}')) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url) as client,
+    ):
+        result = await client.agenerate("2 + 2", response_format=Answer)
+
+    [asked] = provider.requests
+    assert asked.body["response_format"]["json_schema"]["name"] == "Answer"
+    assert result.output_parsed == Answer(value=4, confidence=0.99)
+    assert result.output_text == '{"value": 4, "confidence": 0.99}'
+
+
+async def test_a_format_may_be_the_clients() -> None:
+    async with (
+        serving(says('{"value": 4, "confidence": 1}')) as provider,
+        LMClient(
+            model="hosted_vllm/m", api_base=provider.url, default_request_kwargs={"response_format": Answer}
+        ) as client,
+    ):
+        batch = await client.agenerate_batch(["2 + 2", "3 + 1"])
+        plain = await client.agenerate("2 + 2", response_format={"type": "object"})
+
+    assert [result.output_parsed for result in batch if result] == [Answer(value=4, confidence=1)] * 2
+    assert plain.output_parsed == {"value": 4, "confidence": 1}
+
+
+async def test_an_answer_that_does_not_fit_is_a_warning_and_none(caplog: pytest.LogCaptureFixture) -> None:
+    async with (
+        serving(says("Four.")) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url) as client,
+    ):
+        with caplog.at_level(logging.WARNING):
+            result = await client.agenerate("2 + 2", response_format=Answer)
+
+    assert result.output_text == "Four."
+    assert result.output_parsed is None
+    assert "does not fit Answer" in caplog.text
+
+
+def test_a_tool_call_is_no_answer_that_does_not_fit(client: LMClient, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+    result = client.generate("add", tools=[tool], tool_choice="required", response_format=Answer)
+
+    assert result.tool_calls
+    assert result.output_parsed is None
+    assert not caplog.records
+
+
+async def test_an_answer_may_be_parsed_without_a_format() -> None:
+    async with (
+        serving(says('{"any": 1}')) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url) as client,
+    ):
+        parsed = await client.agenerate("hello", parse_output=True)
+        plain = await client.agenerate("hello")
+
+    assert parsed.output_parsed == {"any": 1}
+    assert plain.output_parsed is None
+    assert "response_format" not in provider.requests[0].body
+
+
+# Embeddings
+
+
+def embeds(asked: Asked) -> web.Response:
+    """A provider whose vector of a text is its length, and that refuses what is bad."""
+    texts = asked.body["input"]
+    if "bad" in texts:
+        return refusal(400, "invalid_input")
+    data = [{"index": index, "embedding": [len(text)]} for index, text in enumerate(texts)]
+    tokens = sum(map(len, texts))
+    return web.json_response({"model": "m", "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
+
+def test_a_text_has_a_vector(client: LMClient) -> None:
+    result = client.embed("hello")
+
+    assert len(result.embedding) == FAST.embedding_size
+    assert client.embed("hello", dimensions=4).embedding != result.embedding
+    assert result.token_usage is not None
+    assert result.metrics is not None
+    assert result.metrics.cost_usd is not None
+
+
+async def test_texts_share_requests_and_keep_their_order() -> None:
+    texts = ["x" * n for n in range(1, 101)]
+    async with (
+        serving(embeds) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url) as client,
+    ):
+        batch = await client.aembed_batch(iter(texts), micro_batch_size=32)
+
+    assert [result.embedding for result in batch if result] == [[n] for n in range(1, 101)]
+    assert sorted(len(asked.body["input"]) for asked in provider.requests) == [4, 32, 32, 32]
+    tokens = [result.token_usage.total_tokens for result in batch if result and result.token_usage]
+    assert sum(tokens) == sum(map(len, texts))
+
+
+async def test_a_bad_text_fails_alone() -> None:
+    texts: list[Any] = ["a"] * 20
+    texts[3], texts[11], texts[12] = "bad", None, 1.5
+    told: dict[int, bool] = {}
+    progress: list[tuple[int, int]] = []
+    async with (
+        serving(embeds) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url) as client,
+    ):
+        batch = await client.aembed_batch(
+            texts,
+            micro_batch_size=8,
+            on_result=lambda index, result, error: told.update({index: result is not None}),
+            on_progress=lambda settled, total: progress.append((settled, total)),
+        )
+
+    assert [index for index, result in enumerate(batch) if result is None] == [3, 11, 12]
+    assert isinstance(batch.errors[3], BadRequestError)
+    assert isinstance(batch.errors[11], RowError)
+    assert told == {index: index not in (3, 11, 12) for index in range(20)}
+    assert progress == [(settled, 20) for settled in range(1, 21)]
+
+
+async def test_each_micro_batch_takes_a_slot() -> None:
+    asked: list[int] = []
+
+    def answer(request: Asked) -> web.Response:
+        asked.append(len(request.body["input"][0]))
+        return embeds(request)
+
+    async with (
+        serving(answer) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url, max_parallel_requests=1) as client,
+    ):
+        await client.aembed_batch(["x" * n for n in range(30)], micro_batch_size=2)
+
+    assert asked == list(range(0, 30, 2))
+
+
+async def test_without_return_exceptions_the_first_bad_text_is_raised() -> None:
+    async with (
+        serving(embeds) as provider,
+        LMClient(model="hosted_vllm/m", api_base=provider.url) as client,
+    ):
+        with pytest.raises(BadRequestError):
+            await client.aembed_batch(["a", "bad", "c"], return_exceptions=False)
+        with pytest.raises(BadRequestError):
+            await client.aembed("bad")
+        with pytest.raises(RowError, match="not a text"):
+            await client.aembed(7)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="micro_batch_size=0"):
+            await client.aembed_batch(["a"], micro_batch_size=0)
+
+
+# Transcriptions
+
+
+def test_a_recording_is_transcribed_from_a_path_from_bytes_and_from_a_file(client: LMClient, tmp_path: Path) -> None:
+    path = tmp_path / "talk.wav"
+    path.write_bytes(b"sound")
+
+    with path.open("rb") as file:
+        batch = client.transcribe_batch([path, str(path), b"sound", file, io.BytesIO(b"sound")])
+    single = client.transcribe(path, response_format="verbose_json")
+
+    names = ["talk.wav", "talk.wav", "audio.wav", "talk.wav", "audio.wav"]
+    assert [result.text for result in batch if result] == [f"echo: {name}" for name in names]
+    assert single.text == "echo: talk.wav"
+    assert single.language == "english"
+    assert single.duration_s is not None
+    assert single.raw_response["task"] == "transcribe"  # type: ignore[index]
+    assert single.metrics is not None
+    assert single.metrics.deployment == "simulated/echo"
+
+
+def test_a_recording_that_is_missing_or_too_large_fails_alone(client: LMClient, tmp_path: Path) -> None:
+    good, large = tmp_path / "good.wav", tmp_path / "large.wav"
+    good.write_bytes(b"sound")
+    with large.open("wb") as file:
+        file.truncate(26 * 2**20)
+    told: list[int] = []
+
+    batch = client.transcribe_batch(
+        (each for each in (good, tmp_path / "missing.wav", large, good)), on_result=lambda index, *_: told.append(index)
+    )
+
+    assert [result is not None for result in batch] == [True, False, False, True]
+    assert isinstance(batch.errors[1], RowError)
+    assert isinstance(batch.errors[2], RequestTooLargeError)
+    assert sorted(told) == [0, 1, 2, 3]
+    assert client.transcribe(large, max_transcription_bytes=None).text == "echo: large.wav"
+    with pytest.raises(RequestTooLargeError, match="more than 4 bytes"):
+        client.transcribe(b"sound", max_transcription_bytes=4)
+    with pytest.raises(RowError, match=r"missing\.wav"):
+        client.transcribe_batch([tmp_path / "missing.wav"], return_exceptions=False)
+
+
+# Loops, threads, endings
 
 
 async def test_both_twins_work_within_a_running_event_loop() -> None:
@@ -187,19 +520,19 @@ async def test_both_twins_work_within_a_running_event_loop() -> None:
     assert [result.output_text for result in batch if result] == ["echo: a", "echo: b"]
 
 
-def test_one_client_serves_one_event_loop_after_the_other() -> None:
-    client = echo()
-
+def test_one_client_serves_one_event_loop_after_the_other(client: LMClient) -> None:
     async def ask() -> str:
-        async with client:
-            return (await client.agenerate("hello")).output_text
+        return (await client.agenerate("hello")).output_text
 
-    async def ask_only() -> str:
-        text = (await client.agenerate("hello")).output_text
-        await client.aclose()
-        return text
+    assert asyncio.run(ask()) == asyncio.run(ask()) == client.generate("hello").output_text == "echo: hello"
 
-    assert asyncio.run(ask_only()) == asyncio.run(ask()) == "echo: hello"
+
+def test_both_twins_take_from_one_quota() -> None:
+    with echo(rpd=3) as client:
+        for _ in range(3):
+            client.generate("hello")
+        with pytest.raises(InsufficientQuotaError):
+            asyncio.run(client.agenerate("hello"))
 
 
 def test_many_threads_may_call_at_once(client: LMClient) -> None:
@@ -224,6 +557,75 @@ def test_a_closed_client_says_so(client: LMClient) -> None:
 
     with pytest.raises(RuntimeError, match="closed"):
         client.generate("hello")
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(client.agenerate("hello"))
+
+
+async def test_a_client_that_is_closed_synchronously_lets_go_of_the_running_loop_too() -> None:
+    with echo() as client:
+        await client.agenerate("hello")
+        client.generate("hello")
+
+    await asyncio.sleep(0)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait(others, timeout=10)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize("ending", ["", "del client; import gc; gc.collect()", "client.close()"])
+def test_a_client_that_nobody_closes_ends_in_silence(ending: str) -> None:
+    code = f"""
+from runner import LMClient
+client = LMClient(model="simulated/echo")
+print(client.generate("hello").output_text)
+{ending}
+"""
+    command = [sys.executable, "-W", "always::ResourceWarning:asyncio", "-X", "dev", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    assert (done.returncode, done.stdout) == (0, "echo: hello\n")
+    assert "nclosed" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Unexpected(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Unexpected, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("callback", ["on_result", "on_progress"])
+def test_what_a_callback_raises_ends_the_batch_and_the_client_goes_on(
+    client: LMClient, callback: str, kind: type[BaseException]
+) -> None:
+    def fail(*_: object) -> None:
+        raise kind
+
+    calls: dict[str, Any] = {callback: fail}
+    with pytest.raises(kind):
+        client.generate_batch([f"prompt {n}" for n in range(300)], **calls)
+    with pytest.raises(kind):
+        client.embed_batch([f"text {n}" for n in range(300)], **calls)
+
+    assert client.generate("hello").output_text == "echo: hello"
+
+
+def test_an_iterable_that_fails_ends_the_batch() -> None:
+    def prompts() -> Iterator[str]:
+        yield "a"
+        raise Unexpected
+
+    with echo() as client, pytest.raises(Unexpected):
+        client.generate_batch(prompts())
+
+
+async def test_waiting_for_a_slot_counts_as_waiting() -> None:
+    async with echo(simulator=SimulatorConfig(latency_s=0.02), max_parallel_requests=1) as client:
+        first, second = await asyncio.gather(client.agenerate("a"), client.agenerate("b"))
+
+    assert first.metrics is not None
+    assert second.metrics is not None
+    assert second.metrics.queue_wait_s >= 0.5 * first.metrics.service_time_s
+    assert second.metrics.end_to_end_s >= second.metrics.queue_wait_s + second.metrics.service_time_s - 1e-3
 
 
 def test_a_synchronous_call_from_a_callback_is_refused_and_not_deadlocked(client: LMClient) -> None:
@@ -233,32 +635,57 @@ def test_a_synchronous_call_from_a_callback_is_refused_and_not_deadlocked(client
 
 def test_a_client_from_before_a_fork_says_so() -> None:
     code = (
-        "import os\n"
+        "import asyncio, os\n"
         "from runner import LMClient\n"
         "client = LMClient(model='simulated/echo')\n"
         "client.generate('hello')\n"
         "if os.fork() == 0:\n"
-        "    try:\n"
-        "        client.generate('hello')\n"
-        "    except RuntimeError as error:\n"
-        "        print(error, flush=True)\n"
+        "    for ask in client.generate, lambda text: asyncio.run(client.agenerate(text)):\n"
+        "        try:\n"
+        "            ask('hello')\n"
+        "        except RuntimeError as error:\n"
+        "            print(error, flush=True)\n"
         "    os._exit(0)\n"
         "os.wait()\n"
         "client.close()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
 
-    assert "before a fork" in done.stdout
+    assert done.stdout.count("before a fork") == 2
 
 
-def test_ctrl_c_ends_a_synchronous_batch() -> None:
-    with echo(simulator=SimulatorConfig(latency_s=30.0)) as client:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+def test_ctrl_c_ends_a_synchronous_batch_and_all_its_requests() -> None:
+    read, told = [0], [0]
+    begun = threading.Event()
+
+    def prompts() -> Iterator[str]:
+        for n in range(100_000):
+            read[0] = n
+            if n == 300:
+                begun.set()
+            yield f"prompt {n}"
+
+    def count(*_: object) -> None:
+        told[0] += 1
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with echo(simulator=SimulatorConfig(latency_s=0.2)) as client, ThreadPoolExecutor() as pool:
+        pool.submit(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            client.generate_batch([f"prompt {n}" for n in range(100)])
+            client.generate_batch(prompts(), on_result=count)
+        settled = told[0]
+        assert client.generate("hello").output_text == "echo: hello"
+
+    assert told[0] == settled
+    assert read[0] < 2000
 
 
-@pytest.mark.parametrize("name", ["generate", "generate_batch"])
+@pytest.mark.parametrize(
+    "name", ["generate", "generate_batch", "embed", "embed_batch", "transcribe", "transcribe_batch"]
+)
 def test_the_synchronous_twin_has_the_signature_and_documentation(name: str) -> None:
     twin, written = getattr(LMClient, name), getattr(LMClient, f"a{name}")
 

@@ -33,9 +33,11 @@ def test_every_option_composes_and_can_be_run(option: str) -> None:
     group, _, name = option.partition("/")
     override = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
 
-    config = typed(composed(override, "dataset.path=rows.jsonl"))
+    needed = {"dataset/single": [], "dataset/python": ["dataset.function=rows:all"]}.get(option)
+    if needed is None:
+        needed = ["dataset.path=rows.jsonl"] if group == "dataset" else []
 
-    check(config)
+    check(typed(composed(override, *needed)))
 
 
 def test_the_root_says_what_the_types_say() -> None:

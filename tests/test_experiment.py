@@ -5,58 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
 
-from harness import Asked, Json, read_rows, read_summary, refusal, serving, shout
+from harness import Asked, Experiment, numbered, read_rows, read_summary, refusal, serving, shout
 from runner.config import (
     DatasetConfig,
     DatasetKind,
     LimitsConfig,
     RetryConfig,
-    RunnerConfig,
     ScorerConfig,
     SimulatorConfig,
-    TrackerConfig,
-    TrackerKind,
 )
-from runner.experiment import Report, run_experiment
 from runner.simulator import Simulator
 from runner.types import Endpoint
 
 KEY = "OPENAI_LIKE_API_KEY"
-
-
-class Experiment:
-    """A configuration that is run again and again in one folder, with changes."""
-
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.folder = folder / "run"
-        self._rows = folder / "rows.jsonl"
-        self._settings = settings
-
-    async def __call__(self, rows: list[Json] | None = None, **changes: Any) -> Report:
-        if rows is not None:
-            self._rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        settings: dict[str, Any] = {
-            "model": "openai_like/m",
-            "dataset": DatasetConfig(kind=DatasetKind.jsonl, path=str(self._rows)),
-            "tracker": TrackerConfig(kind=TrackerKind.none),
-            "retry": RetryConfig(base_s=0.01),
-        }
-        return await run_experiment(RunnerConfig(**{**settings, **self._settings, **changes}), self.folder)
-
-    def texts(self) -> list[str | None]:
-        return [row["output_text"] for row in read_rows(self.folder)]
-
-
-def numbered(count: int) -> list[Json]:
-    return [{"prompt": f"row {index}"} for index in range(count)]
 
 
 async def test_templates_are_filled_from_a_csv(tmp_path: Path) -> None:
@@ -177,6 +146,47 @@ async def test_an_account_without_money_ends_the_run(tmp_path: Path) -> None:
     assert stopped.exit_code == 4
     assert "balance" in str(stopped.message)
     assert len(provider.requests) <= 12
+
+
+async def test_a_long_pause_is_shown_to_the_person_who_watches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(asked: Asked) -> web.Response:
+        refused = refusal(429, "rate_limit_exceeded", "Slow down")
+        refused.headers["retry-after"] = "7200"
+        return refused
+
+    async with serving(answer) as provider:
+        await Experiment(tmp_path, api_base=provider.url)(numbered(5))
+
+    assert "no request goes out for 7200 s" in capsys.readouterr().err
+
+
+async def test_a_days_quota_that_is_used_up_ends_the_run_and_says_when_it_can_go_on(tmp_path: Path) -> None:
+    left = 20
+
+    def answer(asked: Asked) -> web.Response:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return shout(asked)
+        refused = refusal(429, "rate_limit_exceeded", "Limit of requests per day")
+        refused.headers["retry-after"] = "7200"
+        return refused
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=4))
+        stopped = await experiment(numbered(100))
+        left = 1_000
+        finished = await experiment()
+
+    assert stopped.exit_code == 4
+    assert re.search(
+        r"Limit of requests per day; requests can go on at \d{4}-\d\d-\d\d \d\d:\d\d", str(stopped.message)
+    )
+    assert (stopped.summary["succeeded"], stopped.summary["failed"]) == (20, 0)
+    assert finished.exit_code == 0
+    assert len(provider.requests) <= 100 + 4
 
 
 @pytest.mark.parametrize("refused", [0, 5, 9])

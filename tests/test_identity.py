@@ -30,7 +30,7 @@ from runner.config import (
     TaskKind,
     TrackerConfig,
 )
-from runner.identity import ContentHasher, dump_json, model_identity, run_id
+from runner.identity import ContentHasher, answers_alike, dump_json, model_identity, output_limits, run_id
 from runner.types import Endpoint
 
 BASE = RunnerConfig(
@@ -62,9 +62,12 @@ ASKED: dict[str, Change] = {
     "mapper": change(mapper="package.module:function"),
     "endpoint": change(endpoint=Endpoint.responses),
     "request.temperature": change(request={"temperature": 0.6}),
-    "request.max_tokens": change(request={"temperature": 0.5, "max_tokens": 5}),
     "response_format": change(response_format={"type": "object"}),
     "task": change(task=TaskConfig(kind=TaskKind.embed)),
+    "task.image": change(task=TaskConfig(image="picture")),
+    "dataset.arguments": change(
+        dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", arguments={"seed": 1})
+    ),
 }
 
 NOT_ASKED: dict[str, Change] = {
@@ -74,7 +77,11 @@ NOT_ASKED: dict[str, Change] = {
     "api_base": change(api_base="http://elsewhere/v1"),
     "api_key_env": change(api_key_env="MY_KEY"),
     "request.timeout": change(request={"temperature": 0.5, "timeout": 5}),
+    "request.max_tokens": change(request={"temperature": 0.5, "max_tokens": 5}),
     "request.extra_headers": change(request={"temperature": 0.5, "extra_headers": {"x": "y"}}),
+    "request.stream": change(request={"temperature": 0.5, "stream": True}),
+    "dataset.streaming": change(dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", streaming=True)),
+    "task.micro_batch_size": change(task=TaskConfig(micro_batch_size=5, max_bytes=5)),
     "dataset.limit": change(dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", limit=5)),
     "name": change(name="other"),
     "runs_dir": change(runs_dir="elsewhere"),
@@ -195,9 +202,44 @@ def test_what_items_have_in_common_is_part_of_each(key: str) -> None:
     assert hashed(ASKED[key](BASE)) != hashed()
 
 
-@pytest.mark.parametrize("key", [*NOT_ASKED, "prompt", "system", "mapper", "dataset.path", "dataset.shard.index"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *sorted(NOT_ASKED.keys() - {"request.max_tokens"}),
+        "prompt",
+        "system",
+        "mapper",
+        "dataset.path",
+        "dataset.shard.index",
+    ],
+)
 def test_an_item_is_the_same_wherever_it_comes_from(key: str) -> None:
     assert hashed({**ASKED, **NOT_ASKED}[key](BASE)) == hashed()
+
+
+def test_how_long_an_answer_may_be_is_part_of_an_item_and_not_of_the_run() -> None:
+    longer = replace(BASE, request={"temperature": 0.5, "max_tokens": 5})
+    assert run_id(longer) == run_id(BASE)
+    assert hashed(longer) != hashed()
+    assert (output_limits(longer), output_limits(BASE)) == ({"max_tokens": 5}, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "alike"),
+    [
+        ({"request": {"temperature": 0}}, True),
+        ({"request": {"temperature": 0.0, "n": 1}}, True),
+        ({"request": {"temperature": 0, "n": 2}}, False),
+        ({"request": {"temperature": 0.1}}, False),
+        ({"request": {}}, False),
+        ({"task": TaskConfig(kind=TaskKind.embed)}, True),
+        ({"task": TaskConfig(kind=TaskKind.bench), "request": {"temperature": 0}}, False),
+        ({"deployments": {"a": DeploymentConfig(model="x/y", extra_kwargs={"temperature": 0})}, "request": {}}, True),
+        ({"deployments": {"a": DeploymentConfig(model="x/y", extra_kwargs={"temperature": 1})}, "request": {}}, False),
+    ],
+)
+def test_requests_are_answered_alike_where_nothing_is_sampled(settings: dict[str, Any], alike: bool) -> None:
+    assert answers_alike(replace(BASE, **settings)) is alike
 
 
 def test_a_hasher_is_not_changed_by_its_use() -> None:

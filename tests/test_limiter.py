@@ -1,39 +1,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import threading
+import time
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.config import LimitsConfig
-from runner.errors import (
-    APIConnectionError,
-    APIResponseError,
-    AuthenticationError,
-    BadRequestError,
-    ConnectError,
-    InsufficientQuotaError,
-    InternalServerError,
-    RateLimitError,
-    RequestError,
-    ServiceUnavailableError,
-    Timeout,
-)
-from runner.limiter import Estimate, Limited, RateLimiter, RateLimiterAcquisitionHandle
-from runner.types import (
-    EmbeddingRequest,
-    Generation,
-    GenerationRequest,
-    Request,
-    Response,
-    TokenPrice,
-    TokenUsage,
-    TranscriptionRequest,
-)
+from runner.errors import BadRequestError, ConfigError, InsufficientQuotaError
+from runner.estimate import Estimate
+from runner.limiter import RateLimiter, RateLimiterAcquisitionHandle
+from runner.types import TokenUsage
 from virtual_time import now, other_tasks, settle, virtual_time
 
 MINUTE, DAY = 60.0, 86_400.0
@@ -186,6 +168,7 @@ REQUESTS = st.lists(
         st.none() | st.sampled_from([0.0, 0.1, 2.0, 45.0]),  # is cancelled, so long after it came
         st.sampled_from([0.0, 0.5, 10.0, 90.0]),  # service time
         st.sampled_from(["settled", "used up", "refused", "refunded", "unknown"]),
+        st.none() | st.sampled_from([-1, 0, 1, 30, 10**9]),  # what the headers of its answer say is left
     ),
     min_size=1,
     max_size=60,
@@ -203,7 +186,7 @@ REQUESTS = st.lists(
 )
 @virtual_time
 async def test_in_no_window_more_is_granted_than_the_limit(
-    requests: list[tuple[float, float, float, float | None, float, str]],
+    requests: list[tuple[float, float, float, float | None, float, str, int | None]],
     rpm: int | None,
     tpm: int | None,
     otpm: int | None,
@@ -216,7 +199,9 @@ async def test_in_no_window_more_is_granted_than_the_limit(
     grants: list[Grant] = []
     served: list[int] = []
 
-    async def request(number: int, prompt: float, completion: float, service_s: float, ending: str) -> None:
+    async def request(
+        number: int, prompt: float, completion: float, service_s: float, ending: str, left: int | None
+    ) -> None:
         handle = await limiter.acquire(Estimate(prompt_tokens=prompt, completion_tokens=completion))
         served.append(number)
         costs = {"rpm": 1.0, "tpm": prompt + completion, "otpm": completion, "rpd": 1.0}
@@ -225,6 +210,8 @@ async def test_in_no_window_more_is_granted_than_the_limit(
             charged = sum(each.costs[name] for each in grants if now() - each.at < window_s - 1e-6)
             assert limit is None or charged <= limit + 1e-6, (name, charged)
         await asyncio.sleep(service_s)
+        if left is not None and ending != "refunded":
+            limiter.heed(handle, openai(left, reset="20s") | openai(left, reset="1h", kind="requests"))
         if ending == "settled":
             costs |= {"tpm": prompt // 2 + completion // 4, "otpm": completion // 4}
             handle.settle(used(int(prompt // 2), int(completion // 4)))
@@ -349,10 +336,10 @@ async def test_a_newcomer_that_would_fit_waits_behind_those_who_wait() -> None:
     assert large.done()
 
 
-@pytest.mark.parametrize("limits", [{"tokens_per_minute": 100}, {"tokens_per_day": 100}])
+@pytest.mark.parametrize("limits", [LimitsConfig(tpm=100), LimitsConfig(tpd=100)])
 @virtual_time
-async def test_an_estimate_that_can_never_fit_fails_at_once(limits: Mapping[str, float]) -> None:
-    limiter = RateLimiter(**limits)
+async def test_an_estimate_that_can_never_fit_fails_at_once(limits: LimitsConfig) -> None:
+    limiter = RateLimiter.of(limits)
     with pytest.raises(BadRequestError, match=r"needs about 101 of limits\.tp[md]=100"):
         await limiter.acquire(101)
     assert now() == 0
@@ -539,6 +526,296 @@ async def test_what_comes_back_from_long_requests_does_not_add_up_to_a_burst() -
     assert len(await grants_within(limiter, 0.05, 10)) == 2
 
 
+# What the provider's headers say
+
+
+def openai(remaining: object, limit: object = 60_000, reset: object = "60s", kind: str = "tokens") -> dict[str, str]:
+    """OpenAI's headers of one quota."""
+    values = {"limit": limit, "remaining": remaining, "reset": reset}
+    return {f"x-ratelimit-{name}-{kind}": str(value) for name, value in values.items()}
+
+
+async def room(limiter: RateLimiter, most: int = 60_000) -> int:
+    """Tokens that may go out at once."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            (await asyncio.wait_for(limiter.acquire(middle), 1e-4)).refund()
+            low = middle
+        except TimeoutError:
+            high = middle - 1
+    return low
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        openai(1_000, reset="0s"),
+        openai(-1),
+        openai(1_000, limit=0),
+        openai("many"),
+        openai("nan"),
+        openai("1e999"),
+        openai(1_000, reset="soon"),
+        openai(1_000, reset="-5s"),
+        openai(9_999_999),
+        {"x-ratelimit-remaining-tokens": ""},
+    ],
+    ids=str,
+)
+@virtual_time
+async def test_nonsensical_headers_never_cost_an_answer(headers: dict[str, str]) -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000)
+    handle = await limiter.acquire(100)
+    await limiter.adjust(handle, 100, headers)
+    assert await waits(limiter, 100) <= 1
+
+
+@virtual_time
+async def test_the_case_of_a_headers_name_does_not_matter() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000)
+    await limiter.adjust(await limiter.acquire(100), 100, {"X-RateLimit-Remaining-Tokens": "0"})
+    assert await waits(limiter, 100) > 4
+
+
+@virtual_time
+async def test_what_is_in_flight_stays_reserved_when_headers_are_read() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    handles = [await limiter.acquire(1_000) for _ in range(50)]
+    await limiter.adjust(handles[0], 1_000, openai(59_000))
+    assert await room(limiter) == 10_000
+
+
+@virtual_time
+async def test_where_the_provider_leaves_less_that_counts_and_what_was_sent_since_is_taken_off() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    first, *_ = [await limiter.acquire(1_000) for _ in range(11)]
+    await limiter.adjust(first, 1_000, openai(20_000))
+    assert await room(limiter) == 10_000
+
+
+@virtual_time
+async def test_headers_never_lift_a_limit_above_ours() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    handle = await limiter.acquire(10_000)
+    await limiter.adjust(handle, 10_000, openai(999_999, limit=1_000_000))
+    assert await room(limiter) == 50_000
+
+
+@virtual_time
+async def test_an_older_header_that_arrives_later_is_ignored() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    old = await limiter.acquire(1_000)
+    await asyncio.sleep(1)
+    new = await limiter.acquire(1_000)
+    await limiter.adjust(new, 1_000, openai(30_000))
+    await limiter.adjust(old, 1_000, openai(45_000))
+    assert await room(limiter) == 30_000
+
+
+@virtual_time
+async def test_a_newer_header_gives_back_what_an_older_one_held_back() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    await limiter.adjust(await limiter.acquire(1_000), 1_000, openai(0))
+    assert await room(limiter) == 0
+    await asyncio.sleep(20)
+    later = await limiter.acquire(0)
+    await limiter.adjust(later, 0, openai(40_000))
+    assert await room(limiter) == 40_000
+
+
+@virtual_time
+async def test_what_the_provider_holds_back_returns_by_the_time_it_named() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    await limiter.adjust(await limiter.acquire(0), 0, openai(0, reset="30s"))
+    await asyncio.sleep(4)
+    assert await room(limiter) == 0
+    await asyncio.sleep(13.5)
+    assert await room(limiter) == pytest.approx(30_000, rel=0.01)
+    await asyncio.sleep(13)
+    assert await room(limiter) == 60_000
+
+
+@virtual_time
+async def test_what_is_settled_is_not_taken_for_what_the_provider_gave_back() -> None:
+    limiter = RateLimiter(tokens_per_minute=60_000, max_token_burst=60_000)
+    first, second = [await limiter.acquire(20_000) for _ in range(2)]
+    await limiter.adjust(second, 20_000, openai(20_000))  # both are charged in full there
+    first.settle(used(1_000))
+    assert await room(limiter) == 20_000
+
+
+@pytest.mark.parametrize("kind", ["requests", "tokens", "input-tokens", "output-tokens"])
+@virtual_time
+async def test_anthropics_headers_are_read(kind: str) -> None:
+    limiter = RateLimiter(
+        requests_per_minute=100, tokens_per_minute=100, input_tokens_per_minute=100, output_tokens_per_minute=100
+    )
+    handle = await limiter.acquire(Estimate(prompt_tokens=1, completion_tokens=1))
+    reset = datetime.fromtimestamp(time.time() + 10, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    name = f"anthropic-ratelimit-{kind}"
+    handle.settle(used(1, 1), {f"{name}-limit": "100", f"{name}-remaining": "0", f"{name}-reset": reset})
+    assert await waits(limiter, Estimate(prompt_tokens=1, completion_tokens=1)) == pytest.approx(5, abs=1)
+
+
+@virtual_time
+async def test_a_nearly_full_day_quota_is_not_taken_for_the_minutes() -> None:
+    """Groq's requests are of the day, and soon full again while few are used."""
+    limiter = RateLimiter(requests_per_minute=30, requests_per_day=14_000)
+    handle = await limiter.acquire()
+    handle.settle(used(), openai(20, limit=14_400, reset="86280s", kind="requests"))
+    assert len(await grants_within(limiter, 10 * MINUTE)) < 20 + 14_400 / 86_400 * 600
+    limiter = RateLimiter(requests_per_minute=30, requests_per_day=14_400)
+    handle = await limiter.acquire()
+    handle.settle(used(), openai(14_370, limit=14_400, reset="2m59.56s", kind="requests"))
+    handle.settle(used(), openai(14_390, limit=14_400, reset="60s", kind="requests"))
+    assert len(await grants_within(limiter, 10 * MINUTE)) >= 290
+
+
+@pytest.mark.parametrize(("scope", "held_back"), [("minute", True), ("day", False), ("auto", False)])
+@virtual_time
+async def test_the_scope_says_which_window_the_headers_speak_of(
+    scope: Literal["minute", "day", "auto"], held_back: bool
+) -> None:
+    limiter = RateLimiter(requests_per_minute=60, header_bucket_scope=scope)
+    handle = await limiter.acquire()
+    handle.settle(used(), openai(0, limit=1_000, reset="5h", kind="requests"))
+    assert (await waits(limiter) > 4) is held_back
+
+
+def test_another_scope_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose one of auto, minute, day"):
+        RateLimiter(header_bucket_scope="hour")  # type: ignore[arg-type]
+
+
+@virtual_time
+async def test_without_limits_those_that_the_headers_name_are_kept() -> None:
+    limiter = RateLimiter()
+    handle = await limiter.acquire()
+    handle.settle(used(), openai(59, limit=60, reset="1s", kind="requests"))
+    granted = await grants_within(limiter, 10 * MINUTE)
+    assert most_in_window(granted, MINUTE) <= 60
+    assert len(granted) >= 0.97 * 600
+    assert not limiter.counts_tokens
+    (await limiter.acquire()).settle(used(), openai(59_000))
+    assert limiter.counts_tokens
+
+
+@virtual_time
+async def test_an_estimate_above_a_limit_that_nobody_configured_is_left_to_the_provider() -> None:
+    limiter = RateLimiter()
+    (await limiter.acquire()).settle(used(), openai(1_000, limit=1_000))
+    await limiter.acquire(5_000)
+
+
+@virtual_time
+async def test_a_refusal_without_headers_shows_a_limit_that_is_set_too_high() -> None:
+    limiter = RateLimiter(requests_per_minute=60, max_request_burst=60)
+    handles = [await limiter.acquire() for _ in range(40)]
+    limiter.refused(handles[-1])
+    assert await waits(limiter) > 4
+
+
+@virtual_time
+async def test_a_refusal_while_little_is_used_has_another_reason() -> None:
+    limiter = RateLimiter(requests_per_minute=60, max_request_burst=60)
+    handles = [await limiter.acquire() for _ in range(20)]
+    limiter.refused(handles[-1])
+    assert await waits(limiter) == 0
+
+
+# As infermesh's programs use it
+
+
+@virtual_time
+async def test_a_usage_of_nothing_is_no_failure_and_its_request_counts() -> None:
+    limiter = RateLimiter(6)
+    for _ in range(6):
+        handle = await limiter.acquire(0)
+        await limiter.adjust(handle, 0)
+    assert now() >= 49
+
+
+@virtual_time
+async def test_a_negative_usage_is_refused() -> None:
+    limiter = RateLimiter(6)
+    handle = await limiter.acquire(7)
+    assert handle.estimated_tokens == 7
+    with pytest.raises(ConfigError, match="actual_tokens=-1"):
+        await limiter.adjust(handle, -1)
+
+
+@virtual_time
+async def test_a_limit_of_tokens_alone_limits_no_requests() -> None:
+    limiter = RateLimiter(tokens_per_minute=6_000)
+    assert len(await grants_within(limiter, 1, 0.001)) > 10_000
+
+
+@virtual_time
+async def test_equal_requests_wait_side_by_side() -> None:
+    limiter = await exhausted(RateLimiter(tokens_per_minute=60), 60)
+    await asyncio.gather(*(limiter.acquire(1) for _ in range(5)))
+
+
+# Several event loops and threads
+
+
+def test_a_limiter_serves_several_event_loops_at_once() -> None:
+    limiter = RateLimiter(requests_per_minute=12_000, max_request_burst=1)  # 200 a second
+    granted: list[int] = []
+
+    async def ask() -> None:
+        for _ in range(20):
+            (await limiter.acquire(0)).settle(used(1))
+            granted.append(threading.get_ident())
+
+    async def load() -> None:
+        await asyncio.gather(*(ask() for _ in range(2)))
+
+    threads = [threading.Thread(target=asyncio.run, args=(load(),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(granted) == 120
+    assert len(set(granted)) == 3
+
+
+def test_an_event_loop_that_is_gone_does_not_hold_up_the_others() -> None:
+    limiter = RateLimiter(requests_per_minute=600, max_request_burst=1)
+
+    def leave() -> None:
+        """Stop a loop in the middle, with its tasks as they are."""
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(limiter.acquire()) for _ in range(3)]
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
+    asyncio.run(asyncio.wait_for(limiter.acquire(), 5))
+
+
+@virtual_time
+async def test_patience_ends_where_the_quota_is_gone_for_longer() -> None:
+    limiter = RateLimiter(requests_per_day=1)
+    await limiter.acquire()
+    with pytest.raises(InsufficientQuotaError, match=r"limits\.rpd=1 is used up; requests can go on at"):
+        await limiter.acquire(patience_s=3_600)
+    assert now() == 0
+
+
+@virtual_time
+async def test_a_queue_does_not_try_ones_patience() -> None:
+    limiter = RateLimiter(requests_per_minute=60)
+    outcomes = await asyncio.gather(*(limiter.acquire(patience_s=10) for _ in range(100)))
+    assert len(outcomes) == 100
+
+
 # A pause
 
 
@@ -582,227 +859,6 @@ async def test_a_pause_without_limits_is_kept_too() -> None:
     limiter = RateLimiter()
     limiter.pause(7)
     assert await waits(limiter) == pytest.approx(7.0, abs=0.01)
-
-
-# The client that obeys it
-
-
-ANSWER = Response(output=Generation(text="yes"), model_id="m", request_id=None, usage=used(10, 20), headers={})
-
-
-class Provider:
-    """A client that does as it is told."""
-
-    def __init__(self, outcome: Response | BaseException = ANSWER, seconds: float = 0.0) -> None:
-        self.outcome = outcome
-        self.seconds = seconds
-        self.requests: list[Request] = []
-        self.closed = False
-
-    async def send(self, request: Request) -> Response:
-        self.requests.append(request)
-        await asyncio.sleep(self.seconds)
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome
-
-    async def aclose(self) -> None:
-        self.closed = True
-
-
-class Ledger(RateLimiter):
-    """A limiter that writes down what it is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(requests_per_minute=1e6, tokens_per_minute=1e9)
-        self.reserved: list[Estimate] = []
-        self.events: list[str] = []
-
-    async def acquire(self, estimate: Estimate | float = 0.0) -> RateLimiterAcquisitionHandle:
-        assert isinstance(estimate, Estimate)
-        self.reserved.append(estimate)
-        return await super().acquire(estimate)
-
-    def settle(self, handle: RateLimiterAcquisitionHandle, usage: TokenUsage) -> None:
-        self.events.append(f"settled {usage.prompt_tokens}+{usage.completion_tokens}")
-        super().settle(handle, usage)
-
-    def refund(self, handle: RateLimiterAcquisitionHandle) -> None:
-        self.events.append("refunded")
-        super().refund(handle)
-
-    def pause(self, seconds: float) -> None:
-        self.events.append(f"paused {seconds:g} s")
-        super().pause(seconds)
-
-
-def asking(text: str = "a prompt of 20 chars", **params: Any) -> GenerationRequest:
-    return GenerationRequest(input=text, params=params)
-
-
-@virtual_time
-async def test_an_answer_is_settled_at_what_it_used() -> None:
-    ledger = Ledger()
-    response = await Limited(Provider(), ledger, label="a").send(asking())
-    assert response is ANSWER
-    assert ledger.events == ["settled 10+20"]
-
-
-@virtual_time
-async def test_an_answer_without_usage_stays_reserved() -> None:
-    ledger = Ledger()
-    silent = Response(output=Generation(text=""), model_id="m", request_id=None, usage=None, headers={})
-    await Limited(Provider(silent), ledger, label="a").send(asking())
-    assert ledger.events == []
-
-
-@pytest.mark.parametrize(
-    ("error", "events"),
-    [
-        (ConnectError("nobody listens"), ["refunded"]),
-        (BadRequestError("no"), ["settled 0+0"]),
-        (AuthenticationError("no"), ["settled 0+0"]),
-        (ServiceUnavailableError("busy"), ["settled 0+0"]),
-        (RateLimitError("slow down"), ["settled 0+0", "paused 1 s"]),
-        (RateLimitError("slow down", retry_after_s=17), ["settled 0+0", "paused 17 s"]),
-        (RateLimitError("slow down", retry_after_s=0), ["settled 0+0", "paused 0 s"]),
-        (InsufficientQuotaError("pay", retry_after_s=5), ["settled 0+0", "paused 5 s"]),
-        (APIConnectionError("cut off"), []),
-        (Timeout("too long"), []),
-        (InternalServerError("oops"), []),
-        (APIResponseError("half an answer"), []),
-        (asyncio.CancelledError(), []),
-        (ZeroDivisionError(), []),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
-)
-@virtual_time
-async def test_how_a_request_ended_decides_what_becomes_of_its_reservation(
-    error: BaseException, events: list[str]
-) -> None:
-    ledger = Ledger()
-    with pytest.raises(type(error)):
-        await Limited(Provider(error), ledger, label="a").send(asking())
-    assert ledger.events == events
-
-
-@virtual_time
-async def test_a_refusal_pauses_everyone_who_shares_the_limiter() -> None:
-    limiter = RateLimiter(requests_per_minute=6_000)
-    refusing = Limited(Provider(RateLimitError("slow down", retry_after_s=9)), limiter, label="a")
-    answering = Limited(Provider(), limiter, label="b")
-    with pytest.raises(RateLimitError):
-        await refusing.send(asking())
-    request = asking()
-    await answering.send(request)
-    assert request.trace.queue_wait_s == pytest.approx(9.0, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("request_", "prompt", "completion"),
-    [
-        (asking("x" * 40), 10, 7),
-        (asking("x" * 40, max_tokens=100), 10, 100),
-        (asking("x" * 40, max_completion_tokens=100), 10, 100),
-        (asking("x" * 40, max_output_tokens=100), 10, 100),
-        (asking("x" * 40, max_tokens=None), 10, 7),
-        (asking("x" * 40, max_tokens=0), 10, 0),
-        (asking("x" * 40, max_tokens=100, n=3), 10, 300),
-        (asking("x" * 40, n=3), 10, 21),
-        (GenerationRequest(input=[{"role": "user", "content": "x" * 40}]), 10, 7),
-        (
-            GenerationRequest(
-                input=[
-                    {"role": "system", "content": "x" * 20},
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "text", "text": "x" * 20},
-                            {"type": "image_url", "image_url": {"url": "data:" + "x" * 999}},
-                        ],
-                    },
-                ]
-            ),
-            10,
-            7,
-        ),
-        (GenerationRequest(input={"input": "x" * 20, "instructions": "x" * 20}), 10, 7),
-        (EmbeddingRequest(texts=["x" * 30, "x" * 10]), 10, 0),
-        (TranscriptionRequest(audio=b"x" * 1_000), 0, 0),
-    ],
-)
-@virtual_time
-async def test_what_is_reserved_follows_from_the_request(request_: Request, prompt: float, completion: float) -> None:
-    ledger = Ledger()
-    await Limited(Provider(), ledger, label="a", default_output_tokens=7).send(request_)
-    assert ledger.reserved == [Estimate(prompt_tokens=prompt, completion_tokens=completion)]
-
-
-@virtual_time
-async def test_a_request_that_can_never_fit_is_not_sent() -> None:
-    provider = Provider()
-    with pytest.raises(BadRequestError, match="lower max_tokens"):
-        await Limited(provider, RateLimiter(tokens_per_minute=100), label="a").send(asking(max_tokens=1_000))
-    assert provider.requests == []
-
-
-@virtual_time
-async def test_the_trace_tells_waiting_from_service() -> None:
-    limiter = RateLimiter(requests_per_minute=6)
-    client = Limited(Provider(seconds=3.0), limiter, label="a")
-    first, second = asking(), asking()
-    await client.send(first)
-    await client.send(second)
-    assert first.trace.queue_wait_s == 0
-    assert first.trace.service_time_s == pytest.approx(3.0)
-    assert second.trace.queue_wait_s == pytest.approx(7.0, abs=0.1)
-    assert second.trace.service_time_s == pytest.approx(3.0)
-
-
-@virtual_time
-async def test_waits_add_up_over_attempts_and_the_service_time_is_the_last_ones() -> None:
-    limiter = RateLimiter(requests_per_minute=6)
-    provider = Provider(InternalServerError("oops"), seconds=2.0)
-    client = Limited(provider, limiter, label="a")
-    request = asking()
-    for _ in range(2):
-        with pytest.raises(InternalServerError):
-            await client.send(request)
-    provider.outcome, provider.seconds = ANSWER, 1.0
-    await client.send(request)
-    assert request.trace.queue_wait_s == pytest.approx(8.0 + 8.0, abs=0.2)
-    assert request.trace.service_time_s == pytest.approx(1.0)
-
-
-@virtual_time
-async def test_the_service_time_of_a_failure_is_known_too() -> None:
-    request = asking()
-    with pytest.raises(Timeout):
-        await Limited(Provider(Timeout("too long"), seconds=5.0), RateLimiter(), label="a").send(request)
-    assert request.trace.service_time_s == pytest.approx(5.0)
-
-
-@virtual_time
-async def test_the_trace_names_the_deployment_and_its_price() -> None:
-    price = TokenPrice(prompt=1e-6, completion=2e-6)
-    request = asking()
-    await Limited(Provider(), RateLimiter(), label="east", price=price).send(request)
-    assert (request.trace.deployment, request.trace.price) == ("east", price)
-
-
-@virtual_time
-async def test_closing_closes_the_transport() -> None:
-    provider = Provider()
-    await Limited(provider, RateLimiter(), label="a").aclose()
-    assert provider.closed
-
-
-@virtual_time
-async def test_the_errors_of_the_transport_come_through_unchanged() -> None:
-    error = RequestError("odd")
-    with pytest.raises(RequestError) as caught:
-        await Limited(Provider(error), RateLimiter(), label="a").send(asking())
-    assert caught.value is error
 
 
 @virtual_time

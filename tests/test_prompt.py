@@ -23,7 +23,7 @@ def builder(
     mapper: str | None = None,
     endpoint: Endpoint = CHAT,
 ) -> PromptBuilder:
-    return PromptBuilder(prompt=prompt, system=system, mapper=mapper, endpoint=endpoint)
+    return PromptBuilder(prompt=prompt, system=system, mapper=mapper, interface=endpoint)
 
 
 def row(**fields: Any) -> Row:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.quota import duration_s, retry_after_s
+from runner.quota import Reading, duration_s, readings, retry_after_s
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC).timestamp()
 
@@ -36,6 +36,8 @@ def hint(headers: Mapping[str, str], body: Any = None) -> float | None:
         ("2026-03-01T12:00:30Z", 30.0),
         ("2026-03-01T13:00:30+01:00", 30.0),
         ("2026-03-01T12:00:30.500Z", 30.5),
+        (str(int(NOW) + 30), 30.0),
+        (str(int(NOW + 30) * 1000), 30.0),
     ],
 )
 def test_every_notation_that_providers_use_is_read(text: Any, seconds: float) -> None:
@@ -129,6 +131,80 @@ def test_bodies_without_a_hint_are_passed_over(body: Any) -> None:
     assert hint({}, body) is None
 
 
+def read(headers: Mapping[str, str]) -> list[Reading]:
+    return readings(headers, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        (
+            {
+                "x-ratelimit-limit-requests": "500",
+                "x-ratelimit-remaining-requests": "499",
+                "x-ratelimit-reset-requests": "120ms",
+                "x-ratelimit-limit-tokens": "30000",
+                "x-ratelimit-remaining-tokens": "29000",
+                "x-ratelimit-reset-tokens": "2s",
+            },
+            [
+                Reading(kind="requests", limit=500, remaining=499, reset_s=0.12),
+                Reading(kind="tokens", limit=30_000, remaining=29_000, reset_s=2),
+            ],
+        ),
+        (  # Azure
+            {"x-ratelimit-remaining-requests": "9", "x-ratelimit-remaining-tokens": "900"},
+            [
+                Reading(kind="requests", limit=None, remaining=9, reset_s=None),
+                Reading(kind="tokens", limit=None, remaining=900, reset_s=None),
+            ],
+        ),
+        (
+            {
+                "anthropic-ratelimit-input-tokens-limit": "40000",
+                "anthropic-ratelimit-input-tokens-remaining": "39000",
+                "anthropic-ratelimit-input-tokens-reset": "2026-03-01T12:00:02Z",
+                "anthropic-ratelimit-output-tokens-limit": "8000",
+                "anthropic-ratelimit-output-tokens-remaining": "0",
+                "anthropic-ratelimit-output-tokens-reset": "2026-03-01T12:01:00Z",
+            },
+            [
+                Reading(kind="input", limit=40_000, remaining=39_000, reset_s=2),
+                Reading(kind="output", limit=8_000, remaining=0, reset_s=60),
+            ],
+        ),
+        ({"x-ratelimit-remaining-requests": "-1"}, []),
+        ({"x-ratelimit-remaining-requests": "5", "x-ratelimit-limit-requests": "0"}, []),
+        ({"x-ratelimit-remaining-requests": "5", "x-ratelimit-limit-requests": "4"}, []),
+        ({"content-type": "application/json"}, []),
+    ],
+)
+def test_what_is_left_is_read(headers: Mapping[str, str], expected: list[Reading]) -> None:
+    assert read(headers) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "remaining", "reset_s", "of_a_day"),
+    [
+        (14_400, 14_399, 6.0, True),  # Groq: fills up steadily over a day
+        (14_400, 14_370, 179.56, True),
+        (200, 199, 432.0, True),  # OpenAI's requests per day
+        (500, 499, 0.12, False),
+        (500, 100, 48.0, False),
+        (500, 499, 59.0, False),  # a window that begins with the minute
+        (500, 500, 0.0, False),
+        (None, 5, 30.0, False),
+        (None, 5, None, False),
+        (1_000, 0, 80_000.0, True),
+    ],
+)
+def test_a_days_quota_is_told_from_a_minutes(
+    limit: float | None, remaining: float, reset_s: float | None, of_a_day: bool
+) -> None:
+    reading = Reading(kind="requests", limit=limit, remaining=remaining, reset_s=reset_s)
+    assert reading.is_of_a_day is of_a_day
+
+
 NAMES = st.sampled_from(
     [
         "retry-after",
@@ -146,3 +222,4 @@ NAMES = st.sampled_from(
 def test_nonsense_headers_never_break_an_answer(headers: dict[str, str]) -> None:
     seconds = hint(headers)
     assert seconds is None or 0 <= seconds < math.inf
+    assert all(0 <= reading.remaining < math.inf for reading in read(headers))

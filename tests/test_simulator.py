@@ -207,7 +207,6 @@ async def test_models_are_listed() -> None:
         ),
         ("/v1/completions", {"model": "m", "prompt": []}, 400, "missing_required_parameter"),
         ("/v1/embeddings", {"model": "m", "input": ""}, 400, "missing_required_parameter"),
-        ("/v1/responses", {"model": "m", "input": "x", "stream": True}, 400, "unsupported_value"),
         ("/v1/audio/transcriptions", {"model": "m"}, 400, "missing_required_parameter"),
     ],
 )
@@ -346,14 +345,35 @@ async def test_a_verbose_transcript_has_language_and_duration() -> None:
     assert body["segments"][0]["end"] == 1.5
 
 
-async def test_a_transcript_in_another_format_is_refused() -> None:
-    form = recording(0.1)
-    form.add_field("response_format", "srt")
+@pytest.mark.parametrize(
+    ("layout", "beginning"),
+    [("text", ""), ("srt", "1\n00:00:00,000 --> 00:00:01,500\n"), ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\n")],
+)
+async def test_a_transcript_can_be_plain_text(layout: str, beginning: str) -> None:
     async with serving() as client:
+        whole = (await client.post("/v1/audio/transcriptions", data=recording(1.5))).json
+        form = recording(1.5)
+        form.add_field("response_format", layout)
+        answer = await client.post("/v1/audio/transcriptions", data=form)
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert answer.body.decode().startswith(beginning)
+    assert len(answer.body.decode().removeprefix(beginning).strip()) > len(whole["text"]) / 2
+
+
+async def test_a_transcript_in_an_unknown_format_is_refused() -> None:
+    async with serving() as client:
+        form = recording(0.1)
+        form.add_field("response_format", "docx")
         assert (await client.post("/v1/audio/transcriptions", data=form)).status == 400
 
 
 # Streams
+
+TOOL = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
 
 
 async def test_a_streamed_answer_says_what_the_whole_one_says() -> None:
@@ -405,6 +425,24 @@ async def test_text_completions_are_streamed_too() -> None:
     assert "".join(event["choices"][0]["text"] for event in events) == "echo: Hello there"
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
     assert events[0]["object"] == "text_completion"
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"max_output_tokens": 5}, {"tools": [TOOL], "tool_choice": "required"}], ids=["text", "cut", "tool"]
+)
+async def test_responses_are_streamed_too(fields: Json) -> None:
+    async with serving() as client:
+        whole = (await client.post("/v1/responses", {"model": "m", "input": "Hello?", **fields})).json
+        answer = await client.post("/v1/responses", {"model": "m", "input": "Hello?", "stream": True, **fields})
+    events = [orjson.loads(part.partition("data: ")[2]) for part in answer.body.decode().split("\n\n") if part]
+    said = "".join(event["delta"] for event in events if event["type"].endswith(".delta"))
+    [item] = whole["output"]
+    assert said == (item["arguments"] if "arguments" in item else item["content"][0]["text"])
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[0]["type"] == "response.created"
+    assert events[-1]["type"] == f"response.{whole['status']}"
+    assert events[-1]["response"]["usage"] == whole["usage"]
+    assert events[-1]["response"]["output"][0].keys() == item.keys()
 
 
 async def test_a_forced_call_is_streamed_too() -> None:

@@ -23,7 +23,7 @@ from runner.config import (
     TransportKind,
 )
 from runner.simulator import Simulator
-from runner.stack import Stack, open_stack
+from runner.stack import Stack, open_limiters, open_stack
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request
 
 
@@ -139,8 +139,7 @@ async def test_a_fallback_is_another_model_and_says_so() -> None:
     assert {request.trace.deployment for request in answered} == {"last"}
 
 
-async def test_listeners_are_told_of_an_outage() -> None:
-    notes: list[str] = []
+async def test_an_outage_is_told_and_waited_out(caplog: pytest.LogCaptureFixture) -> None:
     storm = asyncio.Event()
 
     def answer(asked: Asked) -> web.Response:
@@ -148,17 +147,47 @@ async def test_listeners_are_told_of_an_outage() -> None:
 
     async with serving(answer) as provider:
         alone = stack({"only": at(provider.url)}, cooldown_s=0.2)
-        alone.listen(notes.append)
         await alone.send(GenerationRequest(input="hi"))
         storm.set()
         waiting = [asyncio.create_task(alone.send(GenerationRequest(input=f"{n}"))) for n in range(20)]
         async with asyncio.timeout(20):
-            while not notes:  # noqa: ASYNC110
+            while not caplog.messages:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         storm.clear()
         await asyncio.gather(*waiting)
         await alone.aclose()
 
-    assert notes[0].startswith("the deployment is out, and requests wait for up to 600 s")
-    assert "HTTP 529" in notes[0]
-    assert notes[1].startswith("answers come again")
+    out, back = caplog.messages
+    assert out.startswith("the deployment is out, and requests wait for up to 600 s")
+    assert "HTTP 529" in out
+    assert back.startswith("answers come again")
+
+
+# Limiters
+
+
+def fleet_of(**limits: DeploymentLimitsConfig) -> dict[str, DeploymentConfig]:
+    models = {"east": "hosted_vllm/m", "west": "hosted_vllm/m"}
+    return {label: DeploymentConfig(model=model, limits=limits.get(label)) for label, model in models.items()}
+
+
+def test_a_deployment_alone_is_held_by_the_limits_of_the_run() -> None:
+    limiters = open_limiters({"only": DeploymentConfig(model="hosted_vllm/m")}, LimitsConfig(rpm=60))
+    assert limiters.account is None
+    assert limiters.of["only"].paused_s == 0
+
+
+def test_several_keep_the_limits_of_the_run_together() -> None:
+    assert open_limiters(fleet_of(), LimitsConfig(rpm=60)).account is not None
+    assert open_limiters(fleet_of(), LimitsConfig()).account is None
+    alone = {"only": DeploymentConfig(model="hosted_vllm/m", limits=DeploymentLimitsConfig(rpm=6))}
+    assert open_limiters(alone, LimitsConfig(rpm=60)).account is not None
+
+
+def test_a_pause_of_one_deployment_is_no_others() -> None:
+    limiters = open_limiters(fleet_of(), LimitsConfig(rpm=60))
+    limiters.of["east"].pause(60)
+    assert limiters.of["east"].paused_s > 0
+    assert limiters.of["west"].paused_s == 0
+    assert limiters.account is not None
+    assert limiters.account.paused_s == 0

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import StoreError
-from runner.store import Claim, Known, Outcome, Store
+from runner.store import Claim, Known, Outcome, Store, Terms
 from runner.types import Attempt
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
@@ -54,8 +54,8 @@ def failure(name: object, occurrence: int = 0, **others: Any) -> Outcome:
     return answer(name, occurrence, **values)
 
 
-async def claim(store: Store, *names: object, first: int = 0, **options: bool) -> list[Known]:
-    return await store.claim(claims(*names, first=first), **{"retry_failed": True, "scored": False, **options})
+async def claim(store: Store, *names: object, first: int = 0, **options: Any) -> list[Known]:
+    return await store.claim(claims(*names, first=first), Terms(**options))
 
 
 async def answered(store: Store, *names: object, **options: bool) -> list[bool]:
@@ -116,6 +116,9 @@ async def test_an_outcome_is_kept_in_every_detail(path: Path) -> None:
         end_to_end_s=2.5,
         ttft_s=0.125,
         cost_usd=1e-9,
+        cost_bound_usd=2e-9,
+        embedding=b"\x00\x01",
+        reused_from="other/run",
     )
     async with await Store.open(path) as store:
         await claim(store, "a")
@@ -190,6 +193,7 @@ async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(p
         "error_message": "slow",
         "error_status": 504,
         "cost_usd": 0.5,
+        "cost_bound_usd": None,
     }
 
 
@@ -213,12 +217,10 @@ async def test_a_later_outcome_replaces_an_earlier_one(path: Path) -> None:
 
 async def test_a_row_is_brought_up_to_date_where_only_its_metadata_changed(path: Path) -> None:
     async with await Store.open(path) as store:
-        await store.claim([Claim(position=0, content=content("a"), metadata="1")], retry_failed=True, scored=True)
+        await store.claim([Claim(position=0, content=content("a"), metadata="1")], Terms(scored=True))
         await store.save(0, answer("a"), '{"exact":0}')
     async with await Store.open(path) as store:
-        [known] = await store.claim(
-            [Claim(position=0, content=content("a"), metadata="2")], retry_failed=True, scored=True
-        )
+        [known] = await store.claim([Claim(position=0, content=content("a"), metadata="2")], Terms(scored=True))
         assert known == Known(occurrence=0, answered=True, unscored_text="answer to a")
         assert await table(store, "SELECT metadata, scores FROM rows") == [("2", None)]
 
@@ -335,6 +337,7 @@ async def test_a_failed_attempt_is_durable_when_its_note_returns(path: Path) -> 
         "error_message": "slow down",
         "error_status": 429,
         "cost_usd": 0.0,
+        "cost_bound_usd": None,
     }
 
 
@@ -591,12 +594,11 @@ async def test_a_foreign_database_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("newer", [-1, 1])
-async def test_another_versions_database_is_refused_and_left_alone(path: Path, newer: int) -> None:
+@pytest.mark.parametrize("version", [0, 3])
+async def test_another_versions_database_is_refused_and_left_alone(path: Path, version: int) -> None:
     async with await Store.open(path) as store:
         await store.put_meta({"kept": "yes"})
     other = sqlite3.connect(path)
-    version = other.execute("PRAGMA user_version").fetchone()[0] + newer
     other.execute(f"PRAGMA user_version = {version}")
     other.close()
     before = path.read_bytes()
@@ -705,7 +707,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 reported = []
 store = await Store.open(path, on_commit=reported.extend)
 await store.claim([Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(500)],
-                  retry_failed=True, scored=False)
+                  Terms())
 for n in range(100):
     await store.save(n, Outcome(content=b"%016d" % n, occurrence=0, settled_at=1.0, output_text="safe"))
 await store.flush()
@@ -752,8 +754,7 @@ async def test_a_full_disk_is_a_store_error_and_what_was_settled_stays(path: Pat
         assert len(texts) == int(reported)
         known = await store.claim(
             [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(100)],
-            retry_failed=True,
-            scored=False,
+            Terms(),
         )
         assert all(each.answered for each in known)
 
@@ -780,7 +781,7 @@ async with await Store.open(path, on_commit=report) as store:
     os.write(1, b"open\\n")
     for first in range(0, 2_000, 20):
         rows = [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(first, first + 20)]
-        known = await store.claim(rows, retry_failed=True, scored=False)
+        known = await store.claim(rows, Terms())
         os.write(1, b"".join(b"taken %s\\n" % row.content
                              for row, fact in zip(rows, known) if not fact.answered))
         for row, fact in zip(rows, known):
@@ -866,7 +867,7 @@ async def victim(script: str, path: Path) -> AsyncIterator[asyncio.subprocess.Pr
         "import asyncio, os, sys\n"
         "from pathlib import Path\n"
         "from runner.errors import StoreError\n"
-        "from runner.store import Claim, Outcome, Store\n"
+        "from runner.store import Claim, Outcome, Store, Terms\n"
         "path = Path(sys.argv[1])\n"
         f"async def main():\n    {body}\n"
         "asyncio.run(main())\n"
@@ -911,6 +912,9 @@ class Model:
             self.ledger[(*key, "Timeout")] += 1
             del self.answers[key]
         row = self.rows.get(position)
+        if row is not None and row[0] != name:
+            self.truncate(position)  # from here on it is another dataset
+            row = None
         if row is None or row[:3] != (*key, metadata) or key not in self.answers:
             self.rows[position] = (*key, metadata, None)
             self.asked[position] = session if key not in self.answers else -1
@@ -991,7 +995,7 @@ async def play(sessions: list[Session], folder: Path) -> None:
 
 
 async def run_session(store: Store, model: Model, session: Session, number: int) -> None:
-    options = {"retry_failed": session.retry_failed, "scored": session.scored}
+    options: dict[str, Any] = {"retry_failed": session.retry_failed, "scored": session.scored}
     for first in range(0, min(len(session.dataset), session.stops_after), session.chunk):
         part = session.dataset[first : first + session.chunk]
         known = await store.claim(
@@ -999,7 +1003,7 @@ async def run_session(store: Store, model: Model, session: Session, number: int)
                 Claim(position=first + n, content=content(name), metadata=str(metadata))
                 for n, (name, metadata) in enumerate(part)
             ],
-            **options,
+            Terms(**options),
         )
         assert known == [
             model.claim(number, session.dataset, position, **options) for position in range(first, first + len(part))

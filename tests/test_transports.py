@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import importlib
 import json
@@ -34,10 +35,14 @@ from runner.types import (
     Request,
     Response,
     TokenUsage,
+    Transcript,
+    TranscriptionRequest,
 )
 
 KEY = "sk-a-key-that-nobody-may-see"
 CHAT = GenerationRequest(input="Tell me something.")
+EMBED = EmbeddingRequest(texts=["a", "b"])
+SPEECH = TranscriptionRequest(audio=b"RIFF....WAVE", filename="talk.wav")
 ENDPOINTS = list(Endpoint)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -48,18 +53,34 @@ class Connect(Protocol):
     def __call__(self, api_base: str, **options: Any) -> Client: ...
 
 
-def direct(api_base: str, **options: Any) -> DirectTransport:
-    return DirectTransport(model="m", api_base=api_base, **options)
+def direct(api_base: str, model: str = "m", **options: Any) -> DirectTransport:
+    return DirectTransport(model=model, api_base=api_base, **options)
 
 
-def litellm(api_base: str, **options: Any) -> LiteLLMTransport:
-    return LiteLLMTransport(**{"model": "hosted_vllm/m", "api_base": api_base, **options})
+def litellm(api_base: str, model: str = "m", **options: Any) -> LiteLLMTransport:
+    name = model if "/" in model else f"hosted_vllm/{model}"
+    return LiteLLMTransport(model=name, api_base=api_base, **options)
+
+
+@functools.cache
+def warm_litellm() -> None:
+    """Let LiteLLM import what it needs for its first call, which takes longer than some tests wait."""
+
+    async def call() -> None:
+        async with Simulator(SimulatorConfig(latency_s=0.0)) as simulator:
+            client = litellm(simulator.url, api_key=KEY)
+            await client.send(CHAT)
+            await client.aclose()
+
+    asyncio.run(call())
 
 
 @pytest.fixture(params=[direct, litellm], ids=["direct", "litellm"])
 async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
     """Opens the transport under test, and closes it in the end."""
     opened: list[Client] = []
+    if request.param is litellm:
+        await asyncio.to_thread(warm_litellm)
 
     def open_it(api_base: str, **options: Any) -> Client:
         opened.append(request.param(api_base, **{"api_key": KEY, "timeout_s": 10, **options}))
@@ -82,7 +103,7 @@ async def serve() -> AsyncIterator[Serve]:
     runners: list[web.AppRunner] = []
 
     async def start(handler: Handler) -> str:
-        app = web.Application()
+        app = web.Application(client_max_size=2**24)
         app.router.add_route("*", "/{path:.*}", handler)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         runners.append(runner)
@@ -290,6 +311,271 @@ async def test_the_providers_quota_is_reported(connect: Connect, simulator: Simu
     assert response.headers["x-ratelimit-remaining-requests"] == "99"
 
 
+# Streams
+
+
+def streamed(endpoint: Endpoint = Endpoint.chat_completion, **params: Any) -> GenerationRequest:
+    return GenerationRequest(input="Tell me something.", endpoint=endpoint, params={"stream": True, **params})
+
+
+def text_chunk(text: str, finish_reason: str | None = None) -> dict[str, Any]:
+    """A piece of an answer, of a chat's and of a text completion's."""
+    delta = {"role": "assistant", "content": text}
+    choice = {"index": 0, "delta": delta, "text": text, "finish_reason": finish_reason}
+    return {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+
+
+def streaming(*events: Any, ends: bool = True) -> Handler:
+    """A server that sends ``events``, each in a part of its own, and then ends its answer, or does not."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream", "x-request-id": "req_7"})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for event in events:
+                payload = event if isinstance(event, bytes) else json.dumps(event).encode()
+                await response.write(b"data: %b\n\n" % payload)
+                await asyncio.sleep(0.001)
+            if not ends:
+                await asyncio.sleep(60)
+        return response
+
+    return handler
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_a_streamed_answer_says_what_the_whole_one_says(
+    connect: Connect, simulator: Simulator, endpoint: Endpoint
+) -> None:
+    client = connect(simulator.url)
+    whole = GenerationRequest(input="Tell me something.", endpoint=endpoint)
+    in_pieces = streamed(endpoint)
+    one, other = await client.send(whole), await client.send(in_pieces)
+    assert other.output == one.output
+    assert other.usage == one.usage
+    assert other.model_id == one.model_id
+    assert other.request_id
+    assert other.usage is not None
+    times = list(in_pieces.trace.chunk_times)
+    assert len(times) == other.usage.completion_tokens
+    assert times == sorted(times)
+    assert in_pieces.trace.ttft_s == times[0] > 0
+    assert whole.trace.ttft_s is None
+    assert not whole.trace.chunk_times
+
+
+async def test_the_times_of_a_stream_are_the_servers(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"ttft_s": 0.05, "itl_s": 0.01})
+    client = connect(simulator.url)
+    for endpoint in ENDPOINTS:
+        request = streamed(endpoint, max_output_tokens=16) if endpoint is Endpoint.responses else streamed(endpoint)
+        await client.send(request)
+        times = request.trace.chunk_times
+        assert request.trace.ttft_s is not None
+        assert request.trace.ttft_s >= 0.045
+        assert times[-1] - times[0] >= 0.008 * (len(times) - 1)
+
+
+async def test_several_choices_are_streamed(connect: Connect, simulator: Simulator) -> None:
+    output = generation(await connect(simulator.url).send(streamed(n=2)))
+    texts = [choice["message"]["content"] for choice in output.choices]
+    assert texts[0] == output.text
+    assert len(set(texts)) == 2
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.chat_completion, Endpoint.responses])
+async def test_tool_calls_are_streamed(connect: Connect, simulator: Simulator, endpoint: Endpoint) -> None:
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    tool = {"type": "function", "function": function}
+    if endpoint is Endpoint.responses:
+        tool = {"type": "function", **function}
+    request = streamed(endpoint, tools=[tool], tool_choice="required")
+    output = generation(await connect(simulator.url).send(request))
+    (call,) = output.tool_calls
+    assert call.id
+    assert call.name == "weather"
+    assert json.loads(call.arguments or "").keys() == {"city"}
+    assert output.finish_reason == "tool_calls"
+
+
+async def test_reasoning_is_streamed(connect: Connect, serve: Serve) -> None:
+    delta = {"role": "assistant", "reasoning_content": "Greeting."}
+    thought = {**text_chunk(""), "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+    usage |= {"completion_tokens_details": {"reasoning_tokens": 5}, "prompt_tokens_details": {"cached_tokens": 4}}  # type: ignore[dict-item]
+    end = {**text_chunk(""), "choices": [], "usage": usage}
+    url = await serve(streaming(thought, text_chunk("Hello.", "length"), end, b"[DONE]"))
+    response = await connect(url).send(streamed())
+    assert response.output == Generation(text="Hello.", finish_reason="length", reasoning="Greeting.")
+    assert response.usage == TokenUsage(
+        prompt_tokens=9, completion_tokens=7, total_tokens=16, reasoning_tokens=5, cached_tokens=4
+    )
+    assert response.request_id == "req_7"
+
+
+HALF, END = text_chunk("Hel"), text_chunk("lo.", "stop")
+
+
+@pytest.mark.parametrize("endpoint", [Endpoint.chat_completion, Endpoint.text_completion])
+@pytest.mark.parametrize(
+    ("events", "outcome"),
+    [
+        pytest.param([HALF, END, b"[DONE]"], "Hello.", id="whole"),
+        pytest.param([HALF, END], "Hello.", id="no-mark"),
+        pytest.param([HALF, b"[DONE]"], "Hel", id="no-reason"),
+        pytest.param([HALF, END, b'{"cho', b"[DONE]"], "Hello.", id="broken-after"),
+        pytest.param([HALF], errors.APIConnectionError, id="cut"),
+        pytest.param([], errors.RequestError, id="nothing"),
+        pytest.param([HALF, b'{"cho', END, b"[DONE]"], errors.APIResponseError, id="broken"),
+        pytest.param([HALF, {"error": {"message": "boom", "code": 500}}], errors.APIResponseError, id="error"),
+        pytest.param([{"error": {"type": "insufficient_quota"}}], errors.InsufficientQuotaError, id="quota"),
+        pytest.param([b"[" * 100_000], errors.APIResponseError, id="deep"),
+        pytest.param([HALF, b"\xff\xff"], errors.APIResponseError, id="not-utf8"),
+    ],
+)
+async def test_a_stream_is_whole_or_an_error(
+    connect: Connect, serve: Serve, endpoint: Endpoint, events: list[Any], outcome: str | type[errors.RequestError]
+) -> None:
+    client = connect(await serve(streaming(*events)))
+    if isinstance(outcome, str):
+        assert generation(await client.send(streamed(endpoint))).text == outcome
+    else:
+        error = await failure(client, streamed(endpoint))
+        assert isinstance(error, outcome)
+        assert_presentable(error)
+        if outcome in (errors.APIConnectionError, errors.APIResponseError):
+            assert error.billing == "unknown"
+
+
+@pytest.mark.parametrize("content_type", ["text/event-stream", "text/html", "application/json"])
+async def test_a_page_in_place_of_a_stream_is_no_answer(connect: Connect, serve: Serve, content_type: str) -> None:
+    client = connect(await serve(pieces(b"<html>Bad gateway</html>", content_type=content_type)))
+    for endpoint in ENDPOINTS:
+        assert_presentable(await failure(client, streamed(endpoint)))
+
+
+async def test_a_server_that_does_not_stream_is_understood(connect: Connect, serve: Serve) -> None:
+    request = streamed()
+    response = await connect(await serve(answering(chat_body()))).send(request)
+    assert generation(response).text == "Hello."
+    assert not request.trace.chunk_times
+    assert request.trace.ttft_s is None
+
+
+@pytest.mark.parametrize("events", [[HALF, END, b"[DONE]"], [HALF, END]], ids=["end mark", "no end mark"])
+async def test_a_stream_that_never_ends_costs_no_answer(connect: Connect, serve: Serve, events: list[Any]) -> None:
+    client = connect(await serve(streaming(*events, ends=False)), timeout_s=0.5)
+    async with asyncio.timeout(5):
+        assert generation(await client.send(streamed())).text == "Hello."
+
+
+async def test_a_stream_that_stops_is_a_timeout(connect: Connect, serve: Serve) -> None:
+    client = connect(await serve(streaming(HALF, ends=False)), timeout_s=0.3)
+    request = streamed()
+    assert type(await failure(client, request)) is errors.Timeout
+    assert len(request.trace.chunk_times) == 1
+
+
+async def test_a_cancelled_stream_leaves_nothing_behind(connect: Connect, simulator: Simulator) -> None:
+    simulator.configure({"ttft_s": 0.0, "itl_s": 10.0})
+    client = connect(simulator.url)
+    before = clients_tasks()
+    task = asyncio.create_task(client.send(streamed()))
+    async with asyncio.timeout(5):
+        while (await ledger(simulator))["in_service"] == 0:
+            pass
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while (await ledger(simulator))["abandoned"] == 0:  # the server sees the connection close
+            pass
+    assert clients_tasks() <= before
+
+
+# Structured output
+
+
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+LAYOUT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+async def test_a_schema_reaches_the_server(
+    connect: Connect, simulator: Simulator, endpoint: Endpoint, stream: bool
+) -> None:
+    params = {"response_format": LAYOUT, "stream": stream}
+    request = GenerationRequest(input="Hi.", endpoint=endpoint, params=params)
+    output = generation(await connect(simulator.url).send(request))
+    assert json.loads(output.text).keys() == {"answer"}
+    assert request.params == {"response_format": LAYOUT, "stream": stream}
+
+
+# Transcripts
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "details"),
+    [
+        (None, "echo: talk.wav", (None, None)),
+        ("json", "echo: talk.wav", (None, None)),
+        ("verbose_json", "echo: talk.wav", ("de", 0.5)),
+        ("text", "echo: talk.wav", (None, None)),
+        ("srt", "1\n00:00:00,000 --> 00:00:00,500\necho: talk.wav", (None, None)),
+        ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:00.500\necho: talk.wav", (None, None)),
+    ],
+)
+async def test_speech_is_transcribed(
+    connect: Connect, simulator: Simulator, layout: str | None, text: str, details: tuple[str | None, float | None]
+) -> None:
+    params = {"language": "de"} | ({"response_format": layout} if layout else {})
+    request = TranscriptionRequest(audio=bytes(8000), filename="talk.wav", params=params)  # half a second of MP3
+    response = await connect(simulator.url, model="echo").send(request)
+    language, duration_s = details
+    assert response.output == Transcript(text=text, language=language, duration_s=duration_s)
+    assert response.model_id == "echo"
+    assert response.request_id
+    in_tokens = TokenUsage(prompt_tokens=5, completion_tokens=4, total_tokens=9)
+    assert response.usage == (in_tokens if layout in (None, "json") else None)
+
+
+async def test_a_recording_arrives_as_a_file(connect: Connect, serve: Serve) -> None:
+    files: list[tuple[str, str, bytes]] = []
+
+    async def keep(request: web.Request) -> web.Response:
+        file = (await request.post())["file"]
+        assert isinstance(file, web.FileField)
+        files.append((file.filename, file.content_type, file.file.read()))
+        return web.json_response({"text": "Hello."})
+
+    audio = bytes(range(256)) * 8000  # 2 MB
+    await connect(await serve(keep)).send(TranscriptionRequest(audio=audio, filename="talk one.mp3"))
+    assert files == [("talk one.mp3", "audio/mpeg", audio)]
+
+
+@pytest.mark.parametrize(
+    ("body", "transcript"),
+    [
+        ({"text": None}, Transcript(text="")),
+        ({"text": "a", "duration": "2.5", "language": None}, Transcript(text="a", duration_s=2.5)),
+        ({"text": "a", "usage": {"type": "duration", "seconds": 3}}, Transcript(text="a", duration_s=3.0)),
+        ({"text": "a", "duration": "soon", "language": ""}, Transcript(text="a")),
+        ({"text": "a", "duration": -1, "usage": {"prompt_tokens": "x"}}, Transcript(text="a")),
+    ],
+)
+async def test_odd_transcripts_are_read(
+    connect: Connect, serve: Serve, body: dict[str, Any], transcript: Transcript
+) -> None:
+    assert (await connect(await serve(answering(body))).send(SPEECH)).output == transcript
+
+
+async def test_a_transcript_in_invalid_utf8_is_read(connect: Connect, serve: Serve) -> None:
+    request = TranscriptionRequest(audio=b"x", params={"response_format": "text"})
+    response = await connect(await serve(pieces(b"caf\xe9\n", content_type="text/plain"))).send(request)
+    assert response.output == Transcript(text="caf\ufffd")
+
+
 # Requests
 
 
@@ -315,13 +601,24 @@ async def test_a_requests_parameters_go_before_the_deployments(connect: Connect,
     assert recorder.bodies[0]["seed"] == 1
 
 
-async def test_a_failed_request_is_sent_once(connect: Connect, simulator: Simulator) -> None:
-    simulator.configure({"faults": {"http_500": 1.0}})
+def every_kind() -> list[Request]:
+    """A request of each kind, for each endpoint, streamed and whole."""
+    generations = [
+        GenerationRequest(input="Tell me something.", endpoint=endpoint, params={"stream": True} if stream else {})
+        for endpoint in ENDPOINTS
+        for stream in (False, True)
+    ]
+    return [*generations, EMBED, SPEECH]
+
+
+@pytest.mark.parametrize("fault", ["http_500", "reset", "truncated", "invalid_json", "error_200"])
+async def test_a_failed_request_is_sent_once(connect: Connect, simulator: Simulator, fault: str) -> None:
+    simulator.configure({"faults": {fault: 1.0}})
     client = connect(simulator.url, params={"max_retries": 5, "num_retries": 5})
-    for endpoint in ENDPOINTS:
-        await failure(client, GenerationRequest(input="Hi.", endpoint=endpoint))
-    await failure(client, EmbeddingRequest(texts=["a"]))
-    assert (await ledger(simulator))["requests"] == 4
+    requests = every_kind()
+    for request in requests:
+        await failure(client, request)
+    assert (await ledger(simulator))["requests"] == len(requests)
 
 
 async def test_nothing_but_the_caller_bounds_the_requests_in_flight(connect: Connect, serve: Serve) -> None:
@@ -363,6 +660,19 @@ async def test_one_connection_serves_one_request_after_the_other(
     assert len(peers) == 1
 
 
+async def test_plain_http_to_a_host_elsewhere_is_warned_of_once(
+    connect: Connect, simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = f"{connect('http://localhost/v1').__class__.__name__}.invalid".lower()
+    for _ in range(2):
+        assert type(await failure(connect(f"http://{host}/v1"))) is errors.ConnectError
+    await connect(simulator.url).send(CHAT)
+    warnings = [record.message for record in caplog.records if record.name.startswith("runner.")]
+    assert len(warnings) == 1
+    assert host in warnings[0]
+    assert KEY not in caplog.text
+
+
 # Failures
 
 
@@ -380,31 +690,16 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "kind", "status"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
 async def test_each_fault_has_its_class_and_status(
-    connect: Connect,
-    simulator: Simulator,
-    fault: str,
-    kind: type[errors.RequestError],
-    status: int | None,
-    endpoint: Endpoint,
-) -> None:
-    simulator.configure({"faults": {fault: 1.0}})
-    error = await failure(connect(simulator.url), GenerationRequest(input="Hi.", endpoint=endpoint))
-    assert type(error) is kind
-    assert error.status == status
-    assert error.retry_after_s == (0.02 if fault == "http_429" else None)
-    assert_presentable(error)
-
-
-@pytest.mark.parametrize(("fault", "kind", "status"), FAULTS, ids=[fault for fault, _, _ in FAULTS])
-async def test_embeddings_meet_the_same_faults(
     connect: Connect, simulator: Simulator, fault: str, kind: type[errors.RequestError], status: int | None
 ) -> None:
     simulator.configure({"faults": {fault: 1.0}})
-    error = await failure(connect(simulator.url), EmbeddingRequest(texts=["a"]))
-    assert type(error) is kind
-    assert error.status == status
+    client = connect(simulator.url)
+    for request in every_kind():
+        error = await failure(client, request)
+        assert (type(error), error.status) == (kind, status)
+        assert error.retry_after_s == (0.02 if fault == "http_429" else None)
+        assert_presentable(error)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +747,45 @@ async def test_a_key_that_the_server_repeats_is_blotted_out(connect: Connect, se
         return web.json_response({"error": {"message": f"no {request.headers['authorization']} here"}}, status=401)
 
     assert str(await failure(connect(await serve(repeat)))) == "HTTP 401: no Bearer *** here"
+
+
+async def test_no_message_repeats_the_key(connect: Connect, serve: Serve) -> None:
+    """Not those of answers that cannot be read, nor those that name the address."""
+    echo = json.dumps({"choices": None, "data": f"Bearer {KEY}"}).encode()
+    handlers = [
+        answering(echo),
+        answering(KEY.encode()),
+        pieces(b"data: {%b\n\n" % echo, content_type="text/event-stream"),
+    ]
+    for handler in handlers:
+        client = connect(await serve(handler))
+        for request in every_kind():
+            with contextlib.suppress(errors.RequestError):
+                await client.send(request)
+                continue
+            assert KEY not in str(await failure(client, request))
+
+
+async def test_no_message_repeats_the_password_in_an_address(serve: Serve) -> None:
+    url = (await serve(answering(b""))).replace("://", "://me:hunter2@")
+    for address in (url, "http://me:hunter2@127.0.0.1:1/v1"):
+        client = direct(address)
+        assert "hunter2" not in str(await failure(client))
+        await client.aclose()
+    with pytest.raises(errors.ConfigError, match="leave one of them out") as caught:
+        direct(url, api_key=KEY)
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_key_sent_as_a_header_is_blotted_out_too(serve: Serve) -> None:
+    async def repeat(request: web.Request) -> web.Response:
+        return web.json_response({"error": {"message": f"no {request.headers['authorization']} here"}}, status=401)
+
+    client = direct(await serve(repeat))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    error = await failure(client, GenerationRequest(input="Hi.", params={"extra_headers": headers}))
+    assert str(error) == "HTTP 401: no Bearer *** here"
+    await client.aclose()
 
 
 async def test_a_placeholder_for_a_key_spoils_no_message(connect: Connect, serve: Serve) -> None:
@@ -548,17 +882,18 @@ async def test_an_error_from_before_is_not_taken_for_this_one(connect: Connect, 
         assert type(await failure(client)) is errors.APIResponseError
 
 
-async def test_a_redirect_takes_no_key_to_another_host(connect: Connect, serve: Serve) -> None:
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_an_error_and_takes_no_key_along(connect: Connect, serve: Serve, status: int) -> None:
     elsewhere = Recorder()
     other = await serve(elsewhere.answer)
-
-    async def redirect(request: web.Request) -> web.Response:
-        raise web.HTTPTemporaryRedirect(other + "/chat/completions")
-
-    client = connect(await serve(redirect))
-    with contextlib.suppress(errors.RequestError):
-        await client.send(CHAT)
-    assert not any(KEY in value for request in elsewhere.requests for value in request.headers.values())
+    location = other.replace("//", "//me:hunter2@") + "/chat/completions?token=hunter3"
+    client = connect(await serve(answering(b"", status=status, headers={"location": location})))
+    for request in every_kind():
+        error = await failure(client, request)
+        assert type(error) is errors.NotFoundError
+        assert error.status == status
+        assert f"sends on to {other}/chat/completions, and" in str(error)
+    assert not elsewhere.requests
 
 
 async def test_a_closed_transport_sends_nothing(connect: Connect, simulator: Simulator) -> None:
@@ -571,49 +906,140 @@ async def test_a_closed_transport_sends_nothing(connect: Connect, simulator: Sim
 # Hostile answers: a correct result or an error of the tree, and never anything else
 
 
-def hostile() -> Iterator[tuple[str, bytes]]:
-    yield "nothing", b""
-    yield "no JSON", b"<html>Bad gateway</html>"
-    yield "half JSON", b'{"choices": [{"message": {"content": "Hel'
-    yield "null", b"null"
-    yield "list", b"[1]"
-    yield "string", b'"Hello."'
-    yield "invalid UTF-8", json.dumps(chat_body()).encode().replace(b"Hello", b"Hell\xff")
-    yield "lone surrogate", json.dumps(chat_body()).encode().replace(b"Hello", rb"Hell\ud800")
-    yield "no choices", json.dumps(chat_body(choices=[])).encode()
-    yield "null choices", json.dumps(chat_body(choices=None)).encode()
-    yield "null choice", json.dumps(chat_body(choices=[None])).encode()
-    yield "null message", json.dumps(chat_body(choices=[{"index": 0, "message": None}])).encode()
-    yield "null content", json.dumps(chat_body(choices=[{"index": 0, "message": {"content": None}}])).encode()
-    yield "odd content", json.dumps(chat_body(choices=[{"index": 0, "message": {"content": {"a": [1]}}}])).encode()
-    yield "odd tool calls", json.dumps(chat_body(choices=[{"message": {"tool_calls": [{"function": 3}]}}])).encode()
-    yield "odd finish", json.dumps(chat_body(choices=[{"message": {"content": "a"}, "finish_reason": [1]}])).encode()
-    yield "odd model", json.dumps(chat_body(model={"a": 1}, id=[])).encode()
-    yield "no totals", json.dumps(chat_body(usage={"prompt_tokens": 3})).encode()
-    yield "string counts", json.dumps(chat_body(usage={"prompt_tokens": "3", "completion_tokens": "x"})).encode()
-    yield "negative counts", json.dumps(chat_body(usage={"prompt_tokens": -3, "completion_tokens": -1})).encode()
-    yield "huge counts", json.dumps(chat_body(usage={"prompt_tokens": 10**30, "total_tokens": 1e300})).encode()
-    yield "NaN counts", json.dumps(chat_body(usage={"prompt_tokens": float("nan")})).encode()
-    yield "odd usage", json.dumps(chat_body(usage=[3])).encode()
-    yield "deep array", b"[" * 100_000 + b"]" * 100_000
-    yield "deep object", b'{"choices":' * 900 + b"1" + b"}" * 900
+def text_body(**changes: Any) -> dict[str, Any]:
+    return {"id": "c", "model": "m", "choices": [{"index": 0, "text": "Hello.", "finish_reason": "stop"}], **changes}
 
 
-@pytest.mark.parametrize("payload", [pytest.param(payload, id=name) for name, payload in hostile()])
-async def test_a_hostile_answer_is_read_or_refused(connect: Connect, serve: Serve, payload: bytes) -> None:
-    try:
-        response = await connect(await serve(answering(payload))).send(CHAT)
-    except errors.RequestError as error:
-        assert_presentable(error)
-    else:
-        assert isinstance(generation(response).text, str)
-        usage = response.usage or TokenUsage()
-        assert 0 <= usage.prompt_tokens < 2**53
-        assert 0 <= usage.total_tokens < 2**53
+def responses_body(**changes: Any) -> dict[str, Any]:
+    content = [{"type": "output_text", "text": "Hello.", "annotations": []}]
+    item = {"type": "message", "id": "msg", "role": "assistant", "status": "completed", "content": content}
+    body = {"id": "r", "object": "response", "created_at": 1, "model": "m", "status": "completed", "output": [item]}
+    return {**body, **changes}
+
+
+def embeddings_body(**changes: Any) -> dict[str, Any]:
+    data = [{"object": "embedding", "index": index, "embedding": [0.5, index]} for index in range(2)]
+    return {"object": "list", "model": "m", "data": data, **changes}
+
+
+def transcript_body(**changes: Any) -> dict[str, Any]:
+    return {"text": "Hello.", **changes}
+
+
+GOOD: dict[str, tuple[Request, Callable[..., dict[str, Any]]]] = {
+    "chat": (CHAT, chat_body),
+    "completion": (GenerationRequest(input="Hi.", endpoint=Endpoint.text_completion), text_body),
+    "responses": (GenerationRequest(input="Hi.", endpoint=Endpoint.responses), responses_body),
+    "embedding": (EMBED, embeddings_body),
+    "transcript": (SPEECH, transcript_body),
+}
+"""Of each kind a request, and what makes a good answer to it."""
+
+
+def bytes_of(body: Any) -> bytes:
+    return json.dumps(body).encode()
+
+
+def hostile() -> Iterator[tuple[str, str, bytes]]:
+    """Bad answers: what they answer, what is bad about them, and their bytes."""
+    odd: Any
+    for kind, (_, body) in GOOD.items():
+        whole = bytes_of(body())
+        yield kind, "nothing", b""
+        yield kind, "no JSON", b"<html>Bad gateway</html>"
+        yield kind, "half JSON", whole[: len(whole) // 2]
+        yield kind, "null", b"null"
+        yield kind, "list", b"[1]"
+        yield kind, "number", b"17"
+        yield kind, "nothing in it", b"{}"
+        yield kind, "invalid UTF-8", whole.replace(b"Hello", b"Hell\xff")
+        yield kind, "lone surrogate", whole.replace(b"Hello", rb"Hell\ud800")
+        yield kind, "byte order mark", b"\xef\xbb\xbf" + whole
+        yield kind, "deep array", b"[" * 100_000 + b"]" * 100_000
+        yield kind, "deep object", b'{"choices":' * 900 + b"1" + b"}" * 900
+        yield kind, "odd model", bytes_of(body(model={"a": 1}, id=[]))
+        yield kind, "no totals", bytes_of(body(usage={"prompt_tokens": 3}))
+        yield kind, "string counts", bytes_of(body(usage={"prompt_tokens": "3", "completion_tokens": "x"}))
+        yield kind, "negative counts", bytes_of(body(usage={"prompt_tokens": -3, "completion_tokens": -1}))
+        yield kind, "huge counts", bytes_of(body(usage={"prompt_tokens": 10**30, "total_tokens": 1e300}))
+        yield kind, "NaN counts", bytes_of(body(usage={"prompt_tokens": float("nan")}))
+        yield kind, "odd usage", bytes_of(body(usage=[3]))
+        for field in ("choices", "output", "data", "text"):
+            if field in body():
+                for odd in ([], None, [None], {}, 3, "x", [[]], [{}]):
+                    yield kind, f"{field}={odd}", bytes_of(body(**{field: odd}))
+    for message in (None, {"content": None}, {"content": {"a": [1]}}, {"tool_calls": [{"function": 3}]}, "x"):
+        yield "chat", f"message={message}", bytes_of(chat_body(choices=[{"index": 0, "message": message}]))
+    yield "chat", "odd finish", bytes_of(chat_body(choices=[{"message": {"content": "a"}, "finish_reason": [1]}]))
+    for text in (None, 3, ["x"]):
+        yield "completion", f"text={text}", bytes_of(text_body(choices=[{"index": 0, "text": text}]))
+    for content in (None, [], [None], "x", [{"type": "output_text", "text": None}]):
+        yield (
+            "responses",
+            f"content={content}",
+            bytes_of(responses_body(output=[{"type": "message", "content": content}])),
+        )
+    for vector in (None, [], "x", "AAAA", ["0.5", "1"], [None], {"a": 1}, 3):
+        data = [{"index": index, "embedding": vector} for index in ("0", 1)]
+        yield "embedding", f"embedding={vector}", bytes_of(embeddings_body(data=data))
+    yield "embedding", "one too few", bytes_of(embeddings_body(data=[{"index": 0, "embedding": [0.5]}]))
+
+
+@pytest.mark.parametrize("kind", GOOD)
+async def test_a_hostile_answer_is_read_or_refused(connect: Connect, serve: Serve, kind: str) -> None:
+    payloads: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(body=payloads[-1], content_type="application/json")
+
+    client = connect(await serve(answer))
+    for of_kind, name, payload in hostile():
+        if of_kind == kind:
+            payloads.append(payload)
+            try:
+                response = await client.send(GOOD[kind][0])
+            except errors.RequestError as error:
+                assert_presentable(error)
+            except Exception as bug:
+                raise AssertionError(f"{name}: {bug!r}") from bug
+            else:
+                assert_sound(response)
+
+
+def assert_sound(response: Response) -> None:
+    """Everything is of its type, and every count can be stored."""
+    match response.output:
+        case Generation() as output:
+            assert isinstance(output.text, str)
+        case Embeddings() as output:
+            assert len(output.vectors) == 2
+            assert {type(value) for vector in output.vectors for value in vector} <= {float}
+        case Transcript() as output:
+            assert isinstance(output.text, str)
+    usage = response.usage or TokenUsage()
+    assert 0 <= usage.prompt_tokens < 2**53
+    assert 0 <= usage.total_tokens < 2**53
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize(
+    "usage",
+    [{"prompt_tokens": 3}, {"prompt_tokens": "3", "completion_tokens": "x"}, {"total_tokens": None}, None],
+    ids=str,
+)
+async def test_a_paid_answer_is_not_lost_over_its_usage(serve: Serve, kind: str, usage: dict[str, Any] | None) -> None:
+    request, body = GOOD[kind]
+    client = direct(await serve(answering(body(usage=usage))))
+    response = await client.send(request)
+    await client.aclose()
+    said = response.output.vectors if isinstance(response.output, Embeddings) else response.output.text
+    assert said in ("Hello.", ([0.5, 0.0], [0.5, 1.0]))
 
 
 @pytest.mark.parametrize("status", [200, 429, 500])
-async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve, status: int) -> None:
+@pytest.mark.parametrize("kind", GOOD)
+async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve, status: int, kind: str) -> None:
     headers = {
         "retry-after": "soon",
         "retry-after-ms": "NaN",
@@ -622,11 +1048,13 @@ async def test_nonsense_in_headers_breaks_nothing(connect: Connect, serve: Serve
         "x-ratelimit-remaining-tokens": "0",
         "x-ratelimit-reset-tokens": "99999999999999999999d",
     }
-    client = connect(await serve(answering(chat_body(), status=status, headers=headers)))
+    request, body = GOOD[kind]
+    client = connect(await serve(answering(body(), status=status, headers=headers)))
     if status == 200:
-        assert generation(await client.send(CHAT)).text == "Hello."
+        response = await client.send(request)
+        assert headers.items() <= dict(response.headers).items()
     else:
-        error = await failure(client)
+        error = await failure(client, request)
         assert error.status == status
         assert error.retry_after_s is None
 
@@ -636,13 +1064,6 @@ async def test_headers_outside_ascii_break_nothing(connect: Connect, serve: Serv
     client = connect(await serve(answering(chat_body(), headers=headers)))
     with contextlib.suppress(errors.RequestError):
         assert generation(await client.send(CHAT)).text == "Hello."
-
-
-async def test_a_redirect_is_an_error(serve: Serve) -> None:
-    client = direct(await serve(answering(b"", status=307, headers={"location": "http://127.0.0.1:1/"})))
-    error = await failure(client)
-    assert error.status == 307
-    await client.aclose()
 
 
 async def test_the_environments_proxy_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,33 +1083,64 @@ async def test_the_environments_proxy_is_used(serve: Serve, monkeypatch: pytest.
     assert asked == ["http://models.test/v1/chat/completions"]
 
 
-async def test_an_oversized_answer_is_refused(serve: Serve) -> None:
-    body = chat_body(padding="x" * 300_000)
+def pieces(body: bytes, *, content_type: str = "application/json") -> Handler:
+    """A server that does not say how long its answer is."""
 
-    async def chunked(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": content_type})
         await response.prepare(request)
-        await response.write(json.dumps(body).encode())
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(body), 2**14):
+                await response.write(body[start : start + 2**14])
         return response
 
-    for handler in (answering(body), chunked):
-        client = direct(await serve(handler), max_response_bytes=100_000)
-        error = await failure(client)
+    return handler
+
+
+async def test_an_oversized_answer_is_refused(connect: Connect, serve: Serve) -> None:
+    body = json.dumps(chat_body(padding="x" * 300_000)).encode()
+    endless = b"data: " + body * 3
+    streamed = GenerationRequest(input="Hi.", params={"stream": True})
+    for handler, request in (
+        (answering(body), CHAT),
+        (pieces(body), CHAT),
+        (pieces(endless, content_type="text/event-stream"), streamed),
+        (pieces(b"x" * 300_000, content_type="text/plain"), SPEECH),
+        (answering(body, status=500), CHAT),
+    ):
+        client = connect(await serve(handler), max_response_bytes=100_000)
+        error = await failure(client, request)
         assert type(error) is errors.APIResponseError
         assert "larger than 100,000 bytes" in str(error)
-        await client.aclose()
 
 
-async def test_a_compressed_answer_is_read(serve: Serve) -> None:
-    payload = gzip.compress(json.dumps(chat_body()).encode())
-    client = direct(await serve(answering(payload, headers={"content-encoding": "gzip"})))
-    assert generation(await client.send(CHAT)).text == "Hello."
-    await client.aclose()
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_compressed_answer_is_read(connect: Connect, serve: Serve, stream: bool) -> None:
+    body = b"data: %b\n\ndata: [DONE]\n\n" % json.dumps(text_chunk("Hello.")).encode() if stream else None
+    payload = gzip.compress(body or json.dumps(chat_body()).encode())
+
+    async def pack(request: web.Request) -> web.Response:
+        headers = {"content-encoding": "gzip", "content-type": "text/event-stream" if stream else "application/json"}
+        return web.Response(body=payload, headers=headers)
+
+    request = GenerationRequest(input="Hi.", params={"stream": stream})
+    assert generation(await connect(await serve(pack)).send(request)).text == "Hello."
 
 
-async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda packed: packed[:-20], lambda packed: packed[:30] + bytes(30) + packed[60:]], ids=["cut", "zeros"]
+)
+async def test_a_broken_packing_is_no_answer(connect: Connect, serve: Serve, damage: Callable[[bytes], bytes]) -> None:
+    payload = damage(gzip.compress(json.dumps(chat_body(noise=list(range(1000)))).encode()))
+    error = await failure(connect(await serve(answering(payload, headers={"content-encoding": "gzip"}))))
+    assert isinstance(error, errors.APIConnectionError | errors.APIResponseError)
+    assert error.billing == "unknown"
+
+
+async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(connect: Connect, serve: Serve) -> None:
     bomb = gzip.compress(bytes(100 * 2**20), compresslevel=1)
-    client = direct(await serve(answering(bomb, headers={"content-encoding": "gzip"})), max_response_bytes=2**20)
+    client = connect(await serve(answering(bomb, headers={"content-encoding": "gzip"})), max_response_bytes=2**20)
     await failure(client)  # warm
     tracemalloc.start()
     error = await failure(client)
@@ -696,7 +1148,6 @@ async def test_a_compressed_bomb_is_refused_before_it_is_unpacked(serve: Serve) 
     tracemalloc.stop()
     assert isinstance(error, errors.APIResponseError | errors.APIConnectionError)
     assert peak < 50 * 2**20
-    await client.aclose()
 
 
 # LiteLLM's own
@@ -773,6 +1224,71 @@ async def test_another_providers_wire_ends_in_the_same_response(serve: Serve) ->
     assert response.headers["anthropic-ratelimit-requests-remaining"] == "12"
     assert response.model_id == "claude-x"
     assert response.request_id == "req_9"
+    await client.aclose()
+
+
+def anthropic_events(*kinds: str) -> Handler:
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-x", "content": []}
+    events: dict[str, dict[str, Any]] = {
+        "message_start": {"message": {**message, "usage": {"input_tokens": 5, "output_tokens": 1}}},
+        "content_block_start": {"index": 0, "content_block": {"type": "text", "text": ""}},
+        "content_block_delta": {"index": 0, "delta": {"type": "text_delta", "text": "Hello."}},
+        "content_block_stop": {"index": 0},
+        "message_delta": {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 3}},
+        "message_stop": {},
+        "error": {"error": {"type": "overloaded_error", "message": "Overloaded"}},
+    }
+    return streaming(*({"type": kind, **events[kind]} for kind in kinds))
+
+
+ANTHROPIC = ("message_start", "content_block_start", "content_block_delta", "content_block_stop")
+
+
+async def test_another_providers_stream_ends_in_the_same_response(serve: Serve) -> None:
+    url = await serve(anthropic_events(*ANTHROPIC, "message_delta", "message_stop"))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    request = streamed()
+    response = await client.send(request)
+    assert generation(response) == Generation(text="Hello.", finish_reason="stop")
+    assert response.usage is not None
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (5, 3)
+    assert response.request_id == "req_7"
+    assert len(request.trace.chunk_times) == 1
+    assert request.trace.ttft_s == request.trace.chunk_times[0]
+    await client.aclose()
+
+
+async def test_another_providers_stream_that_fails_is_an_error(serve: Serve) -> None:
+    url = await serve(anthropic_events(*ANTHROPIC, "error"))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    error = await failure(client, streamed())
+    assert "Overloaded" in str(error)
+    assert error.billing == "unknown"
+    assert_presentable(error)
+    await client.aclose()
+
+
+async def test_a_redirect_takes_no_key_of_another_provider_along(serve: Serve) -> None:
+    elsewhere = Recorder()
+    other = await serve(elsewhere.answer)
+    url = await serve(answering(b"", status=307, headers={"location": other}))
+    client = litellm(url.removesuffix("/v1"), model="anthropic/claude-x", api_key=KEY)
+    for request in (CHAT, streamed()):
+        assert type(await failure(client, request)) is errors.NotFoundError
+    assert not elsewhere.requests
+    await client.aclose()
+
+
+async def test_litellm_itself_is_left_alone(serve: Serve) -> None:
+    """Calls of LiteLLM beside ours are not guarded."""
+    recorder = Recorder()
+    other = await serve(recorder.answer)
+    url = await serve(answering(b"", status=307, headers={"location": other + "/chat/completions"}))
+    client = litellm(url)
+    answer = await importlib.import_module("litellm").acompletion(
+        model="hosted_vllm/m", api_base=url, messages=[{"role": "user", "content": "Hi."}], max_retries=0
+    )
+    assert answer.choices[0].message.content == "Hello."
     await client.aclose()
 
 

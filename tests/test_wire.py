@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mutations import mutated_json
 from runner import errors
 from runner.transports import wire
 from runner.types import (
@@ -22,6 +25,7 @@ from runner.types import (
     Response,
     TokenUsage,
     ToolCall,
+    Transcript,
     TranscriptionRequest,
 )
 
@@ -29,6 +33,7 @@ CHAT = GenerationRequest(input="hi")
 TEXT = GenerationRequest(input="hi", endpoint=Endpoint.text_completion)
 RESPONSES = GenerationRequest(input="hi", endpoint=Endpoint.responses)
 EMBED = EmbeddingRequest(texts=["a", "b"])
+SPEECH = TranscriptionRequest(audio=b"")
 
 
 def chat_body(**changes: Any) -> dict[str, Any]:
@@ -44,8 +49,9 @@ def generation(body: dict[str, Any], request: Request = CHAT) -> Generation:
 
 
 def encoded(request: Request, **params: Any) -> tuple[str, dict[str, Any]]:
-    path, body = wire.encode(request, "m", params)
-    return path, orjson.loads(body)
+    call = wire.encode(request, "m", params)
+    assert call.content_type == "application/json"
+    return call.path, orjson.loads(call.body)
 
 
 # Requests
@@ -99,9 +105,63 @@ def test_an_extra_body_that_is_no_mapping_is_an_error_of_the_row(value: Any) -> 
         wire.encode(CHAT, "m", {"extra_body": value})
 
 
-def test_audio_has_no_json_form() -> None:
-    with pytest.raises(TypeError):
-        wire.encode(TranscriptionRequest(audio=b""), "m", {})
+def test_a_recording_goes_into_a_form() -> None:
+    params = {"language": "de", "temperature": 0.5, "timestamp_granularities": ["word"], "timeout": 3, "stream": True}
+    call = wire.encode(TranscriptionRequest(audio=b"RIFF\r\n--", filename="talk.mp3"), "m", params)
+    kind, _, boundary = call.content_type.partition("; boundary=")
+    assert call.path == "/audio/transcriptions"
+    assert kind == "multipart/form-data"
+    parts = call.body.split(f"--{boundary}".encode())
+    assert [part.partition(b"\r\n\r\n")[0].split(b"; ", 1)[-1] for part in parts[1:-1]] == [
+        b'name="model"',
+        b'name="language"',
+        b'name="temperature"',
+        b'name="timestamp_granularities[]"',
+        b'name="file"; filename="talk.mp3"\r\ncontent-type: audio/mpeg',
+    ]
+    assert parts[-2].endswith(b"\r\n\r\nRIFF\r\n--\r\n")
+    assert parts[-1] == b"--\r\n"
+
+
+def test_a_parameter_that_no_form_can_hold_is_an_error_of_the_row() -> None:
+    with pytest.raises(errors.RowError, match="prompt"):
+        wire.encode(TranscriptionRequest(audio=b""), "m", {"prompt": object()})
+
+
+def test_a_stream_is_asked_for_its_usage() -> None:
+    for request in (CHAT, TEXT):
+        assert encoded(request, stream=True)[1]["stream_options"] == {"include_usage": True}
+        assert wire.encode(request, "m", {"extra_body": {"stream": True}}).streamed
+    wanted = {"include_usage": False, "continuous_usage_stats": True}
+    assert encoded(CHAT, stream=True, stream_options=wanted)[1]["stream_options"] == wanted
+    assert "stream_options" not in encoded(RESPONSES, stream=True)[1]
+    assert "stream_options" not in encoded(CHAT, stream=False)[1]
+    assert not wire.encode(CHAT, "m", {"stream": False}).streamed
+
+
+def test_vectors_are_not_streamed() -> None:
+    assert encoded(EMBED, stream=True, stream_options={})[1].keys() == {"model", "input"}
+
+
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}}
+LAYOUT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+def test_each_endpoint_gets_a_schema_in_the_form_it_takes() -> None:
+    assert encoded(CHAT, response_format=LAYOUT)[1]["response_format"] == LAYOUT
+    assert encoded(TEXT, response_format=LAYOUT)[1]["response_format"] == LAYOUT
+    body = encoded(RESPONSES, response_format=LAYOUT, text={"verbosity": "low"})[1]
+    layout = {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}
+    assert body["text"] == {"format": layout, "verbosity": "low"}
+    assert "response_format" not in body
+    assert encoded(RESPONSES, response_format={"type": "json_object"})[1]["text"]["format"] == {"type": "json_object"}
+    assert encoded(RESPONSES, response_format=None)[1].keys() == {"model", "input"}
+
+
+@pytest.mark.parametrize("params", [{"response_format": "json"}, {"response_format": LAYOUT, "text": 3}])
+def test_a_schema_in_no_known_form_is_an_error_of_the_row(params: dict[str, Any]) -> None:
+    with pytest.raises(errors.RowError):
+        wire.encode(RESPONSES, "m", params)
 
 
 # Answers
@@ -181,6 +241,69 @@ def test_vectors_come_in_the_order_of_the_texts() -> None:
 def test_a_vector_too_few_is_no_answer() -> None:
     with pytest.raises(errors.APIResponseError):
         wire.response_from(EMBED, {"data": [{"index": 0, "embedding": [1.0]}]}, {})
+
+
+@pytest.mark.parametrize(
+    ("vector", "values"),
+    [("AAAAPwAAgD8=", [0.5, 1.0]), (["0.5", 1], [0.5, 1.0]), ([1, 2], [1.0, 2.0]), ([], []), ("", [])],
+)
+def test_a_vector_is_numbers_or_base64(vector: Any, values: list[float]) -> None:
+    body = {"data": [{"index": "0", "embedding": vector}]}
+    output = wire.response_from(EmbeddingRequest(texts=["a"]), body, {}).output
+    assert output == Embeddings(vectors=(values,))
+    assert isinstance(output, Embeddings)
+    assert all(type(value) is float for value in output.vectors[0])
+
+
+@pytest.mark.parametrize("vector", ["AAA", "AAAA", "ü", None, ["x"], [None], 3])
+def test_a_vector_that_is_none_is_no_answer(vector: Any) -> None:
+    with pytest.raises(errors.APIResponseError):
+        wire.response_from(EmbeddingRequest(texts=["a"]), {"data": [{"embedding": vector}]}, {})
+
+
+def test_indexes_that_are_all_the_same_leave_the_order() -> None:
+    body = {"data": [{"index": 0, "embedding": [3]}, {"index": 0, "embedding": [1]}]}
+    assert wire.response_from(EMBED, body, {}).output == Embeddings(vectors=([3.0], [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("payload", "content_type", "text"),
+    [
+        (b"Hello.\n", "text/plain", "Hello."),
+        (b"[Music]\n", "text/html; charset=utf-8", "[Music]"),  # whisper.cpp
+        (b"", "text/plain", ""),
+        (b'"Hello."', "application/json", "Hello."),
+        (b' {"text": "Hello."}', "", "Hello."),
+        (b"WEBVTT\n\n00:00\n\n", "text/vtt", "WEBVTT\n\n00:00"),
+    ],
+)
+def test_a_transcript_is_json_or_plain_text(payload: bytes, content_type: str, text: str) -> None:
+    response = wire.decode(SPEECH, payload, {"content-type": content_type}, model="whisper-1")
+    assert response.output == Transcript(text=text)
+    assert response.model_id == "whisper-1"
+    assert response.usage is None
+
+
+@pytest.mark.parametrize(
+    ("payload", "content_type"),
+    [(b"Hello.", "application/json"), (b'{"text": "Hel', "text/plain"), (b"<!DOCTYPE html>", "text/html"), (b"{}", "")],
+)
+def test_what_is_no_transcript_is_an_error(payload: bytes, content_type: str) -> None:
+    with pytest.raises(errors.APIResponseError):
+        wire.decode(SPEECH, payload, {"content-type": content_type})
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "queued", "in_progress"])
+def test_a_responses_answer_that_did_not_end_is_none(status: str) -> None:
+    with pytest.raises(errors.APIResponseError):
+        wire.response_from(RESPONSES, {"status": status, "output": []}, {})
+
+
+def test_a_redirect_is_an_error_that_names_the_other_address() -> None:
+    error = wire.error_from(308, b"", {"Location": "https://me:hunter2@other.example/v1/x?token=3"})
+    assert type(error) is errors.NotFoundError
+    assert "sends on to https://other.example/v1/x, and" in str(error)
+    assert not type(error).retryable
 
 
 @pytest.mark.parametrize(
@@ -295,7 +418,6 @@ def test_no_more_tokens_are_cached_than_were_sent() -> None:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (307, errors.APIResponseError),
         (400, errors.BadRequestError),
         (401, errors.AuthenticationError),
         (402, errors.InsufficientQuotaError),
@@ -415,7 +537,7 @@ BODY = shaped(
 
 
 @settings(deadline=None)
-@given(request=st.sampled_from([CHAT, TEXT, RESPONSES, EMBED]), body=JSON | BODY)
+@given(request=st.sampled_from([CHAT, TEXT, RESPONSES, EMBED, SPEECH]), body=JSON | BODY)
 def test_any_body_is_a_response_or_an_error_of_the_tree(request: Request, body: Any) -> None:
     try:
         response = wire.response_from(request, body, {})
@@ -435,6 +557,35 @@ def test_any_body_is_a_response_or_an_error_of_the_tree(request: Request, body: 
     usage = response.usage or TokenUsage()
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens or 0)
     assert all(0 <= count < 2**63 for count in counts)
+
+
+VALID: list[tuple[Request, Any]] = [
+    (CHAT, chat_body(usage={"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}})),
+    (
+        CHAT,
+        chat_body(choices=[{"message": {"tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]}}]),
+    ),
+    (TEXT, {"choices": [{"text": "Hello.", "finish_reason": "stop"}]}),
+    (RESPONSES, {"status": "completed", "output": [{"type": "message", "content": [{"text": "Hello."}]}]}),
+    (EMBED, {"data": [{"index": 0, "embedding": [0.5, 1]}, {"index": 1, "embedding": "AAAAPwAAgD8="}]}),
+    (SPEECH, {"text": "Hello.", "language": "en", "duration": 2.5, "usage": {"type": "duration", "seconds": 3}}),
+]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    case=st.sampled_from(VALID).flatmap(
+        lambda case: st.tuples(st.just(case[0]), mutated_json(json.dumps(case[1]).encode()))
+    ),
+    content_type=st.sampled_from(["application/json", "text/plain", ""]),
+)
+def test_a_good_body_gone_bad_is_a_response_or_an_error_of_the_tree(
+    case: tuple[Request, bytes], content_type: str
+) -> None:
+    request, payload = case
+    with contextlib.suppress(errors.RequestError):
+        response = wire.decode(request, payload, {"content-type": content_type})
+        orjson.dumps(asdict(response.output))
 
 
 @settings(deadline=None)

@@ -11,7 +11,8 @@ from typing import Any
 from runner.concurrency import Window
 from runner.config import RetryConfig
 from runner.errors import APIConnectionError, RequestError
-from runner.limiter import Limited, RateLimiter
+from runner.limited import Limited
+from runner.limiter import RateLimiter
 from runner.retry import Retrying
 from runner.router import Hedged, Recallable, Replica, Router, strategy_of
 from runner.types import Generation, GenerationRequest, Request, Response, TokenUsage
@@ -82,8 +83,6 @@ class Fleet:
             is_full=lambda: self.window.active >= self.window.limit,
             **options,
         )
-        self.notes: list[tuple[float, str]] = []
-        self.router.listen(lambda note: self.notes.append((now(), note)))
         self.client = Retrying(
             Hedged(self.router) if hedge else self.router,
             RetryConfig(max_retries=max_retries),

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runner.client import LMClient
     from runner.config import DeploymentConfig
+    from runner.database_url import DB_URL_DEFAULT
+    from runner.export import export_jsonl
     from runner.limiter import RateLimiter, RateLimiterAcquisitionHandle
+    from runner.media import image_block
+    from runner.promptmap import prompt_map
     from runner.types import (
         BatchResult,
         EmbeddingResult,
@@ -26,6 +30,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LMClient": "runner.client",
+    "DB_URL_DEFAULT": "runner.database_url",
+    "export_jsonl": "runner.export",
+    "prompt_map": "runner.promptmap",
     "DeploymentConfig": "runner.config",
     "RateLimiter": "runner.limiter",
     "RateLimiterAcquisitionHandle": "runner.limiter",
@@ -36,9 +43,11 @@ _HOMES = {
     "TokenUsage": "runner.types",
     "ToolCall": "runner.types",
     "TranscriptionResult": "runner.types",
+    "image_block": "runner.media",
 }
 
 __all__ = [
+    "DB_URL_DEFAULT",
     "BatchResult",
     "DeploymentConfig",
     "EmbeddingResult",
@@ -50,6 +59,9 @@ __all__ = [
     "TokenUsage",
     "ToolCall",
     "TranscriptionResult",
+    "export_jsonl",
+    "image_block",
+    "prompt_map",
 ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from runner.errors import ConnectError, RequestError
-from runner.limiter import Estimate, RateLimiter
-from runner.types import Client, Request, Response, TokenUsage
+from runner.estimate import NOTHING, Estimator
+from runner.limiter import RateLimiter, Slot
+from runner.types import Client, Request, Response
 
 
 class Account:
@@ -19,18 +19,25 @@ class Account:
     Args:
         client: One deployment, under its own limits.
         limiter: The account's quota.
-        estimate: What a request is expected to take.
+        estimator: What a request is expected to take.
+        slot: What a request gives back while a long pause lasts.
     """
 
-    def __init__(self, client: Client, limiter: RateLimiter, estimate: Callable[[Request], Estimate]) -> None:
+    def __init__(
+        self, client: Client, limiter: RateLimiter, *, estimator: Estimator | None = None, slot: Slot | None = None
+    ) -> None:
         self._client = client
         self._limiter = limiter
-        self._estimate = estimate
+        self._estimator = estimator or Estimator()
+        self._slot = slot
 
     async def send(self, request: Request) -> Response:
         queued = time.perf_counter()
-        handle = await self._limiter.acquire(self._estimate(request) if self._limiter.counts_tokens else 0.0)
-        request.trace.queue_wait_s += time.perf_counter() - queued
+        estimate = self._estimator.estimate(request) if self._limiter.counts_tokens else NOTHING
+        try:
+            handle = await self._limiter.acquire(estimate, slot=self._slot)
+        finally:
+            request.trace.queue_wait_s += time.perf_counter() - queued
         try:
             response = await self._client.send(request)
         except ConnectError:
@@ -38,14 +45,14 @@ class Account:
             raise
         except RequestError as error:
             if error.billing == "free":
-                handle.settle(TokenUsage())
+                handle.settle(NOTHING)
             raise
         except BaseException:
             if not request.trace.on_the_wire:
                 handle.refund()
             raise
         if response.usage is not None:
-            handle.settle(response.usage)
+            handle.settle(self._estimator.counted(estimate, response.usage))
         return response
 
     async def aclose(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
@@ -13,7 +14,7 @@ from hydra.errors import HydraException
 from runner.config import LimitsConfig, RunnerConfig
 from runner.errors import ConfigError
 
-_OPEN_MAPPINGS = ("request", "deployments", "scorers")
+_OPEN_MAPPINGS = ("request.", "deployments.", "scorers.", "dataset.arguments.")
 """Groups whose keys the user makes up."""
 
 _KEYS = {entry.name for entry in fields(RunnerConfig)} | {entry.name for entry in fields(LimitsConfig)}
@@ -25,7 +26,8 @@ _TEXTS = ("prompt", "system")
 def friendly(arguments: Sequence[str]) -> Iterator[str]:
     """The arguments as Hydra wants them, so that nobody has to know its grammar.
 
-    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes.
+    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes. ``deployments={…}``,
+    whose name is a group's, becomes a key for each entry.
     """
     multirun = "-m" in arguments or "--multirun" in arguments
     parser = OverridesParser.create()
@@ -36,7 +38,11 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         if argument.startswith("-") or not equals:
             yield argument
             continue
-        if key.partition(".")[0] in _OPEN_MAPPINGS and "." in key:
+        if key == "deployments" and value.startswith("{") and _parses(parser, argument):
+            for label, entry in parser.parse_override(argument).value().items():
+                yield f"++deployments.{label}={_written(entry)}"
+            continue
+        if key.startswith(_OPEN_MAPPINGS):
             key = f"++{key}"
         elif key == "experiment":
             key = "+experiment"
@@ -51,6 +57,17 @@ def quoted(value: str) -> str:
     """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"'{escaped}'"
+
+
+def _written(value: Any) -> str:
+    """Plain data in Hydra's grammar."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(entry)}' for key, entry in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value).lower()
 
 
 def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:

@@ -18,15 +18,16 @@ from runner.config import (
     DeploymentLimitsConfig,
     LimitsConfig,
     Resume,
+    RetryConfig,
     RoutingConfig,
     RunnerConfig,
-    Scope,
     ScorerConfig,
     Shared,
     TaskKind,
     replicas,
 )
 from runner.errors import ConfigError
+from runner.types import Endpoint
 
 
 def check(config: RunnerConfig) -> None:
@@ -36,7 +37,7 @@ def check(config: RunnerConfig) -> None:
         ConfigError: The first problem found, naming its key.
     """
     check_secrets(config)
-    _check_request(config.request)
+    check_request("request", config.request)
     for label, deployment in config.deployments.items():
         check_deployment(f"deployments.{label}", deployment)
     if not config.deployments:
@@ -44,10 +45,8 @@ def check(config: RunnerConfig) -> None:
     check_limits("limits", config.limits)
     check_routing(config.routing)
     _check_dataset(config.dataset)
-    _at_least("retry.max_retries", config.retry.max_retries, 0)
-    _at_least("retry.base_s", config.retry.base_s, 0)
-    _at_least("retry.cap_s", config.retry.cap_s, 0)
-    _at_least("retry.budget", config.retry.budget, 0)
+    _check_task(config)
+    check_retry(config.retry)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
     _at_least("tracker.finish_timeout_s", config.tracker.finish_timeout_s, 0)
@@ -57,6 +56,7 @@ def check(config: RunnerConfig) -> None:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
     if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    _check_reuse(config)
     _reject_unavailable(config)
 
 
@@ -67,6 +67,7 @@ def check_secrets(config: RunnerConfig) -> None:
         ConfigError: There is one; the message names its place, and not the key.
     """
     _check_secrets("request", config.request)
+    _check_secrets("dataset.arguments", config.dataset.arguments)
     for label, deployment in replicas(config).items():
         where = f"deployments.{label}." if config.deployments else ""
         if deployment.api_key:
@@ -102,17 +103,31 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
     unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
     if not unbounded and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
         raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1")
-    for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst"):
+    for key in (*LIMIT_KEYS, "max_request_burst", "max_token_burst"):
         value = getattr(limits, key)
         if value is not None and not value > 0:
             raise ConfigError(f"{where}.{key}={value}: a number above 0, or null for no limit")
     for key in ("rpm", "rpd"):
         _at_least(f"{where}.{key}", getattr(limits, key), 1)
     _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
-    if limits.header_bucket_scope is not Scope.auto:
-        raise ConfigError(f"{where}.header_bucket_scope={limits.header_bucket_scope.value} {_NOT_AVAILABLE}")
-    if limits.shared is not Shared.none:
-        raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
+    if limits.shared is not Shared.none and not any(getattr(limits, key) for key in LIMIT_KEYS):
+        raise ConfigError(f"{where}.shared={limits.shared.value} shares limits, and there are none: set {where}.rpm")
+    if "@" in urlsplit(limits.redis_url).netloc:
+        raise ConfigError(
+            f"{where}.redis_url: configurations are stored with the run, so a password has no place in them. Put it"
+            " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
+        )
+
+
+LIMIT_KEYS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
+
+
+def check_retry(retry: RetryConfig) -> None:
+    """Check numbers of attempts and waits."""
+    _at_least("retry.max_retries", retry.max_retries, 0)
+    _at_least("retry.base_s", retry.base_s, 0)
+    _at_least("retry.cap_s", retry.cap_s, 0)
+    _at_least("retry.budget", retry.budget, 0)
 
 
 def check_routing(routing: RoutingConfig) -> None:
@@ -129,26 +144,36 @@ _NOT_AVAILABLE = "is not available in this version"
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
     wanted = {
-        f"task={config.task.kind.value}": config.task.kind is not TaskKind.generate,
-        "response_format": config.response_format is not None,
+        f"task={config.task.kind.value}": config.task.kind is TaskKind.bench,
         "budget": any(value is not None for value in vars(config.budget).values()),
-        "resume=fresh": config.resume is Resume.fresh,
-        "reuse=true": config.reuse,
         "plan=true": config.plan,
-        "request.stream=true": bool(config.request.get("stream")),
     }
     for key, is_wanted in wanted.items():
         if is_wanted:
             raise ConfigError(f"{key} {_NOT_AVAILABLE}: leave it out")
 
 
-def _check_request(request: Mapping[str, Any]) -> None:
-    """Check the names of the parameters, and the values of those that this program itself reckons with."""
-    _reject_misspelt(request)
+def _check_reuse(config: RunnerConfig) -> None:
+    if config.reuse and config.task.kind is TaskKind.bench:
+        raise ConfigError("reuse=true with task=bench: a benchmark measures answers, and takes none over")
+    if config.reuse and config.resume is Resume.fresh:
+        raise ConfigError("resume=fresh asks everything anew, reuse=true takes answers over: keep one of them")
+
+
+def check_request(where: str, request: Mapping[str, Any]) -> None:
+    """Check the names of the parameters, and the values of those that this program itself reckons with.
+
+    ``where`` is the path of their keys, empty for the arguments of a function.
+    """
+    prefix = f"{where}." if where else ""
+    _reject_misspelt(prefix, request)
     for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
         value = request.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigError(f"request.{key}={value!r}: a number above 0")
+            raise ConfigError(f"{prefix}{key}={value!r}: a number above 0")
+    stream = request.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise ConfigError(f"{prefix}stream={stream!r}: true or false")
 
 
 _PARAMETERS = (
@@ -162,20 +187,60 @@ _PARAMETERS = (
 """Parameters that a misspelt one is compared with."""
 
 
-def _reject_misspelt(request: Mapping[str, Any]) -> None:
+def _reject_misspelt(prefix: str, request: Mapping[str, Any]) -> None:
     """A parameter that is nearly one that everybody knows: servers ignore it, and nobody notices."""
     for key in request:
         near = [] if key in _PARAMETERS else difflib.get_close_matches(str(key), _PARAMETERS, n=1, cutoff=0.85)
         if near:
             raise ConfigError(
-                f"request.{key}: did you mean request.{near[0]}? If the server really has {key!r}, write"
-                f" request.extra_body.{key}"
+                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write"
+                f" {prefix}extra_body.{key}"
             )
 
 
+_GENERATE_ONLY = {"system": None, "response_format": None, "endpoint": Endpoint.chat_completion}
+"""Root keys that only a generation has a use for, and what they are where they are left alone."""
+
+
+def _check_task(config: RunnerConfig) -> None:
+    task, kind = config.task, config.task.kind
+    _at_least("task.micro_batch_size", task.micro_batch_size, 1)
+    _at_least("task.max_bytes", task.max_bytes, 1)
+    if kind is TaskKind.generate:
+        if task.image is not None and config.endpoint is Endpoint.text_completion:
+            raise ConfigError("task.image: endpoint=text_completion takes no images: use chat_completion or responses")
+        if config.response_format is not None and config.request.get("response_format") is not None:
+            raise ConfigError("response_format and request.response_format are the same: leave out the latter")
+        return
+    for key, default in _GENERATE_ONLY.items():
+        if getattr(config, key) != default:
+            hint = " (request.response_format says how a transcript is written)" if key == "response_format" else ""
+            raise ConfigError(f"{key} is for task=generate, and the task here is {kind.value}: leave it out{hint}")
+    if config.scorers and kind is TaskKind.embed:
+        raise ConfigError("scorers score texts, and task=embed answers with vectors: leave them out")
+
+
+_DATASET_KEYS = {
+    DatasetKind.single: (),
+    DatasetKind.jsonl: ("path",),
+    DatasetKind.csv: ("path",),
+    DatasetKind.parquet: ("path",),
+    DatasetKind.files: ("path",),
+    DatasetKind.huggingface: ("path", "name", "split", "streaming"),
+    DatasetKind.python: ("function", "arguments"),
+}
+"""What describes a dataset of each kind; the first key must be set."""
+
+
 def _check_dataset(dataset: DatasetConfig) -> None:
-    if dataset.kind in (DatasetKind.jsonl, DatasetKind.csv) and not dataset.path:
-        raise ConfigError(f"dataset.path must be set: dataset={dataset.kind.value} dataset.path=FILE")
+    kind, keys = dataset.kind.value, _DATASET_KEYS[dataset.kind]
+    if keys and not getattr(dataset, keys[0]):
+        example = "package.module:function" if keys[0] == "function" else "FILE"
+        raise ConfigError(f"dataset.{keys[0]} must be set: dataset={kind} dataset.{keys[0]}={example}")
+    for key in ("path", "name", "split", "streaming", "function", "arguments"):
+        if getattr(dataset, key) and key not in keys:
+            owners = " or ".join(each.value for each, theirs in _DATASET_KEYS.items() if key in theirs)
+            raise ConfigError(f"dataset.{key} is set, and dataset={kind} has no use for it: dataset={owners} has")
     _at_least("dataset.limit", dataset.limit, 0)
     _at_least("dataset.shard.count", dataset.shard.count, 1)
     if not 0 <= dataset.shard.index < dataset.shard.count:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ _BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OS
 """What a configuration that cannot be composed raises."""
 
 _SHOWN_ANSWERS = 3
-"""A run without a dataset shows its answers if there are no more."""
+"""A run without a dataset, or over files, shows its answers if there are no more."""
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ def _run(composed: DictConfig, folder: Path) -> Report:
     _calm_garbage_collector()
     report = asyncio.run(run_experiment(config, folder, settings=asdict(config)))
     if report.summary:
-        if config.dataset.kind is DatasetKind.single and report.summary["rows"] <= _SHOWN_ANSWERS:
+        shown = config.dataset.kind in (DatasetKind.single, DatasetKind.files)
+        if shown and report.summary["rows"] <= _SHOWN_ANSWERS:
             _show_answers(folder / "results.jsonl")
         summary_table(report.summary, results=Path(os.path.relpath(folder / "results.jsonl")))
     if report.message:
@@ -150,8 +151,15 @@ def _show_answers(results: Path) -> None:
     for line in results.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         error = row["error"]
-        text = f"{error['type']}: {error['message']}" if error else row["output_text"]
+        text = f"{error['type']}: {error['message']}" if error else _answer_in(row)
         write(sys.stdout, "\n".join(map(printable, text.splitlines())) + "\n\n")
+
+
+def _answer_in(row: Mapping[str, Any]) -> str:
+    if "embedding" in row:
+        vector = row["embedding"]
+        return f"[{', '.join(f'{value:.4f}' for value in vector[:4])}, …] ({len(vector)} numbers)"
+    return str(row["text"] if "text" in row else row["output_text"])
 
 
 def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:

@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from runner.background import BackgroundLoop, synchronous
 from runner.batch import chunked, run_batch
-from runner.checks import check_deployment, check_limits, check_routing
+from runner.calls import EmbeddingCall, GenerationCall, Send, TranscriptionCall
+from runner.checks import check_deployment, check_limits, check_request, check_retry, check_routing
+from runner.collector import Collector, OnProgress, OnResult
 from runner.concurrency import Window
 from runner.config import (
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     RetryConfig,
     RoutingConfig,
     Scope,
     SimulatorConfig,
+    TransportKind,
 )
-from runner.errors import ConfigError, ItemError
-from runner.stack import open_stack
+from runner.embedding import MICRO_BATCH_SIZE
+from runner.engine import Engine, Engines
+from runner.errors import ConfigError, ItemError, RowError
+from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
+from runner.response_format import Layout, ResponseFormat
+from runner.stack import Limiters, open_limiters, open_stack
 from runner.types import (
     BatchResult,
-    Client,
+    EmbeddingResult,
     Endpoint,
     GenerateInput,
-    Generation,
-    GenerationRequest,
     GenerationResult,
-    RequestMetrics,
-    Response,
-    Trace,
+    TranscriptionResult,
 )
 
 DEFAULT_PARALLEL_REQUESTS = 128
-_CHUNK = 64
+_CHUNK = 64  # requests whose inputs are read ahead
 
 EndpointName: TypeAlias = Literal["chat_completion", "text_completion", "responses"]
-OnResult: TypeAlias = Callable[[int, GenerationResult | None, BaseException | None], None]
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class LMClient:
     """Sends single requests and batches to a model, under its limits, with retries and routing.
 
     Every method comes twice: ``agenerate`` for asynchronous code, ``generate`` for scripts and notebooks, where it
-    runs on a background event loop. Both may be used in one session. Close the client, or use it in a ``with``.
+    runs on a background event loop. Both may be used in one session, from several threads, and by several event loops:
+    the quota is one for all of them, slots and connections are each loop's own. Close the client, or use it in a
+    ``with``: later calls are errors.
+
+    The batch methods have these in common. At most ``max_parallel_requests`` are at work at once. Inputs may be any
+    iterable, asynchronous ones too; they are read as they are needed, on the event loop. Callbacks are called there as
+    well, in the order in which requests settle: keep them short. One that raises cancels the batch, and what it raised
+    is raised. So does Ctrl-C, and the errors that are no single input's failure (`ConfigError`).
 
     Args:
         model: LiteLLM model string (``openai/gpt-4.1-mini``, ``hosted_vllm/llama``, ``simulated/echo``); with
@@ -64,6 +78,7 @@ class LMClient:
         max_retries: How often a request that failed for a passing reason is sent again.
         default_request_kwargs: LiteLLM keyword arguments for every request, under those of the call.
         routing_strategy: How requests spread over ``deployments``.
+        router_kwargs: Nothing: there is no LiteLLM router behind this client to take them.
         simulator: Settings of ``simulated/…`` models.
 
     Raises:
@@ -91,12 +106,12 @@ class LMClient:
         max_retries: int = 3,
         default_request_kwargs: Mapping[str, Any] | None = None,
         routing_strategy: str = "simple-shuffle",
+        router_kwargs: Mapping[str, Any] | None = None,
         simulator: SimulatorConfig | None = None,
     ) -> None:
-        self.background = BackgroundLoop()
-        self._deployments = _deployments(model, api_base, api_key, deployments)
         self._endpoint = _endpoint(endpoint)
-        self._limits = LimitsConfig(
+        self._defaults = dict(default_request_kwargs or {})
+        limits = LimitsConfig(
             concurrency=DEFAULT_PARALLEL_REQUESTS if max_parallel_requests is None else max_parallel_requests,
             rpm=rpm,
             tpm=tpm,
@@ -104,50 +119,83 @@ class LMClient:
             tpd=tpd,
             max_request_burst=max_request_burst,
             max_token_burst=max_token_burst,
-            header_bucket_scope=Scope(header_bucket_scope),
+            header_bucket_scope=_scope(header_bucket_scope),
             default_output_tokens=default_output_tokens,
         )
-        self._retry = RetryConfig(max_retries=max_retries)
-        self._simulator = simulator or SimulatorConfig()
-        self._timeout_s = timeout
-        self._defaults = dict(default_request_kwargs or {})
-        self._engines: dict[asyncio.AbstractEventLoop, _Engine] = {}
-        check_limits("limits", self._limits)
-        self._routing = RoutingConfig(strategy=routing_strategy)
-        check_routing(self._routing)
+        retry = RetryConfig(max_retries=max_retries)
+        check_limits("limits", limits)
+        check_retry(retry)
+        routing = RoutingConfig(strategy=routing_strategy)
+        check_routing(routing)
+        check_request("", {"timeout": timeout})
+        _check_params("default_request_kwargs", self._defaults)
+        if router_kwargs:
+            raise ConfigError(
+                f"router_kwargs={dict(router_kwargs)!r}: there is no LiteLLM router here to take them; max_retries,"
+                " timeout, routing_strategy, and each deployment's weight and limits say how requests are routed"
+            )
+        self.background = BackgroundLoop()
+        replicas = _deployments(model, api_base, api_key, deployments)
+        self._engines = Engines(
+            partial(
+                _open_engine,
+                replicas,
+                limiters=open_limiters(replicas, limits),
+                limits=limits,
+                retry=retry,
+                routing=routing,
+                simulator=simulator or SimulatorConfig(),
+                timeout_s=timeout,
+            )
+        )
+        self._end = weakref.finalize(self, _end, self.background, self._engines)  # at the latest when Python ends
 
     async def agenerate(
-        self, input_data: GenerateInput, *, endpoint: EndpointName | None = None, **kwargs: Any
+        self,
+        input_data: GenerateInput,
+        *,
+        endpoint: EndpointName | None = None,
+        response_format: Layout | None = None,
+        parse_output: bool = False,
+        **kwargs: Any,
     ) -> GenerationResult:
         """Answer one input.
 
         Args:
-            input_data: A prompt, a list of chat messages, or a Responses input ``{"input": …}``.
+            input_data: A prompt, a list of chat messages (with image blocks too, see `image_block`), or a Responses
+                input ``{"input": …, "instructions": …}``.
             endpoint: Which interface to use; None: the client's.
+            response_format: A Pydantic model or a JSON schema that the answer is to fit. It is sent with the request,
+                and the answer is parsed into ``output_parsed``: an instance of the model, or plain Python objects.
+                An answer that does not fit is a logged warning, and ``output_parsed`` is None.
+            parse_output: Parse the answer as JSON where there is no ``response_format``.
             **kwargs: LiteLLM keyword arguments for this call (``temperature``, ``max_tokens``, ``timeout``, …).
 
         Raises:
             RequestError: The request failed for good.
+            RowError: The endpoint does not take such an input.
+            ConfigError: An argument cannot be used.
         """
-        engine = self._engine()
-        async with engine.window:
-            return await engine.generate(self._request(input_data, endpoint, kwargs))
+        call = self._generation(endpoint, response_format, parse_output, kwargs)
+        return await call((await self._engine()).send, input_data)
 
     async def agenerate_batch(
         self,
-        input_batch: Iterable[GenerateInput],
+        input_batch: Iterable[GenerateInput] | AsyncIterable[GenerateInput],
         *,
         endpoint: EndpointName | None = None,
+        response_format: Layout | None = None,
+        parse_output: bool = False,
         return_exceptions: bool = True,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_result: OnResult | None = None,
+        on_progress: OnProgress | None = None,
+        on_result: OnResult[GenerationResult] | None = None,
         **kwargs: Any,
     ) -> BatchResult[GenerationResult]:
-        """Answer many inputs, at most ``max_parallel_requests`` at once.
+        """Answer many inputs.
 
         Args:
-            input_batch: Inputs as for `agenerate`. Any iterable; a generator is read as it is needed.
-            endpoint: Which interface to use; None: the client's.
+            input_batch: Inputs as for `agenerate`; a generator is read as it is needed.
+            endpoint, response_format, parse_output: As for `agenerate`.
             return_exceptions: True: a failed input is None in ``results`` and its error is in ``errors``. False: the
                 first failure cancels the rest and is raised.
             on_progress: Called with (settled, total) after each input; total counts what has been read so far where
@@ -157,51 +205,154 @@ class LMClient:
 
         Returns:
             The outcomes in the order of the inputs.
+
+        Raises:
+            ConfigError: An argument cannot be used.
         """
-        engine = self._engine()
-        results: list[GenerationResult | None] = []
-        errors: list[BaseException | None] = []
-        settled = 0
+        call = self._generation(endpoint, response_format, parse_output, kwargs)
+        collector = Collector[GenerateInput, GenerationResult](
+            input_batch, return_exceptions=return_exceptions, on_result=on_result, on_progress=on_progress
+        )
+        return await self._batch(collector, call)
 
-        async def answer(item: tuple[int, GenerateInput]) -> None:
-            nonlocal settled
-            index, input_data = item
-            try:
-                results[index] = await engine.generate(self._request(input_data, endpoint, kwargs))
-            except (ItemError, ConfigError) as error:
-                if not return_exceptions:
-                    raise
-                errors[index] = error
-            settled += 1
-            if on_result is not None:
-                on_result(index, results[index], errors[index])
-            if on_progress is not None:
-                on_progress(settled, len(input_batch) if isinstance(input_batch, Sequence) else len(results))
+    async def aembed(self, input_data: str, **kwargs: Any) -> EmbeddingResult:
+        """The vector of one text.
 
-        async def chunks() -> AsyncIterator[Sequence[tuple[int, GenerateInput]]]:
-            async for chunk in chunked(enumerate(input_batch), _CHUNK):
-                results.extend([None] * len(chunk))
-                errors.extend([None] * len(chunk))
-                yield chunk
+        Args:
+            input_data: The text.
+            **kwargs: LiteLLM keyword arguments for this call (``dimensions``, ``timeout``, …).
 
-        await run_batch(chunks(), answer, window=engine.window)
-        return BatchResult(results=results, errors=errors)
+        Raises:
+            RequestError: The request failed for good.
+            RowError: The input is no text.
+            ConfigError: An argument cannot be used.
+        """
+        if not isinstance(input_data, str):
+            raise _no_text(input_data)
+        return await self._embedding(kwargs)((await self._engine()).send, input_data)
+
+    async def aembed_batch(
+        self,
+        input_batch: Iterable[str] | AsyncIterable[str],
+        *,
+        micro_batch_size: int = MICRO_BATCH_SIZE,
+        return_exceptions: bool = True,
+        on_progress: OnProgress | None = None,
+        on_result: OnResult[EmbeddingResult] | None = None,
+        **kwargs: Any,
+    ) -> BatchResult[EmbeddingResult]:
+        """The vectors of many texts, of which several share a request.
+
+        A request that fails for what may be the fault of one text is asked again in halves, so that a bad text fails
+        alone. Tokens and cost of a request are shared out over its texts, by length.
+
+        Args:
+            input_batch: Texts; a generator is read as it is needed.
+            micro_batch_size: Texts in a request. Each request takes one of the ``max_parallel_requests``.
+            return_exceptions, on_progress, on_result: As for `agenerate_batch`, for each text.
+            **kwargs: LiteLLM keyword arguments for every request of the batch.
+
+        Returns:
+            The outcomes in the order of the texts.
+
+        Raises:
+            ConfigError: An argument cannot be used.
+        """
+        if micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size={micro_batch_size}: at least 1")
+        call = self._embedding(kwargs)
+        engine = await self._engine()
+        collector = Collector[str, EmbeddingResult](
+            input_batch, return_exceptions=return_exceptions, on_result=on_result, on_progress=on_progress
+        )
+
+        async def settle(micro_batch: Sequence[tuple[int, Any]]) -> None:
+            asked = []
+            for index, text in micro_batch:
+                if isinstance(text, str):
+                    asked.append((index, text))
+                else:
+                    collector.failed(index, _no_text(text))
+            texts = [text for _, text in asked]
+            async for settled in call.many(engine.client.send, texts):
+                for place, result in settled:
+                    if isinstance(result, ItemError):
+                        collector.failed(asked[place][0], result)
+                    else:
+                        collector.answered(asked[place][0], result)
+
+        micro_batches = chunked(collector.chunks(micro_batch_size), _CHUNK)
+        await run_batch(micro_batches, settle, window=engine.window)
+        return collector.batch()
+
+    async def atranscribe(
+        self,
+        input_data: TranscriptionInput,
+        *,
+        max_transcription_bytes: int | None = MAX_TRANSCRIPTION_BYTES,
+        **kwargs: Any,
+    ) -> TranscriptionResult:
+        """The text of one recording.
+
+        Args:
+            input_data: The path of an audio file, its content as bytes, or a file opened in binary.
+            max_transcription_bytes: Larger audio is refused before it is read: 25 MB, as OpenAI does. None: any size
+                is read and sent whole.
+            **kwargs: LiteLLM keyword arguments for this call (``language``, ``timeout``, …).
+
+        Raises:
+            RequestTooLargeError: The audio is larger than ``max_transcription_bytes``.
+            RowError: The audio cannot be read.
+            RequestError: The request failed for good.
+            ConfigError: An argument cannot be used.
+        """
+        return await self._transcription(max_transcription_bytes, kwargs)((await self._engine()).send, input_data)
+
+    async def atranscribe_batch(
+        self,
+        input_batch: Iterable[TranscriptionInput] | AsyncIterable[TranscriptionInput],
+        *,
+        max_transcription_bytes: int | None = MAX_TRANSCRIPTION_BYTES,
+        return_exceptions: bool = True,
+        on_progress: OnProgress | None = None,
+        on_result: OnResult[TranscriptionResult] | None = None,
+        **kwargs: Any,
+    ) -> BatchResult[TranscriptionResult]:
+        """The texts of many recordings. A file is read when its turn comes.
+
+        Args:
+            input_batch: Recordings as for `atranscribe`; a generator is read as it is needed.
+            max_transcription_bytes: As for `atranscribe`.
+            return_exceptions, on_progress, on_result: As for `agenerate_batch`.
+            **kwargs: LiteLLM keyword arguments for every request of the batch.
+
+        Returns:
+            The outcomes in the order of the recordings.
+
+        Raises:
+            ConfigError: An argument cannot be used.
+        """
+        call = self._transcription(max_transcription_bytes, kwargs)
+        collector = Collector[TranscriptionInput, TranscriptionResult](
+            input_batch, return_exceptions=return_exceptions, on_result=on_result, on_progress=on_progress
+        )
+        return await self._batch(collector, call)
 
     async def aclose(self) -> None:
-        """Free the connections of this event loop and of the background one."""
-        engine = self._engines.pop(asyncio.get_running_loop(), None)
-        if engine is not None:
-            await engine.client.aclose()
-        await asyncio.to_thread(self.close)
+        """Free all connections. What is still running on the background loop is cancelled. Safe to call twice."""
+        await self._engines.aclose()
+        await asyncio.to_thread(self._end)
 
     def close(self) -> None:
-        """Free the connections of the background loop and end it. Safe to call twice."""
-        if self.background.started:
-            self.background.run(self._close_engine())
-        self.background.close()
+        """Free all connections. What is still running on the background loop is cancelled. Safe to call twice."""
+        self._end()
 
     generate = synchronous(agenerate)
     generate_batch = synchronous(agenerate_batch)
+    embed = synchronous(aembed)
+    embed_batch = synchronous(aembed_batch)
+    transcribe = synchronous(atranscribe)
+    transcribe_batch = synchronous(atranscribe_batch)
 
     def __enter__(self) -> LMClient:
         return self
@@ -219,76 +370,89 @@ class LMClient:
     ) -> None:
         await self.aclose()
 
-    def _engine(self) -> _Engine:
-        """The engine of the running loop: connections and slots belong to one."""
-        loop = asyncio.get_running_loop()
-        engine = self._engines.get(loop)
-        if engine is None:
-            self._engines = {known: engine for known, engine in self._engines.items() if not known.is_closed()}
-            window = Window(self._limits.concurrency)
-            client = open_stack(
-                self._deployments,
-                limits=self._limits,
-                retry=self._retry,
-                routing=self._routing,
-                simulator=self._simulator,
-                window=window,
-                timeout_s=self._timeout_s,
-            )
-            engine = self._engines[loop] = _Engine(client=client, window=window)
-        return engine
+    async def _engine(self) -> Engine:
+        self.background.require_open()
+        return await self._engines.current()
 
-    async def _close_engine(self) -> None:
-        engine = self._engines.pop(asyncio.get_running_loop(), None)
-        if engine is not None:
-            await engine.client.aclose()
+    async def _batch(self, collector: Collector[T, R], call: Callable[[Send, T], Awaitable[R]]) -> BatchResult[R]:
+        """Each input by a request of its own."""
+        engine = await self._engine()
 
-    def _request(
-        self, input_data: GenerateInput, endpoint: EndpointName | None, kwargs: Mapping[str, Any]
-    ) -> GenerationRequest:
-        params = {**self._defaults, **kwargs}
-        return GenerationRequest(
-            input=input_data,
+        async def settle(item: tuple[int, T]) -> None:
+            index, input_data = item
+            try:
+                result = await call(engine.client.send, input_data)
+            except ItemError as error:
+                collector.failed(index, error)
+            else:
+                collector.answered(index, result)
+
+        await run_batch(collector.chunks(_CHUNK), settle, window=engine.window)
+        return collector.batch()
+
+    def _generation(
+        self,
+        endpoint: EndpointName | None,
+        response_format: Layout | None,
+        parse_output: bool,
+        kwargs: Mapping[str, Any],
+    ) -> GenerationCall:
+        params, timeout_s = self._params(kwargs)
+        wanted = params.pop("response_format", None) if response_format is None else response_format
+        layout = None if wanted is None else ResponseFormat.of(wanted)
+        if layout is not None:
+            params["response_format"] = layout.schema_param
+        elif parse_output:
+            layout = ResponseFormat.of({"type": "json_object"})
+        return GenerationCall(
             endpoint=self._endpoint if endpoint is None else _endpoint(endpoint),
-            timeout_s=params.pop("timeout", None),
             params=params,
+            timeout_s=timeout_s,
+            layout=layout,
         )
 
+    def _embedding(self, kwargs: Mapping[str, Any]) -> EmbeddingCall:
+        params, timeout_s = self._params(kwargs)
+        return EmbeddingCall(params=params, timeout_s=timeout_s)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Engine:
-    """The client stack on one event loop."""
+    def _transcription(self, max_bytes: int | None, kwargs: Mapping[str, Any]) -> TranscriptionCall:
+        params, timeout_s = self._params(kwargs)
+        return TranscriptionCall(params=params, timeout_s=timeout_s, max_bytes=max_bytes)
 
-    client: Client
-    window: Window
+    def _params(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+        """The keyword arguments of a call over the client's, and the timeout among them."""
+        _check_params("", kwargs)
+        params = {**self._defaults, **kwargs}
+        return params, params.pop("timeout", None)
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        return _result(await self.client.send(request), request.trace)
 
-
-def _result(response: Response, trace: Trace) -> GenerationResult:
-    output = response.output
-    assert isinstance(output, Generation)
-    usage = response.usage
-    return GenerationResult(
-        model_id=response.model_id,
-        output_text=output.text,
-        reasoning=output.reasoning,
-        token_usage=usage,
-        finish_reason=output.finish_reason,
-        tool_calls=output.tool_calls,
-        choices=output.choices,
-        request_id=response.request_id,
-        metrics=RequestMetrics(
-            queue_wait_s=trace.queue_wait_s,
-            service_time_s=trace.service_time_s,
-            end_to_end_s=trace.end_to_end_s,
-            deployment=trace.deployment,
-            retries=trace.retries,
-            cost_usd=trace.cost_usd(usage),
-            ttft_s=trace.ttft_s,
-        ),
+def _open_engine(
+    deployments: Mapping[str, DeploymentConfig],
+    *,
+    limiters: Limiters,
+    limits: LimitsConfig,
+    retry: RetryConfig,
+    routing: RoutingConfig,
+    simulator: SimulatorConfig,
+    timeout_s: float | None,
+) -> Engine:
+    window = Window(limits.concurrency)
+    client = open_stack(
+        deployments,
+        limits=limits,
+        retry=retry,
+        routing=routing,
+        simulator=simulator,
+        window=window,
+        timeout_s=timeout_s,
+        limiters=limiters,
     )
+    return Engine(client=client, window=window)
+
+
+def _end(background: BackgroundLoop, engines: Engines) -> None:
+    background.close()
+    engines.close()
 
 
 def _deployments(
@@ -297,6 +461,8 @@ def _deployments(
     api_key: str | None,
     deployments: Mapping[str, DeploymentConfig | Mapping[str, Any]] | None,
 ) -> dict[str, DeploymentConfig]:
+    if deployments and (api_base is not None or api_key is not None):
+        raise ConfigError("api_base and api_key belong to each of the deployments, where there are several")
     if not deployments:
         if model is None:
             raise ConfigError("LMClient needs a model, for example model='openai/gpt-4.1-mini'")
@@ -304,11 +470,19 @@ def _deployments(
     built: dict[str, DeploymentConfig] = {}
     for label, entry in deployments.items():
         try:
-            built[label] = entry if isinstance(entry, DeploymentConfig) else DeploymentConfig(**entry)
-        except TypeError as error:
+            built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(**entry)
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"deployments[{label!r}]: {error}") from None
         check_deployment(f"deployments[{label!r}]", built[label])
     return built
+
+
+def _deployment(
+    *, limits: Mapping[str, Any] | None = None, transport: str = TransportKind.auto, **entry: Any
+) -> DeploymentConfig:
+    """A deployment of plain data."""
+    own = DeploymentLimitsConfig(**limits) if isinstance(limits, Mapping) else limits
+    return DeploymentConfig(limits=own, transport=TransportKind(transport), **entry)
 
 
 def _endpoint(name: str) -> Endpoint:
@@ -316,3 +490,23 @@ def _endpoint(name: str) -> Endpoint:
         return Endpoint(name)
     except ValueError:
         raise ConfigError(f"endpoint={name!r}: choose one of {', '.join(Endpoint)}") from None
+
+
+def _scope(name: str) -> Scope:
+    try:
+        return Scope(name)
+    except ValueError:
+        raise ConfigError(f"header_bucket_scope={name!r}: choose one of {', '.join(Scope)}") from None
+
+
+def _check_params(where: str, params: Mapping[str, Any]) -> None:
+    check_request(where, params)
+    for key in _OF_THE_CLIENT & params.keys():
+        raise ConfigError(f"{where or 'this call'} has {key!r}, which belongs to LMClient or to one of its deployments")
+
+
+_OF_THE_CLIENT = {"api_base", "api_key", "base_url", "max_retries", "model", "num_retries"}
+
+
+def _no_text(found: object) -> RowError:
+    return RowError(f"the input is of type {type(found).__name__}, not a text")

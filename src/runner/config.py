@@ -31,6 +31,13 @@ class Shared(StrEnum):
     redis = "redis"
 
 
+class TokenEstimates(StrEnum):
+    """How the tokens of a prompt are estimated before it is sent."""
+
+    ratio = "ratio"
+    tokenizer = "tokenizer"
+
+
 class TransportKind(StrEnum):
     auto = "auto"
     direct = "direct"
@@ -58,6 +65,14 @@ class Resume(StrEnum):
     auto = "auto"
     fresh = "fresh"
     require = "require"
+
+
+class Dedupe(StrEnum):
+    """Whether identical requests of a run are asked once."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
 
 
 class TrackerKind(StrEnum):
@@ -98,8 +113,11 @@ class LimitsConfig:
     max_request_burst: float | None = None
     max_token_burst: float | None = None
     default_output_tokens: int = 256
+    token_estimates: TokenEstimates = TokenEstimates.ratio
     header_bucket_scope: Scope = Scope.auto
     shared: Shared = Shared.none
+    shared_folder: str | None = None
+    redis_url: str = "redis://localhost:6379/0"
 
 
 @dataclass(kw_only=True)
@@ -167,14 +185,27 @@ class DatasetConfig:
     path: str | None = None
     name: str | None = None
     split: str | None = None
+    streaming: bool = False
     function: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     shard: ShardConfig = field(default_factory=ShardConfig)
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
+    """What is asked of the model; see `runner.task`.
+
+    Args:
+        image: generate: the row's field that holds an image, or several.
+        micro_batch_size: embed: texts in one request.
+        max_bytes: transcribe: the largest audio file; None: any.
+    """
+
     kind: TaskKind = TaskKind.generate
+    image: str | None = None
+    micro_batch_size: int = 32
+    max_bytes: int | None = 25 * 2**20
 
 
 @dataclass(kw_only=True)
@@ -283,6 +314,8 @@ class RunnerConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     resume: Resume = Resume.auto
     retry_failed: bool = True
+    retry_truncated: bool = False
+    dedupe: Dedupe = Dedupe.auto
     reuse: bool = False
     plan: bool = False
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

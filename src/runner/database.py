@@ -1,34 +1,45 @@
-"""The database file: locked for one process, checked before it is used, its errors told in our words."""
+"""The database file: locked for one process, checked and migrated before it is used, its errors told in our words."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import aiosqlite
 
 from runner.errors import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
+
+PATIENCE_S = 10.0
+"""How long to wait for another program that has the file to itself."""
+RUN_DATABASE = "results.sqlite"
+"""What the database in a run's folder is called."""
 
 _HEADER_SIZE = 100
 """Bytes that every SQLite file begins with, at least."""
 
 
 def lock_folder(path: Path) -> IO[str]:
-    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
+    """Hold the run's folder for this process; the lock goes with the process, however it ends.
+
+    A run has its folder to itself; a database of another name shares it, and is held alone.
+    """
+    held, name = (path.parent, ".lock") if path.name == RUN_DATABASE else (path, f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / ".lock").open("a+", encoding="utf-8")
+        file = (path.parent / name).open("a+", encoding="utf-8")
     except OSError as error:
-        raise StoreError(f"{path.parent}: cannot write there ({error.strerror}); choose another runs_dir") from None
+        raise StoreError(f"{path.parent}: cannot write there ({error.strerror}): {_way_out(path, error)}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -36,7 +47,7 @@ def lock_folder(path: Path) -> IO[str]:
         holder = file.read().strip()
         file.close()
         raise StoreError(
-            f"{path.parent} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
+            f"{held} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
             " or give this run another name=…"
         ) from None
     file.truncate(0)
@@ -45,21 +56,92 @@ def lock_folder(path: Path) -> IO[str]:
     return file
 
 
-async def connect(path: Path, *, readonly: bool = False) -> aiosqlite.Connection:
-    """Open the file, check that it is ours, and lay the schema where it is new."""
-    _look_at(path, readonly=readonly)
-    async with translated(path):
-        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
-        opened = sqlite3.connect(uri, uri=True, isolation_level="IMMEDIATE", check_same_thread=False)
-        database = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
-        try:
-            database.row_factory = sqlite3.Row
-            await _check_or_create(database, path, readonly=readonly)
-        except BaseException:
-            await database.close()
-            raise
-        return database
+class Database:
+    """The open file: one connection on one thread (aiosqlite's), transactions one at a time.
+
+    Every error of SQLite is a `StoreError`.
+    """
+
+    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
+        self.path = path
+        self._connection = connection
+        self._transacting = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, path: Path, *, readonly: bool = False, patience_s: float = PATIENCE_S) -> Database:
+        """Open the file, check that it is ours, lay the schema where it is new, and bring an older one up to date.
+
+        A new file, and those that SQLite lays beside it, can be read by its owner only: there are answers in it.
+        """
+        _look_at(path, readonly=readonly)
+        if not readonly:
+            _make(path)
+        async with translated(path):
+            uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+            # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
+            opened = sqlite3.connect(
+                uri, uri=True, timeout=patience_s, isolation_level="IMMEDIATE", check_same_thread=False
+            )
+            connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
+            try:
+                connection.row_factory = sqlite3.Row
+                await _check_or_create(connection, path, readonly=readonly)
+            except BaseException:
+                await connection.close()
+                raise
+            return cls(connection, path)
+
+    async def aclose(self) -> None:
+        await self._connection.close()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """All or nothing. Where it is cancelled, it may be all."""
+        async with self._transacting, translated(self.path):
+            try:
+                yield  # the first write begins the transaction
+                if self._connection.in_transaction:
+                    await self._connection.commit()
+            except BaseException:
+                await self._connection.rollback()
+                raise
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        async with translated(self.path):
+            return list(await self._connection.execute_fetchall(sql, parameters))
+
+    async def rows(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
+        """The rows of a SELECT, a chunk in memory at a time."""
+        async with translated(self.path), self._connection.execute(sql, parameters) as cursor:
+            while rows := await cursor.fetchmany(_CHUNK):
+                for row in rows:
+                    yield row
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Execute a statement of a transaction; returns the id of the row that it inserted."""
+        cursor = await self._connection.execute(sql, parameters)
+        return cursor.lastrowid or 0
+
+    async def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        await self._connection.executemany(sql, rows)
+
+    async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
+        whole = len(rows) - len(rows) % _BLOCK
+        mark = f"({', '.join('?' * len(rows[0]))})"
+        block_sql = f"{into} VALUES {', '.join([mark] * _BLOCK)}"
+        blocks = [
+            self._connection.execute(block_sql, [value for row in rows[start : start + _BLOCK] for value in row])
+            for start in range(0, whole, _BLOCK)
+        ]
+        await asyncio.gather(*blocks, self._connection.executemany(f"{into} VALUES {mark}", rows[whole:]))
+
+
+_BLOCK = 64
+"""Rows in one INSERT."""
+
+_CHUNK = 1000
+"""Rows read at a time where they are streamed."""
 
 
 def _look_at(path: Path, *, readonly: bool) -> None:
@@ -67,9 +149,16 @@ def _look_at(path: Path, *, readonly: bool) -> None:
     if not path.exists():
         return
     if path.is_dir() or not os.access(path, os.R_OK if readonly else os.R_OK | os.W_OK):
-        raise StoreError(f"{path} cannot be opened{'' if readonly else ' for writing'}: check the folder's permissions")
+        raise StoreError(f"{path} cannot be opened{'' if readonly else ' for writing'}: {_OTHER_FOLDER}")
     if 0 < path.stat().st_size < _HEADER_SIZE:  # SQLite would take it for an empty database
         raise StoreError(f"{path} is no database: move it away to start anew")
+
+
+def _make(path: Path) -> None:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made ({error.strerror}): {_way_out(path, error)}") from None
 
 
 async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
@@ -84,12 +173,16 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
         )
     elif application != APPLICATION_ID:
         raise StoreError(f"{path} is no results database of runner; nothing was changed in it")
+    elif version in _MIGRATIONS and not readonly:
+        await database.executescript(f"BEGIN IMMEDIATE; {_MIGRATIONS[version]} COMMIT;")
     elif version != SCHEMA_VERSION:
-        raise StoreError(
-            f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: use the version of"
-            " runner that made it, or start a new run with another name=…"
+        way_out = (
+            "the command that made it brings it up to date when it is run again"
+            if version in _MIGRATIONS
+            else "use the version of runner that made it, or start a new run with another name=…"
         )
-    for pragma in ("synchronous = NORMAL", "cache_size = -8192", "temp_store = MEMORY", "busy_timeout = 10000"):
+        raise StoreError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: {way_out}")
+    for pragma in ("synchronous = NORMAL", f"cache_size = {-2048 if readonly else -8192}", "temp_store = MEMORY"):
         await database.execute_fetchall(f"PRAGMA {pragma}")
 
 
@@ -99,6 +192,29 @@ async def _number(database: aiosqlite.Connection, sql: str) -> int:
     return int(row[0]) if row else 0
 
 
+_MIGRATIONS = {
+    1: """
+        ALTER TABLE rows ADD COLUMN session INTEGER;
+        ALTER TABLE rows ADD COLUMN cost_bound_usd REAL;
+        ALTER TABLE answers ADD COLUMN cost_bound_usd REAL;
+        ALTER TABLE answers ADD COLUMN embedding BLOB;
+        ALTER TABLE answers ADD COLUMN reused_from TEXT;
+        ALTER TABLE attempts ADD COLUMN cost_bound_usd REAL;
+        CREATE TABLE files (
+            path     BLOB PRIMARY KEY,
+            size     INTEGER NOT NULL,
+            mtime_ns INTEGER NOT NULL,
+            digest   BLOB NOT NULL
+        ) WITHOUT ROWID;
+        CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
+        UPDATE rows SET session = (SELECT max(id) FROM sessions)
+        WHERE asked_at >= (SELECT started_at FROM sessions ORDER BY id DESC LIMIT 1);
+        PRAGMA user_version = 2;
+    """,
+}
+"""What makes a version the next one. All or nothing: a process that dies in it leaves the older version."""
+
+
 @asynccontextmanager
 async def translated(path: Path) -> AsyncIterator[None]:
     """SQLite's errors as ours, with the file and the way out."""
@@ -106,12 +222,31 @@ async def translated(path: Path) -> AsyncIterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         text = str(error)
-        if "full" in text:
-            hint = f"the disk that holds {path.parent} is full: make room, and the same command goes on"
-        elif "readonly" in text or "unable to open" in text:
-            hint = f"{path} cannot be opened for writing ({text}): check the folder's permissions"
-        elif "malformed" in text or "not a database" in text:
-            hint = f"{path} is damaged or no database ({text}): move it away to start anew"
-        else:
-            hint = f"{path}: {text}"
+        match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY:
+            case sqlite3.SQLITE_FULL:
+                hint = f"{path} cannot be written: {_make_room(path)}"
+            case sqlite3.SQLITE_IOERR:
+                hint = f"{path} cannot be read or written ({text}): is the disk of {path.parent} full, or failing?"
+            case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+                hint = f"{path} cannot be opened for writing ({text}): {_OTHER_FOLDER}"
+            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+                hint = f"{path} is damaged or no database ({text}): move it away to start anew"
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                hint = f"{path} is in use by another program ({text}): close it there, and run the same command again"
+            case _:
+                hint = f"{path}: {text}"
         raise StoreError(hint) from error
+
+
+def _way_out(path: Path, error: OSError) -> str:
+    return _make_room(path) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else _OTHER_FOLDER
+
+
+def _make_room(path: Path) -> str:
+    return f"the disk that holds {path.parent} is full: make room, and the same command goes on"
+
+
+_OTHER_FOLDER = "check the folder's permissions, or choose another runs_dir"
+
+_PRIMARY = 0xFF
+"""The bits of SQLite's error code that tell the class of the error."""

@@ -4,6 +4,7 @@ RunnerError
 ├── ConfigError                    the configuration cannot be run; names the key and the way out
 │   └── DatasetError               the dataset cannot be read; names the file and the line
 ├── StoreError                     a results.sqlite that cannot be used; names the file
+├── ParseError                     an answer is not in the form that was asked for; a warning, its item did not fail
 ├── RunStopped                     the run cannot go on; everything settled so far is kept
 │   ├── Interrupted                a signal asked for the end
 │   └── SystemicError              every request would fail the same way (a wrong key, no server)
@@ -13,20 +14,21 @@ RunnerError
         ├── APIConnectionError     the connection broke before the answer was whole
         │   └── ConnectError       there was none: nobody listens, the name is unknown; nothing was sent
         ├── Timeout                no answer in time; what it cost is unknown
-        ├── ConflictError          409: the server was busy with something that excludes this request
         ├── BadRequestError        400, 422 and every other refusal of the request itself
+        │   ├── ConflictError          409: something else is under way with what the request is about
         │   ├── ContextWindowExceededError
         │   ├── ContentPolicyViolationError
         │   └── RequestTooLargeError   413, or larger than this client sends
         ├── AuthenticationError    401
         ├── PermissionDeniedError  403
-        ├── NotFoundError          404: no such model or path
+        ├── NotFoundError          404: no such model or path; 3xx: it is somewhere else
         ├── RateLimitError         429
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
         │   └── ServiceUnavailableError  503, 529: this replica is overloaded
         ├── NoDeploymentError      no deployment has answered for so long that waiting ended; nothing was sent
-        └── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        ├── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
+        └── WorkerError            the caller's own function, asked in a provider's place, raised or gave no text
 
 The names below RequestError are those that LiteLLM and the OpenAI SDK use.
 """
@@ -54,6 +56,10 @@ class DatasetError(ConfigError):
 
 class StoreError(RunnerError):
     """The run's database cannot be opened, read or written."""
+
+
+class ParseError(RunnerError):
+    """An answer does not fit its ``response_format``. The text is there all the same."""
 
 
 class RunStopped(RunnerError):
@@ -163,10 +169,6 @@ class Timeout(RequestError):
     billing = "unknown"
 
 
-class ConflictError(RequestError):
-    retryable = True
-
-
 class BadRequestError(RequestError):
     """The request itself is refused."""
 
@@ -177,6 +179,12 @@ class ContextWindowExceededError(BadRequestError):
 
 class ContentPolicyViolationError(BadRequestError):
     """The provider's content filter refused the prompt or the answer."""
+
+
+class ConflictError(BadRequestError):
+    """The request is in the way of another one, which will be over."""
+
+    retryable = True
 
 
 class RequestTooLargeError(BadRequestError):
@@ -221,5 +229,10 @@ class NoDeploymentError(RequestError):
 
 
 class APIResponseError(RequestError):
+    retryable = True
+    billing = "unknown"
+
+
+class WorkerError(RequestError):
     retryable = True
     billing = "unknown"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,11 @@ import orjson
 
 from runner.checks import check
 from runner.concurrency import Window
-from runner.config import Resume, RunnerConfig, replicas
+from runner.config import RunnerConfig, replicas
 from runner.errors import (
     FINISHED,
     SOME_FAILED,
     STOPPED,
-    ConfigError,
     Interrupted,
     StoreError,
 )
@@ -27,7 +27,9 @@ from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import Progress, open_progress
 from runner.results import replace_file, result_rows, summarize, write_jsonl
+from runner.resume import resuming
 from runner.run import GRACE_S, Run
+from runner.signals import handled_signals
 from runner.stack import Stack, open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
@@ -67,9 +69,17 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     client = _open_client(config, window)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
-    async with _closing(client, store):
-        await _prepare(store, config, workload)
-        run = Run(config, workload, client=client, store=store, meter=meter, window=window)
+    async with _closing(client, store), resuming(store, config, workload) as resumption:
+        run = Run(
+            config,
+            workload,
+            client=client,
+            store=store,
+            meter=meter,
+            window=window,
+            terms=resumption.terms,
+            deployments=client.deployments if len(replicas(config)) > 1 else None,
+        )
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
@@ -80,9 +90,10 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             run_id=f"{config.name}-{folder.name}",
             settings=settings or {},
         )
-        async with _shown(run, config, tracker, settled):
+        async with _shown(run, config, tracker, settled, resumption.notes):
             try:
-                await run.until_done()
+                with handled_signals(run.on_signal):
+                    await run.until_done()
             except Exception:  # a bug; what was paid for is shown all the same
                 await _conclude(run, store, folder)
                 raise
@@ -122,36 +133,41 @@ def _open_client(config: RunnerConfig, window: Window) -> Stack:
     )
 
 
-async def _prepare(store: Store, config: RunnerConfig, workload: Workload) -> None:
-    """Check that the run may go on as ``resume`` says, and write down what it is."""
-    meta = await store.meta()
-    if config.resume is Resume.require and "scorers" not in meta:
-        raise ConfigError(f"resume=require, but {store.path.parent} holds no earlier run: use resume=auto")
-    if meta.get("samples", str(workload.samples)) != str(workload.samples):
-        await store.truncate(0)  # positions mean other rows now; answers are found again by what they answer
-    if meta.get("scorers", workload.scorers.fingerprint) != workload.scorers.fingerprint:
-        await store.forget_scores()
-    await store.put_meta({"samples": str(workload.samples), "scorers": workload.scorers.fingerprint})
-
-
 @asynccontextmanager
-async def _shown(run: Run, config: RunnerConfig, tracker: Tracker, settled: int) -> AsyncIterator[None]:
+async def _shown(
+    run: Run, config: RunnerConfig, tracker: Tracker, settled: int, notes: Sequence[str]
+) -> AsyncIterator[None]:
     """Keep progress and the tracker's time series up to date while the run is on."""
     progress = open_progress(config.name)
     if settled:
-        progress.note(f"going on: {settled:,} rows have their answers")
+        progress.note(f"going on: {settled:,} answers are there")
+    for note in notes:
+        progress.note(note)
     run.stop.listen(lambda: progress.note(_ending_note(run)))
-    run.listen(progress.note)
+    warnings = _Warnings(progress)
+    logging.getLogger("runner").addHandler(warnings)
     ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
     try:
         yield
     finally:
+        logging.getLogger("runner").removeHandler(warnings)
         ticker.cancel()
         await asyncio.wait([ticker])
         snapshot = run.snapshot()
         progress.update(snapshot)
         progress.close()
         tracker.log(snapshot.as_series())
+
+
+class _Warnings(logging.Handler):
+    """Shows them (a long pause, shared limits out of reach) to the person who watches, beside the log."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.note(record.getMessage())
 
 
 async def _tick(run: Run, progress: Progress, tracker: Tracker, log_every_s: float) -> None:
@@ -174,7 +190,7 @@ def _ending_note(run: Run) -> str:
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     """Write the projections and say how it ended."""
     reason = run.stop.reason
-    reused = run.snapshot().reused
+    reused = run.snapshot().reused - run.sharing
     try:
         await store.flush()
         await write_jsonl(store, folder / "results.jsonl")

@@ -22,7 +22,8 @@ Try
 
 Keys
   model, api_base, api_key_env       what answers
-  dataset, dataset.path, .limit      what is asked: one row a line (JSONL) or a table (CSV)
+  dataset, dataset.path, .limit      what is asked: the rows of a file (jsonl, csv, parquet), files, a function
+  task=embed|transcribe              vectors of texts, texts of recordings, instead of answers
   prompt, system, request.KEY        how: Jinja2 templates over the row's fields; temperature, max_tokens, …
   limits.concurrency, .rpm, .tpm     how fast
   scorers.NAME.kind, .target         how answers are scored against the row

@@ -1,6 +1,8 @@
 """Identities: which run a configuration is, and which item a row of it is.
 
 Both hash *what is asked* and leave out *how fast*: another concurrency, limit, retry or server address resumes the run.
+How long an answer may be (``max_tokens`` and its like) is part of an item and not of the run: where it is raised, the
+run is the same, and finds the answers that were given under the lower limit.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import Any
 
 import orjson
 
-from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
+from runner.config import DatasetConfig, DatasetKind, DeploymentConfig, RunnerConfig, TaskKind, replicas
+from runner.types import OUTPUT_LIMITS
 
-_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers"})
+_NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers", "stream", "stream_options"})
 """Request parameters that do not change the answer."""
 
 
@@ -29,22 +32,23 @@ def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> s
     if config.task.kind is TaskKind.bench:
         asked: Any = config
     else:
-        dataset = config.dataset
+        dataset, asks = config.dataset, _asked_parameters(config.request)
         asked = {
             "model": model_identity(config),
             "dataset": [
                 dataset.kind.value,
-                str(Path(dataset.path).absolute()) if dataset.path else None,
+                _place(dataset),
                 dataset.name,
                 dataset.split,
                 dataset.function,
+                dataset.arguments,
                 [dataset.shard.index, dataset.shard.count],
             ],
             "prompt": [config.prompt, config.system, config.mapper],
             "endpoint": config.endpoint.value,
-            "request": _asked_parameters(config.request),
+            "request": {key: value for key, value in asks.items() if key not in OUTPUT_LIMITS},
             "response_format": config.response_format,
-            "task": config.task.kind.value,
+            "task": [config.task.kind.value, config.task.image],
         }
     return _digest([asked, dict(swept or {})], size=6).hex()
 
@@ -55,7 +59,22 @@ def model_identity(config: RunnerConfig) -> str:
     if "simulated/" in name:
         simulator = config.simulator
         name += f"#{simulator.seed},{simulator.accuracy},{simulator.output_tokens},{simulator.answers}"
+        if config.task.kind is TaskKind.embed:
+            name += f",{simulator.embedding_size}"
     return name
+
+
+def output_limits(config: RunnerConfig) -> dict[str, Any]:
+    """How long an answer may be: the part of the request's parameters that says so."""
+    return {key: value for key, value in config.request.items() if key in OUTPUT_LIMITS and value is not None}
+
+
+def answers_alike(config: RunnerConfig) -> bool:
+    """Whether the same request is always to be answered alike: nothing is sampled, and one answer is asked for."""
+    if config.task.kind is not TaskKind.generate:
+        return config.task.kind is not TaskKind.bench
+    requests = [{**(each.extra_kwargs or {}), **config.request} for each in replicas(config).values()]
+    return all(each.get("temperature") == 0 and each.get("n") in (None, 1) for each in requests)
 
 
 class ContentHasher:
@@ -71,11 +90,23 @@ class ContentHasher:
         ]
         self._common = hashlib.blake2b(dump_json(common), digest_size=16)
 
+    @property
+    def common(self) -> str:
+        """What its items have in common, in hex."""
+        return self._common.hexdigest()
+
     def __call__(self, asked: Any, sample: int) -> bytes:
         """16 bytes for the input ``asked`` (JSON-like) and the number of the repeat."""
         digest = self._common.copy()
         digest.update(dump_json([asked, sample]))
         return digest.digest()
+
+
+def _place(dataset: DatasetConfig) -> str | None:
+    """The dataset's path from the root; a name on the Hub as it is."""
+    if dataset.path is None or dataset.kind is DatasetKind.huggingface:
+        return dataset.path
+    return str(Path(dataset.path).absolute())
 
 
 def _asked_of(deployment: DeploymentConfig) -> str:

@@ -1,66 +1,123 @@
-"""The rate limiter: a provider's quota, used to the last token and never passed; and the client that obeys it."""
+"""The rate limiter: a provider's quota, used to the last token and never passed."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Literal, Protocol
 
+from runner.bucket import DAY_S, MINUTE_S, Buckets, Charge, Limit
 from runner.config import LimitsConfig
-from runner.errors import BadRequestError, ConnectError, RequestError
-from runner.types import (
-    Client,
-    EmbeddingRequest,
-    GenerationRequest,
-    Request,
-    Response,
-    TokenPrice,
-    TokenUsage,
-)
+from runner.errors import BadRequestError, ConfigError, InsufficientQuotaError
+from runner.estimate import Estimate
+from runner.quota import Reading, readings
+from runner.types import TokenUsage
 
-_MINUTE_S = 60.0
-_DAY_S = 86_400.0
-_BURST_SHARE = 0.02
-"""Default burst, as a share of a minute's limit."""
-
-_SPANS = 240
-"""Spans of time that a window is divided into; grants leave it a span at a time."""
-
-_GRANT_INTERVAL_S = 0.005
+GRANT_INTERVAL_S = 0.005
 """Grants that come due within so many seconds are given together: one timer does not cap the rate."""
 
-_ROUNDING = 1e-9
-"""Share of a limit by which sums of floats may be wrong."""
+_LONG_PAUSE_S = 1.0
+"""A longer pause is waited out without a slot."""
 
-_RESERVED_OUTPUT_KEYS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_CHARACTERS_PER_TOKEN = 4.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """What one request is expected to take from the quota."""
+class Demand:
+    """What those take who wait."""
 
-    prompt_tokens: float = 0.0
-    completion_tokens: float = 0.0
+    need: Sequence[float]  # the first in line
+    all: Sequence[float]
+
+
+class Drawer(Protocol):
+    """For whom a quota draws what it does not have at hand. Its methods may be called from any thread."""
+
+    def demand(self) -> Demand | None:
+        """Who waits; None: nobody does."""
+        ...
+
+    def wake(self) -> None:
+        """There is something to take, or it is known when there will be."""
+        ...
+
+    def pause_heard(self, seconds: float, reason: str) -> None:
+        """Somebody else who shares the quota was told to pause."""
+        ...
+
+    def trouble(self, reason: str) -> None:
+        """Why nothing can be taken for now; empty: that is over."""
+        ...
+
+
+class Quota(Protocol):
+    """Where a `RateLimiter` takes from. It is called under the limiter's lock, and never waits."""
+
+    def attach(self, drawer: Drawer) -> None:
+        """Work for this limiter."""
+        ...
+
+    def wait_s(self, costs: Sequence[float], now: float) -> float:
+        """Seconds until ``costs`` can be taken, as far as one can tell; infinity: the limiter will be woken."""
+        ...
+
+    def take(self, costs: Sequence[float], now: float) -> Charge:
+        """Take ``costs``, for which there is no wait."""
+        ...
+
+    def give_back(self, charge: Charge, amounts: Sequence[float], now: float, *, sent: bool = True) -> None:
+        """Take ``amounts`` off a charge; below zero it is a debt. ``sent``: the provider has counted the request."""
+        ...
+
+    def sync(self, index: int, reading: Reading, charge: Charge, now: float) -> None:
+        """Take in what the headers of the answer to ``charge`` say about a limit."""
+        ...
+
+    def adopt(self, index: int, limit: Limit) -> None:
+        """Keep a limit that the provider named and nobody configured."""
+        ...
+
+    def pause(self, seconds: float, reason: str, now: float) -> None:
+        """Tell everyone who shares the quota."""
+        ...
+
+
+class Slot(Protocol):
+    """What a waiting request gives back meanwhile."""
+
+    def aside(self) -> AbstractAsyncContextManager[None]: ...
 
 
 class RateLimiter:
-    """Token buckets over requests and tokens, per minute and per day, all reserved at once.
+    """Limits of requests and tokens, per minute and per day, all reserved at once.
 
     Grants are first come, first served: a large request is never overtaken by small ones. In any window of a minute
     (a day) no more is granted than the limit, the first one included: what was settled counts as what it used. A
-    minute's limit is spread over the minute, a day's may be used as fast as the other limits allow. Time is the
-    running event loop's.
+    minute's limit is spread over the minute, a day's may be used as fast as the other limits allow.
+
+    What the provider's headers say is left counts where it is less; it never lifts a limit above the one given here.
+    Limits per minute that are not given here are taken from the headers, so that even without any the requests slow
+    down before they are refused.
+
+    One limiter may be used from several event loops and threads.
 
     Args:
-        requests_per_minute, tokens_per_minute: None: no such limit. Likewise for the others.
-        requests_per_day, tokens_per_day: Per 24 hours.
-        input_tokens_per_minute, output_tokens_per_minute: For providers that count them apart.
+        requests_per_minute, tokens_per_minute: None: as the provider's headers say. Likewise for the others.
+        requests_per_day, tokens_per_day: Per 24 hours. None: no such limit.
         max_request_burst: Requests that may go out at once after a pause; 2 % of a minute's, at least 1, by default.
         max_token_burst: Likewise for tokens. A request that needs more waits until it has been saved up.
+        header_bucket_scope: Which window the headers speak of; ``auto``: as their limit and reset suggest.
+        input_tokens_per_minute, output_tokens_per_minute: For providers that count them apart.
+        reads_headers: Whether the headers of answers count at all.
+        quota: Where to take from, if not from a quota of this process's own. It must have been made for these limits.
     """
 
     def __init__(
@@ -71,31 +128,52 @@ class RateLimiter:
         tokens_per_day: float | None = None,
         max_request_burst: float | None = None,
         max_token_burst: float | None = None,
+        header_bucket_scope: Literal["auto", "minute", "day"] = "auto",
         *,
         input_tokens_per_minute: float | None = None,
         output_tokens_per_minute: float | None = None,
+        reads_headers: bool = True,
+        quota: Quota | None = None,
     ) -> None:
-        quotas = (
-            ("rpm", requests_per_minute, _MINUTE_S, max_request_burst, _requests),
-            ("tpm", tokens_per_minute, _MINUTE_S, max_token_burst, _tokens),
-            ("itpm", input_tokens_per_minute, _MINUTE_S, max_token_burst, _prompt_tokens),
-            ("otpm", output_tokens_per_minute, _MINUTE_S, max_token_burst, _completion_tokens),
-            ("rpd", requests_per_day, _DAY_S, requests_per_day, _requests),
-            ("tpd", tokens_per_day, _DAY_S, tokens_per_day, _tokens),
+        if header_bucket_scope not in ("auto", "minute", "day"):
+            raise ConfigError(f"header_bucket_scope={header_bucket_scope!r}: choose one of auto, minute, day")
+        limits = LimitsConfig(
+            rpm=requests_per_minute,
+            tpm=tokens_per_minute,
+            rpd=requests_per_day,
+            tpd=tokens_per_day,
+            itpm=input_tokens_per_minute,
+            otpm=output_tokens_per_minute,
+            max_request_burst=max_request_burst,
+            max_token_burst=max_token_burst,
         )
-        self._buckets = [
-            _Bucket(name=name, limit=limit, window_s=window_s, burst=burst, cost=cost)
-            for name, limit, window_s, burst, cost in quotas
-            if limit is not None
-        ]
-        self.counts_tokens = any(bucket.cost is not _requests for bucket in self._buckets)
+        self._limits = limits_of(limits)
+        self._scope = header_bucket_scope
+        self._reads_headers = reads_headers
+        self._own = quota is None
+        self._quota: Quota = Buckets(self._limits, least_burst_s=2 * GRANT_INTERVAL_S) if quota is None else quota
+        self._quota.attach(self)
+        self._configured = len(self._limits)
+        self._index = {limit.name: index for index, limit in enumerate(self._limits)}
+        self.counts_tokens = self._knows_tokens()
         """Whether an estimate of a request's tokens matters at all."""
+        self._lock = threading.Lock()
         self._waiting: deque[_Waiter] = deque()
-        self._paused_until = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._paused_until = -math.inf
+        self._pause_reason = ""
+        self._trouble = ""
+        self._last_grants = -math.inf
+        self._timer: _Timer | None = None
+        self._poked: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def of(cls, limits: LimitsConfig) -> RateLimiter:
+    def of(
+        cls,
+        limits: LimitsConfig,
+        *,
+        reads_headers: bool = True,
+        quota: Quota | None = None,
+    ) -> RateLimiter:
         """The limiter that a configuration describes."""
         return cls(
             requests_per_minute=limits.rpm,
@@ -104,345 +182,422 @@ class RateLimiter:
             tokens_per_day=limits.tpd,
             max_request_burst=limits.max_request_burst,
             max_token_burst=limits.max_token_burst,
+            header_bucket_scope=limits.header_bucket_scope.value,
             input_tokens_per_minute=limits.itpm,
             output_tokens_per_minute=limits.otpm,
+            reads_headers=reads_headers,
+            quota=quota,
         )
 
-    async def acquire(self, estimate: Estimate | float = 0.0) -> RateLimiterAcquisitionHandle:
-        """Reserve one request and its tokens, waiting until every bucket has them.
+    async def acquire(
+        self, estimated_tokens: Estimate | float = 0.0, *, patience_s: float = math.inf, slot: Slot | None = None
+    ) -> RateLimiterAcquisitionHandle:
+        """Reserve one request and its tokens, waiting until every limit has room for them.
 
         Args:
-            estimate: The tokens it will take; a plain number is their total.
+            estimated_tokens: The tokens it will take; a plain number is their total.
+            patience_s: How long a wait for the quota is worth it; a queue before it does not count.
+            slot: What to give back while a long pause lasts.
 
         Raises:
             BadRequestError: The estimate exceeds a limit as a whole, so that it would wait for ever.
+            InsufficientQuotaError: There is no quota for longer than ``patience_s``; the message says until when.
         """
-        now = asyncio.get_running_loop().time()
-        at_once = not self._waiting and now >= self._paused_until
-        if at_once and not self._buckets:
-            return RateLimiterAcquisitionHandle(self, ())
-        if not isinstance(estimate, Estimate):
-            estimate = Estimate(prompt_tokens=float(estimate))
-        costs = [bucket.cost(estimate) for bucket in self._buckets]
-        self._reject_what_never_fits(costs)
-        charges = self._take(costs, now) if at_once else None
-        if charges is None:
-            charges = await self._turn(costs)
-        return RateLimiterAcquisitionHandle(self, charges)
+        while True:
+            if slot is not None and self.paused_s > _LONG_PAUSE_S:
+                await self._wait_aside(slot, patience_s)
+            charge = await self._reserve(estimated_tokens, patience_s, steps_aside=slot is not None)
+            if charge is not None:
+                tokens = estimated_tokens
+                if isinstance(tokens, Estimate):
+                    tokens = tokens.prompt_tokens + tokens.completion_tokens
+                return RateLimiterAcquisitionHandle(limiter=self, estimated_tokens=tokens, charge=charge)
 
-    def pause(self, seconds: float) -> None:
-        """Grant nothing for so long: the provider said that it is enough."""
-        self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + seconds)
+    async def adjust(
+        self,
+        handle: RateLimiterAcquisitionHandle,
+        actual_tokens: float,
+        response_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Settle a reservation at ``actual_tokens`` in total, and take in what the answer's headers say.
 
-    def settle(self, handle: RateLimiterAcquisitionHandle, usage: TokenUsage) -> None:
-        """Replace a reservation by what was really used; a level below zero is a debt that later requests wait for."""
-        if not self._buckets:
-            return
-        actual = Estimate(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
-        now = asyncio.get_running_loop().time()
-        for bucket, charge in zip(self._buckets, handle.charges, strict=True):
-            bucket.give_back(charge, charge.cost - bucket.cost(actual), now)
-        self._grant()
+        A request that failed was still a request: with ``actual_tokens=0`` its tokens come back and it counts. One
+        that was never sent is given back whole by `refund`.
+        """
+        if not actual_tokens >= 0:
+            raise ConfigError(f"actual_tokens={actual_tokens}: a number of at least 0")
+        headers = {name.lower(): value for name, value in (response_headers or {}).items()}
+        self.settle(handle, Estimate(prompt_tokens=actual_tokens), headers)
+
+    def settle(
+        self,
+        handle: RateLimiterAcquisitionHandle,
+        actual: Estimate | TokenUsage,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Replace a reservation by what was really used; what was used beyond it is a debt that later requests pay."""
+        if isinstance(actual, TokenUsage):
+            actual = Estimate(prompt_tokens=actual.prompt_tokens, completion_tokens=actual.completion_tokens)
+        if self._limits:
+            with self._lock:
+                now = time.monotonic()
+                charge = handle.charge
+                back = [cost - used for cost, used in zip(charge.costs, self._costs(actual), strict=False)]
+                self._quota.give_back(charge, back, now)
+                self._grant_soon(now)
+        if headers:
+            self.heed(handle, headers)
 
     def refund(self, handle: RateLimiterAcquisitionHandle) -> None:
         """Give a reservation back: the request never reached the provider."""
-        self._give_back(handle.charges)
-        self._grant()
+        with self._lock:
+            now = time.monotonic()
+            self._quota.give_back(handle.charge, handle.charge.costs, now, sent=False)
+            self._grant_soon(now)
 
-    def _reject_what_never_fits(self, costs: Sequence[float]) -> None:
-        for bucket, cost in zip(self._buckets, costs, strict=True):
-            if cost > bucket.limit:
-                raise BadRequestError(
-                    f"the request needs about {cost:,.0f} of limits.{bucket.name}={bucket.limit:,.0f} and would wait"
-                    " for ever: shorten it, lower max_tokens, or raise the limit"
-                )
+    def heed(self, handle: RateLimiterAcquisitionHandle, headers: Mapping[str, str]) -> None:
+        """Take in what the headers of an answer say about the quota; a reservation stays what it is.
 
-    def _take(self, costs: Sequence[float], now: float) -> Sequence[Charge] | None:
-        """Take ``costs`` from all buckets, or from none."""
-        for bucket, cost in zip(self._buckets, costs, strict=True):
-            if bucket.wait_s(cost, now) > 0:
+        Args:
+            headers: Names in lower case or case-insensitive.
+        """
+        found = readings(headers, now=time.time()) if self._reads_headers else None
+        if not found:
+            return
+        with self._lock:
+            now = time.monotonic()
+            for reading in found:
+                index = self._index_of(reading)
+                if index is not None:
+                    self._quota.sync(index, reading, handle.charge, now)
+            self._grant_soon(now)
+
+    def refused(self, handle: RateLimiterAcquisitionHandle) -> None:
+        """Take in that the provider refused a request and did not say what is left: nothing, of what is used most.
+
+        So a limit that was set too high is found. Where less than half of every limit is used, none of them is why.
+        """
+        with self._lock:
+            now = time.monotonic()
+            used = [
+                (charged / limit.amount, index)
+                for index, (limit, charged) in enumerate(zip(self._limits, handle.charge.charged, strict=False))
+                if limit.window_s == MINUTE_S
+            ]
+            share, index = max(used, default=(0.0, 0))
+            if share >= 0.5:
+                nothing = Reading(kind=_KINDS[self._limits[index].name], remaining=0, limit=None, reset_s=None)
+                self._quota.sync(index, nothing, handle.charge, now)
+
+    def pause(self, seconds: float, reason: str = "") -> None:
+        """Grant nothing for so long: the provider said that it is enough."""
+        with self._lock:
+            now = time.monotonic()
+            self._pause(seconds, reason, now)
+            self._quota.pause(seconds, reason, now)
+            self._grant(now)
+
+    @property
+    def paused_s(self) -> float:
+        """How much longer nothing is granted; 0 where nothing is in the way."""
+        return max(0.0, self._paused_until - time.monotonic())
+
+    @property
+    def paused_until(self) -> float | None:
+        """Unix time at which the pause ends; None: there is none."""
+        paused_s = self.paused_s
+        return time.time() + paused_s if paused_s > 0 else None
+
+    @property
+    def pause_reason(self) -> str:
+        """Why nothing is granted, in the provider's words; empty where nothing is in the way."""
+        return self._trouble or (self._pause_reason if self.paused_s > 0 else "")
+
+    # For the quota
+
+    def demand(self) -> Demand | None:
+        with self._lock:
+            if time.monotonic() < self._paused_until:
                 return None
-        return [bucket.take(cost, now) for bucket, cost in zip(self._buckets, costs, strict=True)]
+            waiting = [waiter.costs for waiter in islice(self._waiting, _MOST_AT_ONCE) if not waiter.gone]
+            return Demand(need=waiting[0], all=list(map(sum, zip(*waiting, strict=True)))) if waiting else None
 
-    def _give_back(self, charges: Sequence[Charge]) -> None:
-        now = asyncio.get_running_loop().time()
-        for bucket, charge in zip(self._buckets, charges, strict=True):
-            bucket.give_back(charge, charge.cost, now)
+    def wake(self) -> None:
+        with self._lock:
+            self._grant(time.monotonic())
 
-    async def _turn(self, costs: Sequence[float]) -> Sequence[Charge]:
-        waiter = _Waiter(costs=costs, granted=asyncio.get_running_loop().create_future())
-        self._waiting.append(waiter)
-        self._grant()
+    def pause_heard(self, seconds: float, reason: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._pause(seconds, reason, now)
+            self._grant(now)
+
+    def trouble(self, reason: str) -> None:
+        self._trouble = reason
+
+    # Reserving
+
+    async def _reserve(self, estimated: Estimate | float, patience_s: float, *, steps_aside: bool) -> Charge | None:
+        """The charge, once it is granted. None: a long pause has begun, and the caller is to stand aside."""
+        with self._lock:
+            now = time.monotonic()
+            at_once = not self._waiting and now >= self._paused_until
+            costs = self._costs(estimated if isinstance(estimated, Estimate) else Estimate(prompt_tokens=estimated))
+            self._reject_what_never_fits(costs)
+            if at_once and self._quota.wait_s(costs, now) <= 0:
+                return self._quota.take(costs, now)
+            waiter = _Waiter(costs, patience_s, steps_aside=steps_aside)
+            self._waiting.append(waiter)
+            self._grant(now)
         try:
             return await waiter.granted
         except asyncio.CancelledError:
-            if not waiter.granted.cancelled():  # granted in the same moment
-                self._give_back(waiter.granted.result())
-            self._grant()
+            with self._lock:
+                now = time.monotonic()
+                waiter.gone = True
+                if waiter.charge is not None:  # granted in the same moment
+                    self._quota.give_back(waiter.charge, waiter.charge.costs, now, sent=False)
+                self._grant(now)
             raise
 
-    def _grant(self) -> None:
-        """Grant all that is due, in order, and see to it that the next one is granted when it is due."""
-        if not self._waiting and self._timer is None:
+    async def _wait_aside(self, slot: Slot, patience_s: float) -> None:
+        """Wait a pause out without a slot, if it is worth it."""
+        async with slot.aside():
+            while (paused_s := self.paused_s) > 0:
+                if paused_s > patience_s:
+                    raise self._exhausted(paused_s)
+                await asyncio.sleep(min(paused_s, _LONGEST_SLEEP_S))
+
+    def _costs(self, estimate: Estimate) -> list[float]:
+        prompt, completion = estimate.prompt_tokens, estimate.completion_tokens
+        by_kind = {"requests": 1.0, "tokens": prompt + completion, "input": prompt, "output": completion}
+        return [by_kind[_KINDS[limit.name]] for limit in self._limits]
+
+    def _reject_what_never_fits(self, costs: list[float]) -> None:
+        for index, limit in enumerate(self._limits):
+            if costs[index] <= limit.amount:
+                continue
+            if index >= self._configured:  # the provider shall say so itself
+                costs[index] = limit.amount
+                continue
+            raise BadRequestError(
+                f"the request needs about {costs[index]:,.0f} of limits.{limit.name}={limit.amount:,.0f} and would"
+                " wait for ever: shorten it, lower max_tokens, or raise the limit"
+            )
+
+    def _exhausted(self, wait_s: float) -> InsufficientQuotaError:
+        days = [f"limits.{limit.name}={limit.amount:,.0f}" for limit in self._limits if limit.window_s == DAY_S]
+        reason = self.pause_reason or f"{' or '.join(days) or 'the quota'} is used up"
+        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + wait_s))
+        return InsufficientQuotaError(f"{reason}; requests can go on at {until}", retry_after_s=wait_s)
+
+    # Headers
+
+    def _index_of(self, reading: Reading) -> int | None:
+        """Which limit a reading speaks of. One of a minute that nobody configured is adopted."""
+        minute, day = _NAMES[reading.kind]
+        name = day if day is not None and self._is_of_a_day(reading, minute, day) else minute
+        index = self._index.get(name)
+        if index is not None and index < self._configured:
+            return index
+        if not self._own or name != minute or reading.limit is None:
+            return None
+        limit = Limit(name=name, amount=reading.limit, window_s=MINUTE_S, burst=reading.limit)
+        if index is None:
+            index = self._index[name] = len(self._limits)
+            self._limits = [*self._limits, limit]
+            self.counts_tokens = self._knows_tokens()
+        elif self._limits[index] == limit:
+            return index
+        self._limits = [*self._limits[:index], limit, *self._limits[index + 1 :]]
+        self._quota.adopt(index, limit)
+        return index
+
+    def _is_of_a_day(self, reading: Reading, minute: str, day: str) -> bool:
+        if self._scope != "auto":
+            return self._scope == "day"
+        amounts = {name: self._limits[index].amount for name, index in self._index.items() if index < self._configured}
+        if reading.limit is not None and amounts.get(minute) != amounts.get(day):
+            if reading.limit == amounts.get(day):
+                return True
+            if reading.limit == amounts.get(minute):
+                return False
+        return reading.is_of_a_day
+
+    def _knows_tokens(self) -> bool:
+        return any(_KINDS[limit.name] != "requests" for limit in self._limits)
+
+    # Granting, under the lock
+
+    def _pause(self, seconds: float, reason: str, now: float) -> None:
+        if now + seconds > self._paused_until:
+            if now >= self._paused_until and seconds > _LONG_PAUSE_S:
+                level = logging.WARNING if seconds > _LONGEST_SLEEP_S else logging.INFO
+                _log.log(level, "no request goes out for %.0f s%s", seconds, f" ({reason})" if reason else "")
+            self._paused_until = now + seconds
+            self._pause_reason = reason
+
+    def _grant_soon(self, now: float) -> None:
+        """Grant what has become possible; where much comes back at once, not for each piece of it."""
+        if not self._waiting:
             return
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        due = self._last_grants + GRANT_INTERVAL_S
+        if now >= due or now < self._last_grants:
+            self._grant(now)
+        else:
+            self._call_at(due, now, self._waiting[0])
+
+    def _grant(self, now: float) -> None:
+        """Grant all that is due, in order, and see to it that the next one is granted when it is due."""
+        self._last_grants = now
         while self._waiting:
             head = self._waiting[0]
-            if not head.granted.cancelled():
-                charges = self._take(head.costs, now) if now >= self._paused_until else None
-                if charges is None:
-                    break
-                head.granted.set_result(charges)
-            self._waiting.popleft()
-        due = now + self._delay(now) if self._waiting else None
-        if self._timer is not None and (due is None or due < self._timer.when()):
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None and due is not None:
-            self._timer = loop.call_at(due, self._on_timer)
+            if head.gone or head.loop.is_closed():
+                self._waiting.popleft()
+                continue
+            wait_s = self._quota.wait_s(head.costs, now)
+            paused_s = self._paused_until - now
+            if paused_s > 0:
+                wait_s = max(paused_s, wait_s if wait_s < math.inf else 0.0)
+            if wait_s <= 0:
+                self._waiting.popleft()
+                head.charge = self._quota.take(head.costs, now)
+                if not head.tell(head.charge):
+                    self._quota.give_back(head.charge, head.costs, now, sent=False)
+                continue
+            if wait_s > _LONG_PAUSE_S and self._send_away(wait_s, paused_s):
+                continue
+            if wait_s < math.inf:
+                self._call_at(now + max(wait_s, GRANT_INTERVAL_S), now, head)
+            return
+
+    def _send_away(self, wait_s: float, paused_s: float) -> bool:
+        """Tell those for whom the wait is too long, and those who would rather wait elsewhere, so that they go."""
+        staying: deque[_Waiter] = deque()
+        for waiter in self._waiting:
+            if waiter.patience_s < wait_s < math.inf:
+                waiter.tell(self._exhausted(wait_s))
+            elif waiter.steps_aside and paused_s > _LONG_PAUSE_S:
+                waiter.tell(None)
+            else:
+                staying.append(waiter)
+        some_went = len(staying) < len(self._waiting)
+        self._waiting = staying
+        return some_went
+
+    def _call_at(self, due: float, now: float, head: _Waiter) -> None:
+        """Have `_grant` called at ``due``, by the event loop in which the head of the queue waits."""
+        timer = self._timer
+        if head.thread != threading.get_ident():
+            if self._poked is not head.loop:
+                self._poked = head.loop
+                with suppress(RuntimeError):  # closed in this moment
+                    head.loop.call_soon_threadsafe(self._on_poke)
+        elif timer is None or timer.loop is not head.loop or timer.due > due:
+            if timer is not None and timer.loop is head.loop:
+                timer.handle.cancel()
+            handle = head.loop.call_later(due - now, self._on_timer)
+            self._timer = _Timer(loop=head.loop, due=due, handle=handle)
 
     def _on_timer(self) -> None:
-        self._timer = None
-        self._grant()
+        with self._lock:
+            self._timer = None
+            self._grant(time.monotonic())
 
-    def _delay(self, now: float) -> float:
-        """Seconds until the first in the queue can be granted."""
-        head = self._waiting[0]
-        waits = [bucket.wait_s(cost, now) for bucket, cost in zip(self._buckets, head.costs, strict=True)]
-        return max([_GRANT_INTERVAL_S, self._paused_until - now, *waits])
+    def _on_poke(self) -> None:
+        with self._lock:
+            self._poked = None
+            self._grant(time.monotonic())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RateLimiterAcquisitionHandle:
     """A reservation. End it with `settle` once the usage is known, or with `refund` if nothing was sent."""
 
     limiter: RateLimiter
-    charges: Sequence[Charge]  # one a bucket
+    estimated_tokens: float
+    charge: Charge
 
-    def settle(self, usage: TokenUsage) -> None:
-        self.limiter.settle(self, usage)
+    def settle(self, actual: Estimate | TokenUsage, headers: Mapping[str, str] | None = None) -> None:
+        self.limiter.settle(self, actual, headers)
 
     def refund(self) -> None:
         self.limiter.refund(self)
 
 
-class Charge(NamedTuple):
-    """What a request was charged in one bucket, and where it is written down."""
-
-    cost: float
-    span: _Span
-
-
-class Limited:
-    """A `Client` that reserves before it sends and settles after, and waits while the provider asks for a pause.
-
-    Args:
-        client: The transport of one deployment.
-        limiter: Its quota.
-        label: The deployment's name, noted in the trace.
-        price: Noted in the trace, for the cost of the answer.
-        default_output_tokens: Reserved for an answer where the request sets no maximum.
-        pause_s: How long a refusal without a hint pauses everyone.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        limiter: RateLimiter,
-        *,
-        label: str,
-        price: TokenPrice | None = None,
-        default_output_tokens: int = 0,
-        pause_s: float = 1.0,
-    ) -> None:
-        self._client = client
-        self._limiter = limiter
-        self._label = label
-        self._price = price
-        self._default_output_tokens = default_output_tokens
-        self._pause_s = pause_s
-
-    async def send(self, request: Request) -> Response:
-        trace = request.trace
-        trace.deployment = self._label
-        trace.price = self._price
-        queued = time.perf_counter()
-        handle = await self._limiter.acquire(self._estimate(request))
-        sent = time.perf_counter()
-        trace.queue_wait_s += sent - queued
-        trace.on_the_wire = True  # and stays so where this is cancelled
-        try:
-            response = await self._client.send(request)
-        except RequestError as error:
-            trace.on_the_wire = False
-            self._settle_failure(handle, error)
-            raise
-        finally:
-            trace.service_time_s = time.perf_counter() - sent
-        trace.on_the_wire = False
-        if response.usage is not None:
-            handle.settle(response.usage)
-        return response
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
-
-    def _settle_failure(self, handle: RateLimiterAcquisitionHandle, error: RequestError) -> None:
-        """Providers count failed requests, but not the tokens of those they refused; what is unknown stays reserved."""
-        if isinstance(error, ConnectError):
-            handle.refund()
-        elif error.billing == "free":
-            handle.settle(TokenUsage())
-        if error.pauses:
-            self._limiter.pause(self._pause_s if error.retry_after_s is None else error.retry_after_s)
-
-    def _estimate(self, request: Request) -> Estimate:
-        if not self._limiter.counts_tokens:
-            return _NOTHING
-        return estimate_of(request, default_output_tokens=self._default_output_tokens)
-
-
-def estimate_of(request: Request, *, default_output_tokens: int) -> Estimate:
-    """The tokens that ``request`` will take."""
-    if isinstance(request, GenerationRequest):
-        reserved = next(
-            (request.params[key] for key in _RESERVED_OUTPUT_KEYS if request.params.get(key) is not None),
-            default_output_tokens,
-        )
-        return Estimate(
-            prompt_tokens=_characters(request.input) / _CHARACTERS_PER_TOKEN,
-            completion_tokens=float(reserved) * int(request.params.get("n") or 1),
-        )
-    if isinstance(request, EmbeddingRequest):
-        return Estimate(prompt_tokens=sum(map(len, request.texts)) / _CHARACTERS_PER_TOKEN)
-    return _NOTHING
-
-
-_NOTHING = Estimate()
-
-
-def _characters(content: Any) -> int:
-    """Characters of text in an input of any form; images and other media count as none."""
-    if isinstance(content, str):
-        return len(content)
-    if isinstance(content, dict):
-        return sum(_characters(content.get(key)) for key in ("content", "text", "input", "instructions"))
-    if isinstance(content, list):
-        return sum(map(_characters, content))
-    return 0
-
-
-class _Bucket:
-    """One quota. A level that fills up steadily paces what is taken, a log of the last window keeps it to the limit."""
-
-    __slots__ = (
-        "burst",
-        "ceiling",
-        "charged",
-        "cost",
-        "level",
-        "limit",
-        "name",
-        "rate",
-        "spans",
-        "updated",
-        "window_s",
+def limits_of(limits: LimitsConfig) -> list[Limit]:
+    """The limits of a configuration that are set, in the order in which costs are given."""
+    amounts = (
+        ("rpm", limits.rpm, MINUTE_S, limits.max_request_burst),
+        ("tpm", limits.tpm, MINUTE_S, limits.max_token_burst),
+        ("itpm", limits.itpm, MINUTE_S, limits.max_token_burst),
+        ("otpm", limits.otpm, MINUTE_S, limits.max_token_burst),
+        ("rpd", limits.rpd, DAY_S, limits.rpd),
+        ("tpd", limits.tpd, DAY_S, limits.tpd),
     )
-
-    def __init__(
-        self, *, name: str, limit: float, window_s: float, burst: float | None, cost: Callable[[Estimate], float]
-    ) -> None:
-        self.name = name
-        self.limit = limit
-        self.window_s = window_s
-        self.cost = cost
-        self.rate = limit / window_s
-        default = max(1.0, limit * _BURST_SHARE)
-        self.burst = min(limit, max(default if burst is None else burst, 2 * self.rate * _GRANT_INTERVAL_S))
-        self.level = self.ceiling = self.burst
-        self.updated: float | None = None
-        self.spans: deque[_Span] = deque()
-        self.charged = 0.0  # in all spans
-
-    def wait_s(self, cost: float, now: float) -> float:
-        """Seconds until ``cost`` can be taken. One that exceeds the burst is saved up for."""
-        self._update(now)
-        self.ceiling = max(self.burst, cost)
-        pace_s = max(0.0, (cost - self.level) / self.rate)
-        excess = self.charged + cost - self.limit
-        if excess <= _ROUNDING * self.limit:
-            return pace_s
-        for span in self.spans:
-            excess -= span.amount
-            if excess <= _ROUNDING * self.limit:
-                break
-        return max(pace_s, span.end + self.window_s - now)
-
-    def take(self, cost: float, now: float) -> Charge:
-        if not self.spans or now - self.spans[-1].begin > self.window_s / _SPANS:
-            self.spans.append(_Span(now))
-        span = self.spans[-1]
-        span.end = now
-        span.amount += cost
-        self.charged += cost
-        self.level -= cost
-        self.ceiling = self.burst
-        return Charge(cost, span)
-
-    def give_back(self, charge: Charge, amount: float, now: float) -> None:
-        """Take ``amount`` off a charge; below zero it is a debt. What has left the window is too late to be used."""
-        self._update(now)
-        amount = max(amount, charge.cost - self.limit)  # a debt beyond the limit is a server's nonsense
-        if charge.span.counts:
-            charge.span.amount -= amount
-            self.charged -= amount
-            self.level += amount
-        else:
-            self.level += min(0.0, amount)
-
-    def _update(self, now: float) -> None:
-        if self.updated is not None and now > self.updated:
-            self.level = max(self.level, min(self.ceiling, self.level + (now - self.updated) * self.rate))
-        self.updated = now
-        while self.spans and self.spans[0].end + self.window_s <= now:
-            span = self.spans.popleft()
-            span.counts = False
-            self.charged -= span.amount
-        if not self.spans:
-            self.charged = 0.0  # rounding adds up
+    return [
+        Limit(name=name, amount=amount, window_s=window_s, burst=burst)
+        for name, amount, window_s, burst in amounts
+        if amount is not None
+    ]
 
 
-class _Span:
-    """What was taken in a short span of time."""
+_NAMES: Mapping[str, tuple[str, str | None]] = {
+    "requests": ("rpm", "rpd"),
+    "tokens": ("tpm", "tpd"),
+    "input": ("itpm", None),
+    "output": ("otpm", None),
+}
+"""Limits of a minute and of a day, by what they count."""
 
-    __slots__ = ("amount", "begin", "counts", "end")
+_KINDS = {name: kind for kind, names in _NAMES.items() for name in names if name is not None}
 
-    def __init__(self, begin: float) -> None:
-        self.begin = self.end = begin
-        self.amount = 0.0
-        self.counts = True  # False: it has left the window
+_MOST_AT_ONCE = 1_000
+"""Of those who wait, so many are looked at when a shared quota is drawn from."""
+
+_LONGEST_SLEEP_S = 60.0
+"""A pause may be ended, or made longer, by others: look again so often."""
 
 
 class _Waiter:
-    __slots__ = ("costs", "granted")
+    """Someone in the queue, on an event loop of their own."""
 
-    def __init__(self, *, costs: Sequence[float], granted: asyncio.Future[Sequence[Charge]]) -> None:
+    __slots__ = ("charge", "costs", "gone", "granted", "loop", "patience_s", "steps_aside", "thread")
+
+    def __init__(self, costs: Sequence[float], patience_s: float, *, steps_aside: bool) -> None:
         self.costs = costs
-        self.granted = granted
+        self.patience_s = patience_s
+        self.steps_aside = steps_aside
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
+        self.granted: asyncio.Future[Charge | None] = self.loop.create_future()
+        self.charge: Charge | None = None
+        self.gone = False  # does not wait any more
+
+    def tell(self, outcome: Charge | InsufficientQuotaError | None) -> bool:
+        """End the wait. False: its event loop was closed in this moment, and nobody waits any more."""
+        if self.thread == threading.get_ident():
+            self._resolve(outcome)
+            return True
+        try:
+            self.loop.call_soon_threadsafe(self._resolve, outcome)
+        except RuntimeError:
+            return False
+        return True
+
+    def _resolve(self, outcome: Charge | InsufficientQuotaError | None) -> None:
+        if self.granted.done():
+            return
+        if isinstance(outcome, InsufficientQuotaError):
+            self.granted.set_exception(outcome)
+        else:
+            self.granted.set_result(outcome)
 
 
-def _requests(estimate: Estimate) -> float:
-    return 1.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timer:
+    """A call of `_grant` that is to come."""
 
-
-def _tokens(estimate: Estimate) -> float:
-    return estimate.prompt_tokens + estimate.completion_tokens
-
-
-def _prompt_tokens(estimate: Estimate) -> float:
-    return estimate.prompt_tokens
-
-
-def _completion_tokens(estimate: Estimate) -> float:
-    return estimate.completion_tokens
+    loop: asyncio.AbstractEventLoop
+    due: float
+    handle: asyncio.TimerHandle

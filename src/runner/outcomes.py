@@ -7,25 +7,25 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from runner.errors import ItemError, RequestError
+from runner.errors import ItemError, ParseError, RequestError
 from runner.identity import dump_text
 from runner.metrics import Meter
+from runner.response_format import ResponseFormat
 from runner.store import Outcome
-from runner.types import Generation, Response, TokenUsage, Trace
+from runner.types import Embeddings, Generation, Response, TokenUsage, Trace, Transcript
+from runner.vector import pack
 
 
-def success(key: tuple[bytes, int], trace: Trace, response: Response) -> Outcome:
-    """The stored form of an answered request."""
+def success(
+    key: tuple[bytes, int], trace: Trace, response: Response, *, response_format: ResponseFormat | None = None
+) -> Outcome:
+    """The stored form of an answered request, read as ``response_format`` says."""
     usage = response.usage
-    output = response.output
-    assert isinstance(output, Generation)
     return Outcome(
         content=key[0],
         occurrence=key[1],
         settled_at=time.time(),
-        output_text=output.text,
-        details=_details(output),
-        finish_reason=output.finish_reason,
+        **_columns(response.output, response_format),
         request_id=response.request_id,
         model_id=response.model_id,
         prompt_tokens=usage.prompt_tokens if usage else None,
@@ -86,9 +86,25 @@ def count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
         )
 
 
-def _details(output: Generation) -> str | None:
+def _columns(output: Generation | Embeddings | Transcript, response_format: ResponseFormat | None) -> dict[str, Any]:
+    """What was answered, by the columns that hold it."""
+    match output:
+        case Generation():
+            details = _details(output, response_format)
+            return {"output_text": output.text, "finish_reason": output.finish_reason, "details": details}
+        case Embeddings():
+            [vector] = output.vectors
+            return {"embedding": pack(vector)}
+        case Transcript():
+            heard = {"language": output.language, "duration_s": output.duration_s}
+            return {"output_text": output.text, "details": dump_text(heard)}
+
+
+def _details(output: Generation, response_format: ResponseFormat | None) -> str | None:
     """What few answers have, as JSON; None where this one has none of it."""
     details: dict[str, Any] = {}
+    if response_format is not None:
+        details |= _parsed(output.text, response_format)
     if output.reasoning:
         details["reasoning"] = output.reasoning
     if output.tool_calls:
@@ -97,6 +113,18 @@ def _details(output: Generation) -> str | None:
         details["choices"] = output.choices
     try:
         return dump_text(details) if details else None
-    except ValueError:  # choices nested beyond measure: the text of the first one is what was paid for
+    except ValueError:  # nested beyond measure: the text is what was paid for
         details.pop("choices", None)
+        details.pop("output_parsed", None)
         return dump_text(details)
+
+
+def _parsed(text: str, response_format: ResponseFormat) -> dict[str, Any]:
+    """The answer as the format reads it, or why it cannot."""
+    try:
+        value = response_format.parse(text)
+        return {"output_parsed": value.model_dump(mode="json") if hasattr(value, "model_dump") else value}
+    except ParseError as error:
+        return {"parse_error": str(error)}
+    except Exception as error:  # a serializer of the user's model
+        return {"parse_error": f"the answer cannot be written as JSON: {type(error).__name__}: {error}"}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
+from runner import figures
 from runner.metrics import Snapshot
 
 if TYPE_CHECKING:
@@ -137,15 +138,15 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     summary: Mapping[str, Any] = cell["summary"]
     means: Mapping[str, Any] = summary.get("scores") or {}
     counts = [f"{summary[key]:,}" if key in summary else "" for key in ("rows", "failed")]
-    cost = _closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
+    cost = figures.closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
     rate = summary.get("requests_per_s")
     return [
         printable(cell["name"]),
         "killed" if cell["exit_code"] is None else str(cell["exit_code"]),
         *counts,
-        *(_score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
+        *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,
-        f"{_short(rate)}/s" if rate else "",
+        f"{figures.short(rate)}/s" if rate else "",
     ]
 
 
@@ -340,8 +341,8 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
     if snapshot.reused:
         columns.append(_Column(f"reused {snapshot.reused:,}", 2))
     columns += [
-        _Column(f"{_short(snapshot.requests_per_s)} rows/s", 6),
-        _Column(f"{_short(snapshot.tokens_per_s)} tok/s", 4),
+        _Column(f"{figures.short(snapshot.requests_per_s)} rows/s", 6),
+        _Column(f"{figures.short(snapshot.tokens_per_s)} tok/s", 4),
         _Column(_cost(snapshot), 5),
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
@@ -351,9 +352,9 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
         count = len(snapshot.deployments)
         columns.append(_Column(f"servers {count - out}/{count}", 8 if out else 1, "yellow" if out else ""))
     if closing:
-        columns.append(_Column(f"in {_duration(snapshot.elapsed_s)}", 7))
+        columns.append(_Column(f"in {figures.duration(snapshot.elapsed_s)}", 7))
     elif snapshot.total is not None:
-        columns.append(_Column("left ?" if snapshot.eta_s is None else f"left {_duration(snapshot.eta_s)}", 7))
+        columns.append(_Column("left ?" if snapshot.eta_s is None else f"left {figures.duration(snapshot.eta_s)}", 7))
     return columns
 
 
@@ -366,8 +367,8 @@ def _rows(snapshot: Snapshot) -> str:
 
 def _cost(snapshot: Snapshot) -> str:
     if not snapshot.cost_unknown:
-        return _dollars(snapshot.cost_usd)
-    return f"{_dollars(snapshot.cost_usd)} + ?" if snapshot.cost_usd else "cost ?"
+        return figures.dollars(snapshot.cost_usd)
+    return f"{figures.dollars(snapshot.cost_usd)} + ?" if snapshot.cost_usd else "cost ?"
 
 
 class _Fact(NamedTuple):
@@ -384,6 +385,9 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     for key in ("rows", "succeeded", "reused"):
         if summary.get(key) is not None:
             yield _Fact(key, f"{summary[key]:,}")
+    for key in ("deduplicated", "taken_over"):
+        if summary.get(key):
+            yield _Fact(key.replace("_", " "), f"{summary[key]:,}")
     if summary.get("failed") is not None:
         yield _Fact("failed", f"{summary['failed']:,}", "red" if summary["failed"] else "")
     open_rows = summary.get("rows", 0) - summary.get("succeeded", 0) - summary.get("failed", 0)
@@ -392,6 +396,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
+    if summary.get("unparsed"):
+        yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
     if summary.get("retries") is not None:
         yield _Fact("retries", f"{summary['retries']:,}")
     deployments: Mapping[str, Any] = summary.get("deployments") or {}
@@ -400,11 +406,11 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
             yield _Fact(f"  {printable(label)}", _deployment(deployment))
     scores: Mapping[str, Any] = summary.get("scores") or {}
     for name, score in scores.items():
-        yield _Fact(f"score {printable(name)}", _score(score), "bold")
+        yield _Fact(f"score {printable(name)}", figures.score(score), "bold")
     if summary.get("elapsed_s") is not None:
-        yield _Fact("elapsed", _duration(summary["elapsed_s"]))
+        yield _Fact("elapsed", figures.duration(summary["elapsed_s"]))
     rates = [
-        f"{_short(summary[key])} {unit}"
+        f"{figures.short(summary[key])} {unit}"
         for key, unit in (("requests_per_s", "requests/s"), ("tokens_per_s", "tokens/s"))
         if summary.get(key) is not None
     ]
@@ -413,74 +419,21 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     for key, label in (("latency_s", "latency"), ("queue_wait_s", "queue wait")):
         known = {name: value for name, value in (summary.get(key) or {}).items() if value is not None}
         if known:
-            yield _Fact(label, ", ".join(f"{name} {_seconds(value)}" for name, value in known.items()))
+            yield _Fact(label, ", ".join(f"{name} {figures.seconds(value)}" for name, value in known.items()))
     counts = {name: count for name, count in (summary.get("tokens") or {}).items() if count is not None}
     if counts:
         yield _Fact("tokens", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     if "cost_usd" in summary:
-        yield _Fact("cost", _closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")))
+        bounds = summary.get("cost_usd_upper_bound"), summary.get("attempts_without_bound", 0)
+        yield _Fact("cost", figures.closing_cost(summary["cost_usd"], bounds[0], without_bound=bounds[1]))
 
 
 def _deployment(deployment: Mapping[str, Any]) -> str:
     latencies = {name: value for name, value in deployment["latency_s"].items() if value is not None}
     parts = [f"{deployment['answered']:,} answered ({deployment['share']:.0%})"]
-    parts += [f"{name} {_seconds(value)}" for name, value in latencies.items()]
+    parts += [f"{name} {figures.seconds(value)}" for name, value in latencies.items()]
     parts += [f"{deployment[key]:,} {key}" for key in ("failed", "retries") if deployment[key]]
     return ", ".join(parts)
-
-
-def _score(score: float | Mapping[str, Any] | None) -> str:
-    mean, count = (score.get("mean"), score.get("n")) if isinstance(score, Mapping) else (score, None)
-    if mean is None:
-        value = "none"
-    elif 0 <= mean <= 1:
-        value = f"{mean:.1%}"
-    else:
-        value = f"{mean:.4g}"
-    return value if count is None else f"{value} (n = {count:,})"
-
-
-def _closing_cost(known: float | None, upper_bound: float | None) -> str:
-    if known is None:
-        return "unknown"
-    bounded = upper_bound is not None and upper_bound > known
-    return f"{_dollars(known)}, at most {_dollars(upper_bound)}" if bounded and upper_bound else _dollars(known)
-
-
-def _short(value: float) -> str:
-    """Three digits or so: ``0.53``, ``23.1``, ``1.2k``."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size * 0.9995:
-            scaled = value / size
-            return f"{scaled:.1f}{unit}" if scaled < 99.95 else f"{scaled:.0f}{unit}"
-    if value == 0:
-        return "0"
-    if value < 0.995:
-        return f"{value:.2f}"
-    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
-
-
-def _dollars(value: float) -> str:
-    if value == 0:
-        return "$0"
-    if value < 0.0001:
-        return f"${value:.6f}" if value >= 0.000001 else "<$0.000001"
-    return f"${value:.4f}" if value < 1 else f"${value:,.2f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1000:.0f} ms" if value < 0.9995 else f"{value:.2f} s"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02}s"
-    if whole < 86_400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
-    return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"
 
 
 def _note_lines(text: str) -> list[str]:

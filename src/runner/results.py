@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
+from runner.config import TaskKind
 from runner.identity import dump_json
 from runner.store import Store
+from runner.vector import unpack
 
 _CURRENT = """
     FROM rows
@@ -21,78 +24,104 @@ _CURRENT = """
 
 async def result_rows(
     store: Store, *, limit: int | None = None, failed: bool | None = None
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
     ``failed`` leaves only those that failed, or only those that did not.
 
+    What was answered stands under the names of the run's task: ``output_text`` and its like, ``embedding``, or
+    ``text``, ``language`` and ``duration_s``.
+
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
     """
-    samples = int((await store.meta()).get("samples", "1"))
+    meta = await store.meta()
+    samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
     sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
     if limit is not None:
         sql += f" LIMIT {limit:d}"
-    async for record in store.query(sql):
-        yield _result_row(record, samples)
+    async with aclosing(store.query(sql)) as records:
+        async for record in records:
+            yield _result_row(record, samples, task)
 
 
 async def write_jsonl(store: Store, path: Path) -> int:
     """Write the settled rows to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
     count = 0
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         async for row in result_rows(store):
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             count += 1
-    os.replace(partial, path)
     return count
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file as a whole or not at all."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` once it is whole, for its owner only: there are answers in it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # where the disk is full, it would stand in the way
+        raise
 
 
 async def summarize(store: Store) -> dict[str, Any]:
     """The figures of ``summary.json``, from the store alone.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
-    is ``queue_wait_s``, beside it. Rates are answers and tokens per second of all sessions together. Cost and rates
-    count all that was ever answered in this run, the rest what the dataset holds now.
+    is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
+    tokens per second of all sessions together. Cost and rates count all that was ever answered in this run, the rest
+    what the dataset holds now. ``deduplicated`` rows share the answer of another one, ``taken_over`` ones have that of
+    another run.
+
+    What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
+    or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
+    ``attempts_without_bound``, and there is no upper bound.
     """
+    dedupe = (await store.meta()).get("dedupe") == "true"
     totals = await _one(store, _TOTALS)
+    used = await _one(store, _USED)
     spent = await _one(store, _SPENT)
-    attempts = await _one(store, _ATTEMPTS)
     sessions = await _one(store, "SELECT coalesce(sum(last_seen - started_at), 0) AS elapsed_s FROM sessions")
     rows = await _one(store, "SELECT count(*) AS n FROM rows")
     elapsed_s = sessions["elapsed_s"]
-    known_cost = spent["cost_usd"] + attempts["cost_usd"]
-    unknown = spent["unknown_costs"] + attempts["unknown_costs"]
+    measured = (await _one(store, f"SELECT count(*) AS n {_CURRENT} {_MEASURED}"))["n"]
+    is_bounded = not spent["without_bound"]
     return {
         "rows": rows["n"],
         "succeeded": totals["succeeded"],
         "failed": totals["failed"],
         "tokens": {
-            "prompt": totals["prompt"],
-            "completion": totals["completion"],
-            "total": totals["total"],
-            "cached": totals["cached"],
-            "reasoning": totals["reasoning"],
+            "prompt": used["prompt"],
+            "completion": used["completion"],
+            "total": used["total"],
+            "cached": used["cached"],
+            "reasoning": used["reasoning"],
         },
-        "cost_usd": known_cost if spent["priced"] or not spent["answers"] else None,
-        "cost_usd_upper_bound": known_cost + unknown * spent["highest_cost"] if spent["priced"] else None,
-        "attempts_of_unknown_cost": unknown,
+        "cost_usd": spent["cost_usd"] if spent["priced"] or not spent["answers"] or is_bounded else None,
+        "cost_usd_upper_bound": spent["cost_usd"] + spent["bounds_usd"] if is_bounded else None,
+        "attempts_of_unknown_cost": spent["unknown_costs"],
+        "attempts_without_bound": spent["without_bound"],
+        "deduplicated": (await _one(store, _DEDUPLICATED))["n"] if dedupe else 0,
+        "taken_over": totals["taken_over"],
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
         "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
-        "latency_s": await _quantiles(store, "service_time_s", totals["succeeded"]),
-        "queue_wait_s": await _quantiles(store, "queue_wait_s", totals["succeeded"]),
-        "retries": totals["retries"],
+        "latency_s": await _quantiles(store, "service_time_s", measured),
+        "queue_wait_s": await _quantiles(store, "queue_wait_s", measured),
+        "retries": used["retries"],
+        "unparsed": totals["unparsed"],
         "errors": {row["error_type"]: row["n"] async for row in store.query(_ERRORS)},
         "deployments": await _deployments(store, totals["succeeded"]),
         "scores": await _scores(store),
@@ -103,52 +132,71 @@ _TOTALS = f"""
     SELECT
         count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
         count(error_type) AS failed,
+        count(reused_from) AS taken_over,
+        count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
+    {_CURRENT}
+"""
+
+_USED = """
+    SELECT
         coalesce(sum(prompt_tokens), 0) AS prompt,
         coalesce(sum(completion_tokens), 0) AS completion,
         coalesce(sum(total_tokens), 0) AS total,
         coalesce(sum(cached_tokens), 0) AS cached,
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
         coalesce(sum(retries), 0) AS retries
-    {_CURRENT}
+    FROM answers
+    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = answers.content AND rows.occurrence = answers.occurrence)
 """
 
 _SPENT = """
+    WITH attempt (answered, tokens, cost_usd, bound_usd) AS (
+        SELECT error_type IS NULL, total_tokens, cost_usd, cost_bound_usd FROM answers WHERE reused_from IS NULL
+        UNION ALL
+        SELECT FALSE, NULL, cost_usd, cost_bound_usd FROM attempts
+    )
     SELECT
-        count(*) FILTER (WHERE error_type IS NULL) AS answers,
-        coalesce(sum(total_tokens), 0) AS tokens,
+        count(*) FILTER (WHERE answered) AS answers,
+        coalesce(sum(tokens), 0) AS tokens,
         coalesce(sum(cost_usd), 0.0) AS cost_usd,
-        coalesce(max(cost_usd), 0.0) AS highest_cost,
-        count(cost_usd) FILTER (WHERE error_type IS NULL) AS priced,
-        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs
-    FROM answers
+        count(cost_usd) FILTER (WHERE answered) AS priced,
+        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs,
+        count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL) AS without_bound,
+        coalesce(sum(bound_usd) FILTER (WHERE cost_usd IS NULL), 0.0) AS bounds_usd
+    FROM attempt
 """
 
-_ATTEMPTS = """
-    SELECT
-        coalesce(sum(cost_usd), 0.0) AS cost_usd,
-        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs
-    FROM attempts
-"""
+_DEDUPLICATED = "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM (SELECT DISTINCT content FROM rows)) AS n"
+
+_MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
+"""The answers of this run, whose times are its own."""
 
 _ERRORS = (
     f"SELECT error_type, count(*) AS n {_CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
 )
 
 
-def _result_row(record: Any, samples: int) -> dict[str, Any]:
+def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
     details = json.loads(record["details"]) if record["details"] else {}
     details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}
     if samples > 1:
         row["_sample"] = record["position"] % samples
-    row |= {
-        "output_text": record["output_text"],
-        "output_parsed": details.pop("output_parsed", None),
-        "token_usage": _usage(record),
-        "request_id": record["request_id"],
-        "model_id": record["model_id"],
-        "finish_reason": record["finish_reason"],
-        "tool_calls": details.pop("tool_calls", []),
+    usage = {"token_usage": _usage(record), "request_id": record["request_id"], "model_id": record["model_id"]}
+    if task == TaskKind.embed:
+        row |= {"embedding": unpack(record["embedding"]) if record["embedding"] else None, **usage}
+    elif task == TaskKind.transcribe:
+        heard = {name: details.pop(name, None) for name in ("language", "duration_s")}
+        row |= {"text": record["output_text"], **heard, **usage}
+    else:
+        row |= {
+            "output_text": record["output_text"],
+            "output_parsed": details.pop("output_parsed", None),
+            **usage,
+            "finish_reason": record["finish_reason"],
+            "tool_calls": details.pop("tool_calls", []),
+        }
+    return row | {
         **details,
         "error": _error(record),
         "metadata": _fragment(record["metadata"]),
@@ -162,8 +210,8 @@ def _result_row(record: Any, samples: int) -> dict[str, Any]:
             "cost_usd": record["cost_usd"],
             "ttft_s": record["ttft_s"],
         },
+        **({"reused_from": record["reused_from"]} if record["reused_from"] else {}),
     }
-    return row
 
 
 def _usage(record: Any) -> dict[str, Any] | None:
@@ -189,8 +237,8 @@ async def _one(store: Store, sql: str) -> Any:
 
 
 async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
-    """p50, p95 and p99 of a column over the answered rows; SQLite sorts, one row a quantile comes back."""
-    sql = f"SELECT {column} AS value {_CURRENT} WHERE error_type IS NULL ORDER BY {column} LIMIT 1 OFFSET ?"
+    """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
+    sql = f"SELECT {column} AS value {_CURRENT} {_MEASURED} ORDER BY {column} LIMIT 1 OFFSET ?"
     return {
         f"p{percent}": (await _one(store, sql.replace("?", str(round((count - 1) * percent / 100)))))["value"]
         if count

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
 from runner.config import DeploymentConfig, RunnerConfig, replicas
+from runner.digests import Digests
 from runner.errors import (
     AuthenticationError,
     ConnectError,
@@ -24,20 +26,20 @@ from runner.errors import (
     NotFoundError,
     PermissionDeniedError,
     RequestError,
-    RowError,
     StoreError,
     SystemicError,
 )
 from runner.identity import dump_text
-from runner.metrics import Meter, Snapshot
+from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
+from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
-from runner.signals import handled_signals
-from runner.stack import Stack
-from runner.store import Claim, Store
+from runner.scoring import Scorers
+from runner.store import Key, Known, Outcome, Store, Terms
+from runner.task import Asking, Item
 from runner.transports import DIRECT
-from runner.types import Response, Trace
-from runner.workload import ClaimSize, Item, Workload
+from runner.types import Client, Request, Response, Trace
+from runner.workload import ClaimSize
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -55,145 +57,216 @@ Claimed: TypeAlias = tuple[Item, int]
 """An item and its occurrence."""
 
 
+class Asks(Protocol):
+    """What a run asks: a `Workload`, or whatever else has items in an order and a way to ask for them."""
+
+    scorers: Scorers
+
+    @property
+    def task(self) -> Asking: ...
+    @property
+    def response_format(self) -> ResponseFormat | None: ...
+    def count(self) -> int | None: ...
+    def items(self) -> Iterator[Item]: ...
+    async def identified(self, items: Sequence[Item], digests: Digests) -> Sequence[Item]: ...
+
+
 class Run:
     """One invocation of an experiment: takes up what has no answer yet, asks it, saves what comes of it."""
 
     def __init__(
-        self, config: RunnerConfig, workload: Workload, *, client: Stack, store: Store, meter: Meter, window: Window
+        self,
+        config: RunnerConfig,
+        workload: Asks,
+        *,
+        client: Client,
+        store: Store,
+        meter: Meter,
+        window: Window,
+        terms: Terms | None = None,
+        deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
     ) -> None:
         self.stop = Stop()
+        self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._config = config
         self._workload = workload
         self._client = client
+        self._deployments = deployments
         self._store = store
         self._meter = meter
         self._window = window
+        self._terms = terms or Terms(retry_failed=config.retry_failed, scored=bool(workload.scorers))
         self._soft_start = SoftStart(window)
-        self._in_flight: dict[tuple[bytes, int], tuple[asyncio.Task[None], Trace]] = {}
-        self._suspects: list[tuple[Claimed, Trace, RequestError]] = []
+        self._digests = Digests(store, max_bytes=config.task.max_bytes)
+        self._flights: dict[int, _Flight] = {}
+        self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
+        self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
 
     async def settled(self) -> int:
-        """How many rows the store has that need not be asked again, by the dataset as it was last time."""
-        [settled] = [row["n"] async for row in self._store.query(_SETTLED, (not self._config.retry_failed,))]
+        """How many answers the store has that need not be asked for again; exact where they may be all."""
+        sql = _SETTLED if self._config.retry_failed else "SELECT count(*) AS n FROM answers"
+        [settled] = [row["n"] async for row in self._store.query(sql)]
+        if self.total is not None and settled >= self.total:
+            [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
     async def until_done(self) -> None:
-        """Ask until there is nothing left, or `stop` is called; SIGINT and SIGTERM call it."""
-        batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
-        with handled_signals(lambda signum: self._interrupt(signum, batch)):
-            try:
-                await batch
-            except asyncio.CancelledError:
-                if self._interrupted_at is None or _is_cancelled():
-                    raise
-            except (StoreError, DatasetError) as error:
-                self.stop(SystemicError(str(error)))
-            finally:
-                self._soft_start.close()
-                await self._keep_ledger()
+        """Ask until there is nothing left, or `stop` or `interrupt` is called."""
+        self._batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
+        try:
+            await self._batch
+            if self.sharing and self._workload.scorers:
+                await self._score_sharing()
+        except asyncio.CancelledError:
+            if self._interrupted_at is None or _is_cancelled():
+                raise
+        except (StoreError, DatasetError) as error:
+            self.stop(SystemicError(str(error)))
+        finally:
+            self._soft_start.close()
+            await self._keep_ledger()
+
+    def interrupt(self, reason: Interrupted) -> None:
+        """End early: ask nothing more, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
+        loop = asyncio.get_running_loop()
+        self._interrupted_at = loop.time()
+        self.stop(reason)
+        for flight in self._flights.values():
+            if not flight.trace.on_the_wire:
+                flight.task.cancel()
+        if self._batch is not None:
+            loop.call_later(GRACE_S, self._batch.cancel)
+
+    def on_signal(self, signum: int) -> None:
+        """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
+        if self._interrupted_at is None:
+            self.interrupt(Interrupted(signum))
+        elif asyncio.get_running_loop().time() - self._interrupted_at > _ECHO_S:
+            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
+            os._exit(128 + signum)
 
     def snapshot(self) -> Snapshot:
-        several = len(replicas(self._config)) > 1
         return self._meter.snapshot(
             total=self.total,
             in_flight=self._window.active,
             window=self._window.limit,
-            deployments=self._client.deployments() if several else None,
+            deployments=self._deployments() if self._deployments else None,
         )
-
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Have ``listener`` told what somebody who watches the run should know."""
-        self._client.listen(listener)
 
     # Taking up
 
-    async def _claim(self) -> AsyncIterator[Sequence[Claimed]]:
-        """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one."""
+    async def _claim(self) -> AsyncIterator[Sequence[Sequence[Claimed]]]:
+        """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one.
+
+        What is handed on comes in the groups that share a request.
+        """
         items = self._workload.items()
-        size = ClaimSize(self._config.limits.concurrency)
+        group_size = self._workload.task.group_size
+        size = ClaimSize(self._config.limits.concurrency * group_size)
+        todo: list[Claimed] = []
         length = 0
-        while chunk := list(islice(items, size.next())):
-            length = chunk[-1].position + 1
-            claims = [Claim(position=item.position, content=item.content, metadata=item.metadata) for item in chunk]
-            known = await self._store.claim(
-                claims, retry_failed=self._config.retry_failed, scored=bool(self._workload.scorers)
-            )
-            todo: list[Claimed] = []
-            scores: list[tuple[int, str]] = []
-            for item, fact in zip(chunk, known, strict=True):
-                if not fact.answered:
-                    todo.append((item, fact.occurrence))
-                elif fact.unscored_text is not None:
-                    scores.append((item.position, self._score(item, fact.unscored_text)))
-            if scores:
-                await self._store.put_scores(scores)
-            self._meter.reused(len(chunk) - len(todo))
-            yield todo
+        while taken := list(islice(items, size.next())):
+            length = taken[-1].position + 1
+            chunk = await self._workload.identified(taken, self._digests)
+            known = await self._store.claim(chunk, self._terms)
+            await self._score_known(chunk, known)
+            todo += [
+                (item, fact.occurrence)
+                for item, fact in zip(chunk, known, strict=True)
+                if not (fact.answered or fact.shared)
+            ]
+            self.sharing += sum(fact.shared for fact in known)
+            self._meter.reused(sum(fact.answered or fact.shared for fact in known))
+            whole = len(todo) - len(todo) % group_size
+            yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
+            todo = todo[whole:]
+        if todo:
+            yield [todo]
         await self._store.truncate(length)
+
+    async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
+        """Score the answers that are there and have none."""
+        scores = [
+            (item.position, self._score(item, fact.unscored_text))
+            for item, fact in zip(chunk, known, strict=True)
+            if fact.unscored_text is not None
+        ]
+        if scores:
+            await self._store.put_scores(scores)
+
+    async def _score_sharing(self) -> None:
+        """Give rows that share an answer their own scores, now that it is there."""
+        await self._store.flush()
+        terms = Terms(retry_failed=False, scored=True, dedupe=True)
+        items = self._workload.items()
+        while self.stop.reason is None and (taken := list(islice(items, ClaimSize.MOST))):
+            chunk = await self._workload.identified(taken, self._digests)
+            await self._score_known(chunk, await self._store.claim(chunk, terms))
 
     # Asking
 
-    async def _ask(self, claimed: Claimed) -> None:
-        item, occurrence = claimed
-        key = (item.content, occurrence)
-        try:
-            request = self._workload.request(item, lambda attempt: self._store.note_attempt(key, attempt))
-        except RowError as error:
-            await self._store.save(item.position, failure(key, Trace(), error))
+    async def _ask(self, group: Sequence[Claimed]) -> None:
+        """Ask for the items that share a request, and save what comes of each."""
+        for claimed in group:
+            if claimed[0].error is not None:
+                await self._fail([claimed], Trace(), claimed[0].error)
+        usable = [claimed for claimed in group if claimed[0].error is None]
+        if not usable:
             return
-        task = asyncio.current_task()
-        assert task is not None
-        self._in_flight[key] = task, request.trace  # a request that is cancelled stays in it
-        try:
-            response = await self._client.send(request)
-        except RequestError as error:
-            del self._in_flight[key]
-            await self._failed(claimed, request.trace, error)
-        except ItemError as error:
-            del self._in_flight[key]
-            await self._store.save(item.position, failure(key, request.trace, error))
-        else:
-            del self._in_flight[key]
-            await self._answered(claimed, request.trace, response)
+        line = _Line(usable, client=self._client, store=self._store, flights=self._flights, stop=self.stop)
+        async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
+            self._flights.pop(id(settled.trace), None)
+            asked = [usable[place] for place in settled.places]
+            if isinstance(settled.result, ItemError):
+                await self._failed(asked, settled.trace, settled.result)
+            else:
+                await self._answered(asked, settled.trace, settled.result)
 
-    async def _answered(self, claimed: Claimed, trace: Trace, response: Response) -> None:
-        item, occurrence = claimed
+    async def _answered(self, asked: Sequence[Claimed], trace: Trace, responses: Sequence[Response]) -> None:
         self._any_answer = True
         self._soft_start.open()
-        if self._suspects:
+        saved: list[tuple[int, Outcome, str | None]] = []
+        for claimed, response in zip(asked, responses, strict=True):
+            outcome = success(_key(claimed), trace, response, response_format=self._workload.response_format)
+            scores = self._score(claimed[0], outcome.output_text or "") if self._workload.scorers else None
+            saved.append((claimed[0].position, outcome, scores))
+        await self._store.save_all(saved)
+        if self._suspects and self.stop.reason is None:
             await self._clear_suspects()
-        outcome = success((item.content, occurrence), trace, response)
-        scores = self._score(item, outcome.output_text or "") if self._workload.scorers else None
-        await self._store.save(item.position, outcome, scores)
 
-    async def _failed(self, claimed: Claimed, trace: Trace, error: RequestError) -> None:
-        """Save the failure, unless it is one that every row will meet: then the row is not to blame."""
-        patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
-        if isinstance(error, NoDeploymentError):
-            patience = 1  # the router has waited long enough
-        if patience is None:
-            item, occurrence = claimed
-            await self._store.save(item.position, failure((item.content, occurrence), trace, error))
+    async def _failed(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
+        """Save the failure, unless it is one that every request will meet: then the rows are not to blame."""
+        patience = None
+        if isinstance(error, RequestError):
+            patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
+            if isinstance(error, NoDeploymentError) or (
+                isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1
+            ):
+                patience = 1  # it says itself that it is everybody's
+        if patience is None or not isinstance(error, RequestError):
+            await self._fail(asked, trace, error)
             return
-        self._suspects.append((claimed, trace, error))
+        self._suspects.append((asked, trace, error))
         if len(self._suspects) >= patience and self.stop.reason is None:
             self._give_up(trace, error)
 
+    async def _fail(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
+        saved = [(claimed[0].position, failure(_key(claimed), trace, error), None) for claimed in asked]
+        await self._store.save_all(saved)
+
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         way_out = _way_out(error, replicas(self._config).get(trace.deployment))
-        text = str(error).rstrip(".")
-        if not isinstance(error, NoDeploymentError):
-            text = f"{type(error).__name__} on one row after the other: {text}"
-        self.stop(SystemicError(f"{text}. {way_out}."))
+        where = " on one row after the other" if len(self._suspects) > 1 else ""
+        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {way_out}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
         suspects, self._suspects = self._suspects, []
-        for (item, occurrence), trace, error in suspects:
-            await self._store.save(item.position, failure((item.content, occurrence), trace, error))
+        for asked, trace, error in suspects:
+            await self._fail(asked, trace, error)
 
     async def _keep_ledger(self) -> None:
         """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
@@ -203,33 +276,65 @@ class Run:
             if self.stop.reason is None:
                 await self._clear_suspects()
             await self._store.flush()
-            await self._store.note_lost(key for key, (_, trace) in self._in_flight.items() if trace.on_the_wire)
-            for (item, occurrence), trace, error in self._suspects:
-                await self._store.note_attempt((item.content, occurrence), failed_attempt(trace, error))
+            flights = [flight for flight in self._flights.values() if flight.trace.on_the_wire]
+            await self._store.note_lost(key for flight in flights for key in flight.keys)
+            for asked, trace, error in self._suspects:
+                attempt = failed_attempt(trace, error)
+                await self._store.note_attempts(map(_key, asked), attempt)
 
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)
         self._meter.scored(scores)
         return dump_text(scores)
 
-    # Ending early
 
-    def _interrupt(self, signum: int, batch: asyncio.Future[None]) -> None:
-        """Let what is on the wire come in; at a second signal end the process, as what is stored is safe."""
-        loop = asyncio.get_running_loop()
-        if self._interrupted_at is None:
-            self._interrupted_at = loop.time()
-            self.stop(Interrupted(signum))
-            for task, trace in self._in_flight.values():
-                if not trace.on_the_wire:
-                    task.cancel()
-            loop.call_later(GRACE_S, batch.cancel)
-        elif loop.time() - self._interrupted_at > _ECHO_S:
-            print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
-            os._exit(128 + signum)
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A request under way, and whom it asks for."""
+
+    task: asyncio.Task[Any]
+    trace: Trace
+    keys: Sequence[Key]
+
+
+class _Line:
+    """A group's way to the client. What goes wrong on it is entered for every item that was asked for.
+
+    A flight begins with its trace and is removed by whoever settles it: one that is cancelled stays in the books.
+    """
+
+    def __init__(
+        self, group: Sequence[Claimed], *, client: Client, store: Store, flights: dict[int, _Flight], stop: Stop
+    ) -> None:
+        self._group = group
+        self._client = client
+        self._store = store
+        self._flights = flights
+        self._stop = stop
+
+    def trace(self, places: Sequence[int]) -> Trace:
+        keys = [_key(self._group[place]) for place in places]
+        trace = Trace(on_failure=lambda attempt: self._store.note_attempts(keys, attempt))
+        self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
+        return trace
+
+    async def send(self, request: Request) -> Response:
+        return await self._client.send(request)
+
+    async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
+        flight = self._flights.pop(id(trace))
+        if isinstance(error, RequestError):
+            await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
+        if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
+            flight.task.cancel()
+            await asyncio.sleep(0)  # where the cancellation takes effect, not halfway into the next request
 
 
 _SETTLED = """
+    SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
+"""
+
+_SETTLED_ROWS = """
     SELECT count(*) AS n
     FROM rows
     JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
@@ -248,12 +353,24 @@ def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
             base = deployment.api_base
             hint = "" if base is None or base.rstrip("/").endswith("/v1") else f"; perhaps {base.rstrip('/')}/v1"
             return f"Check model={deployment.model} and api_base{hint}"
+        case InsufficientQuotaError() if error.retry_after_s:
+            return "The same command goes on then"
         case InsufficientQuotaError():
             return "Check the account's balance and limits"
     return "Check the server"
 
 
+def _key(claimed: Claimed) -> Key:
+    item, occurrence = claimed
+    return item.content, occurrence
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
 def _is_cancelled() -> bool:
     """Whether somebody cancelled this task itself, and not only what it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return _current_task().cancelling() > 0

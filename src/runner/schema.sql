@@ -14,14 +14,16 @@ CREATE TABLE sessions (
     ended_at   REAL -- NULL: running, or killed
 );
 
--- The dataset as it is now: what is asked at each position.
+-- The dataset as it is now, or as much of it as has been read since it was changed: what is asked at each position.
 CREATE TABLE rows (
     position   INTEGER PRIMARY KEY, -- dataset index × samples + sample
     content    BLOB NOT NULL,       -- 16-byte hash of endpoint, model, input, parameters, schema, sample
-    occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …
+    occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …; 0 where they share
     metadata   TEXT,                -- JSON object of the row's own fields
     scores     TEXT,                -- JSON object, score by scorer; NULL: not scored yet
-    asked_at   REAL                 -- when a session took it up to be asked; NULL: it had an answer
+    asked_at   REAL,                -- when a session took it up to be asked; NULL: it had an answer
+    session    INTEGER,             -- the session that took it up
+    cost_bound_usd REAL             -- the most that one attempt at it costs; NULL: not to be known
 );
 CREATE INDEX rows_by_content ON rows (content);
 
@@ -50,12 +52,16 @@ CREATE TABLE answers (
     service_time_s    REAL NOT NULL,
     end_to_end_s      REAL NOT NULL,
     ttft_s            REAL,
-    cost_usd          REAL     -- NULL: unknown
+    cost_usd          REAL,    -- NULL: unknown
+    cost_bound_usd    REAL,    -- where the cost is unknown: the most that it can be; NULL: not to be known
+    embedding         BLOB,    -- of an embedding: its vector
+    reused_from       TEXT     -- the run that was asked and paid; NULL: this one
 );
 CREATE UNIQUE INDEX answers_by_key ON answers (content, occurrence);
+CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
 
 -- The ledger of every attempt that did not become a row's outcome: those that were retried, failed rows that were
--- taken up again, and those whose answer never came because the process ended.
+-- taken up again, answers that were given up, and those whose answer never came because the process ended.
 CREATE TABLE attempts (
     id             INTEGER PRIMARY KEY,
     content        BLOB NOT NULL,
@@ -64,8 +70,17 @@ CREATE TABLE attempts (
     deployment     TEXT,
     started_at     REAL,
     service_time_s REAL,
-    error_type     TEXT NOT NULL, -- 'Lost': the process ended before the outcome was known
+    error_type     TEXT NOT NULL, -- 'Lost': the process ended before the outcome was known; 'GivenUp': an answer
     error_message  TEXT,
     error_status   INTEGER,
-    cost_usd       REAL           -- NULL: unknown
+    cost_usd       REAL,          -- NULL: unknown
+    cost_bound_usd REAL           -- where the cost is unknown: the most that it can be; NULL: not to be known
 );
+
+-- Files that rows name and that were read to know what they hold, as they were then.
+CREATE TABLE files (
+    path     BLOB PRIMARY KEY, -- absolute, as the file system has it
+    size     INTEGER NOT NULL, -- bytes
+    mtime_ns INTEGER NOT NULL, -- when it was modified, Unix nanoseconds
+    digest   BLOB NOT NULL     -- 16-byte hash of its content
+) WITHOUT ROWID;

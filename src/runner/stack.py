@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from runner.account import Account
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RoutingConfig, SimulatorConfig
-from runner.limiter import Limited, RateLimiter, estimate_of
+from runner.estimate import Estimator
+from runner.limited import Limited
+from runner.limiter import RateLimiter, limits_of
 from runner.metrics import DeploymentSnapshot
 from runner.retry import Retrying
 from runner.router import Circuit, Hedged, Recallable, Replica, Router, strategy_of
+from runner.sharing import open_shared
 from runner.transports import open_transport
-from runner.transports.prices import price_of
-from runner.types import Client, Request, Response, TokenPrice
+from runner.transports.prices import price_for
+from runner.types import Client, Request, Response
 
 
 class Stack:
@@ -34,9 +37,13 @@ class Stack:
         """How each of them does, by label."""
         return self._router.snapshot()
 
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Have ``listener`` told what somebody who watches should know: that all deployments are out, or back."""
-        self._router.listen(listener)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limiters:
+    """What keeps a stack to its limits."""
+
+    of: Mapping[str, RateLimiter]  # each deployment's own, by label
+    account: RateLimiter | None = None  # what holds for all of them together
 
 
 def open_stack(
@@ -48,6 +55,7 @@ def open_stack(
     window: Window,
     routing: RoutingConfig | None = None,
     timeout_s: float | None = None,
+    limiters: Limiters | None = None,
 ) -> Stack:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
 
@@ -56,28 +64,29 @@ def open_stack(
         limits: The account's, which hold for all deployments together; a deployment may have its own beside them.
         window: What a request has a slot of, and gives back while it waits for a retry.
         timeout_s: Seconds that a request may take. None: 600.
+        limiters: What `open_limiters` gave, for stacks that are to keep the limits together.
 
     Raises:
         ConfigError: A deployment cannot be served.
     """
     routing = routing or RoutingConfig()
-    account = RateLimiter.of(limits)
-    alone = len(deployments) == 1 and not any(deployment.limits for deployment in deployments.values())
+    limiters = limiters or open_limiters(deployments, limits)
 
     def replica_of(label: str, deployment: DeploymentConfig) -> Replica:
         own = deployment.limits
         transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
         recall = Recallable(transport) if len(deployments) > 1 else None
-        price = _price_of(deployment, simulator)
-        client: Client = Limited(
-            recall or transport,
-            account if alone else RateLimiter.of(own) if own else RateLimiter(),
-            label=label,
-            price=price,
+        price = price_for(deployment, simulator)
+        estimator = Estimator.of(
+            (own or limits).token_estimates,
+            model=deployment.model,
             default_output_tokens=(own or limits).default_output_tokens,
         )
-        if not alone and any(getattr(limits, key) is not None for key in _QUOTAS):
-            client = Account(client, account, partial(estimate_of, default_output_tokens=limits.default_output_tokens))
+        client: Client = Limited(
+            recall or transport, limiters.of[label], label=label, estimator=estimator, price=price, slot=window
+        )
+        if limiters.account is not None:
+            client = Account(client, limiters.account, estimator=estimator, slot=window)
         return Replica(
             label,
             client,
@@ -98,20 +107,29 @@ def open_stack(
         max_wait_s=routing.max_wait_s,
         is_full=lambda: window.active >= window.limit,
     )
-    client: Client = router
-    if routing.hedge and len(replicas) > 1:
-        client = Hedged(router)
-    client = Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s)
-    return Stack(client, router)
+    client: Client = Hedged(router) if routing.hedge and len(replicas) > 1 else router
+    return Stack(Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s), router)
 
 
-_QUOTAS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
+def open_limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> Limiters:
+    """The limiter of each deployment, and the account's above them.
 
-
-def _price_of(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:
-    if deployment.model.startswith("simulated/"):
-        return TokenPrice(
-            prompt=simulator.usd_per_million_prompt_tokens / 1e6,
-            completion=simulator.usd_per_million_completion_tokens / 1e6,
-        )
-    return price_of(deployment.model)
+    Where there is one deployment without limits of its own, the account's are its own. The account's limiter reads no
+    headers, since they speak of one deployment.
+    """
+    alone = len(deployments) == 1 and not any(deployment.limits for deployment in deployments.values())
+    if alone:
+        only = RateLimiter.of(limits, quota=open_shared(limits, deployments))
+        return Limiters(of=dict.fromkeys(deployments, only))
+    account = None
+    if limits_of(limits):
+        account = RateLimiter.of(limits, reads_headers=False, quota=open_shared(limits, deployments))
+    unlimited = LimitsConfig(header_bucket_scope=limits.header_bucket_scope)
+    own = {label: deployment.limits or unlimited for label, deployment in deployments.items()}
+    return Limiters(
+        of={
+            label: RateLimiter.of(own[label], quota=open_shared(own[label], {label: deployment}))
+            for label, deployment in deployments.items()
+        },
+        account=account,
+    )

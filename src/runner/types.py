@@ -19,6 +19,10 @@ GenerateInput: TypeAlias = str | list[ChatMessage] | dict[str, Any]
 """A prompt, a conversation, or a Responses input ``{"input": …, "instructions": …}``."""
 
 
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""Request parameters that say how long an answer may be, in tokens."""
+
+
 class Endpoint(StrEnum):
     """Which of OpenAI's three text interfaces a generation uses. Names equal values: OmegaConf reads names."""
 
@@ -36,6 +40,11 @@ class TokenUsage:
     total_tokens: int = 0
     reasoning_tokens: int | None = None  # part of completion_tokens
     cached_tokens: int | None = None  # part of prompt_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Another name for `completion_tokens`."""
+        return self.completion_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +104,8 @@ class Trace:
     queue_wait_s: float = 0.0  # waiting for quota, slot or pause, over all attempts; backoff excluded
     service_time_s: float = 0.0  # of the last attempt
     on_the_wire: bool = False  # an attempt was sent, and nothing has come of it yet
-    ttft_s: float | None = None  # time to first token, streamed answers only
+    ttft_s: float | None = None  # time to first token of the last attempt, streamed answers only
+    chunk_times: Sequence[float] = ()  # when each piece of a streamed answer came, seconds after the last attempt began
     deployment: str = ""
     price: TokenPrice | None = None  # of the deployment that answered
     at_once: bool = False  # the attempt that failed last may be followed by another one without a wait
@@ -188,10 +198,11 @@ class Response:
     """What a provider answered."""
 
     output: Generation | Embeddings | Transcript
-    model_id: str  # as the provider names it
+    model_id: str  # as the provider names it, or as it was asked for where the answer names none
     request_id: str | None
     usage: TokenUsage | None  # None: the provider did not say
     headers: Mapping[str, str]  # lower-case names
+    body: Any = field(default=None, repr=False, compare=False)  # the answer, decoded; None where it is not kept
 
 
 class Client(Protocol):
@@ -236,15 +247,21 @@ class GenerationResult:
     finish_reason: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     choices: tuple[dict[str, Any], ...] = ()  # every choice as the provider sent it, where n > 1
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer, a stream put together
     request_id: str | None = None
+    cost: float | None = None  # US dollars, as in `metrics`
     metrics: RequestMetrics | None = None
+
+    def __str__(self) -> str:
+        return self.output_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingResult:
     model_id: str
     embedding: list[float]
-    token_usage: TokenUsage | None = None
+    token_usage: TokenUsage | None = None  # its share of a micro-batch, by length
+    raw_response: Any | None = None  # always None: it would hold the vectors of the whole micro-batch once more
     request_id: str | None = None
     metrics: RequestMetrics | None = None
 
@@ -256,6 +273,7 @@ class TranscriptionResult:
     language: str | None = None
     duration_s: float | None = None
     token_usage: TokenUsage | None = None
+    raw_response: Any | None = field(default=None, repr=False)  # the decoded answer
     request_id: str | None = None
     metrics: RequestMetrics | None = None
 

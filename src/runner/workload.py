@@ -3,52 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from runner.ceiling import Ceiling
 from runner.config import RunnerConfig
 from runner.dataset import Row, count_rows, open_dataset
-from runner.errors import RowError
+from runner.digests import Digests
+from runner.errors import ItemError, RowError
 from runner.identity import ContentHasher, dump_text
-from runner.prompt import PromptBuilder
+from runner.prompt import Ask
+from runner.response_format import ResponseFormat
 from runner.scoring import Scorers
-from runner.types import Attempt, GenerateInput, GenerationRequest, Trace
+from runner.task import Item, task_of
+from runner.types import OUTPUT_LIMITS
 
 _PEEK = 10
 """Rows that are looked at before anything is sent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One thing to ask: a row, or one of its repeats."""
-
-    position: int  # dataset index × samples + sample
-    fields: Mapping[str, Any]  # the row's
-    content: bytes  # identity of what is asked
-    metadata: str  # JSON
-    input: GenerateInput | None  # None: there is an error
-    error: RowError | None = None
 
 
 class Workload:
     """What an experiment asks, read lazily and as often as wanted.
 
     Raises:
-        ConfigError: The templates, the mapper or the scorers cannot be used.
+        ConfigError: The templates, the mapper, the response format or the scorers cannot be used.
     """
 
     def __init__(self, config: RunnerConfig) -> None:
         self.scorers = Scorers(config.scorers)
         self.samples = config.samples
+        self.response_format = None
+        if config.response_format is not None:
+            self.response_format = ResponseFormat.configured(config.response_format)
+            config = replace(config, response_format=self.response_format.schema_param)  # what a name stands for
+        self.task = task_of(config, self.response_format)
+        self._config = config
         self._dataset = config.dataset
-        self._endpoint = config.endpoint
-        self._params = {key: value for key, value in config.request.items() if key != "timeout"}
-        self._build = PromptBuilder(
-            prompt=config.prompt, system=config.system, mapper=config.mapper, endpoint=config.endpoint
-        )
         self._hash = ContentHasher(config)
+        self._ceiling = Ceiling(config)
 
     def check(self) -> None:
         """Look at the first rows.
@@ -58,7 +52,7 @@ class Workload:
             ConfigError: A template or a scorer names a field that none of the first rows has.
         """
         rows = list(islice(open_dataset(self._dataset), _PEEK))
-        self._build.check(rows)
+        self.task.check(rows)
         self.scorers.check({name for row in rows for name in row.fields})
 
     def count(self) -> int | None:
@@ -67,50 +61,83 @@ class Workload:
         return None if rows is None else rows * self.samples
 
     def items(self) -> Iterator[Item]:
-        """The items in the dataset's order."""
+        """The items in the dataset's order. Those with files are not `identified` yet."""
         for row in open_dataset(self._dataset):
             yield from self._items_of(row)
 
-    def request(self, item: Item, on_failure: Callable[[Attempt], Awaitable[None]]) -> GenerationRequest:
-        """The request of ``item``, with a fresh trace.
+    async def identified(self, items: Sequence[Item], digests: Digests) -> Sequence[Item]:
+        """The items with what their files hold in their identity."""
+        paths = {path for item in items for path in item.files}
+        if not paths:
+            return items
+        found = await digests.of(paths)
+        return [self._with_files(item, found) if item.files else item for item in items]
 
-        Raises:
-            RowError: The row cannot be asked.
-        """
+    @property
+    def asks(self) -> str:
+        """What all items have in common, as a hash in hex."""
+        return self._hash.common
+
+    def hasher(self, limits: Mapping[str, Any]) -> ContentHasher:
+        """What the items would be hashed with under other limits on an answer's length."""
+        others = {key: value for key, value in self._config.request.items() if key not in OUTPUT_LIMITS}
+        return ContentHasher(replace(self._config, request={**others, **limits}))
+
+    def content(self, item: Item, hasher: ContentHasher) -> bytes:
+        """The identity of what ``item`` asks, by another hasher than the workload's own."""
+        return hasher(_asked(item), item.position % self.samples)
+
+    def cost_bound(self, item: Item) -> float | None:
+        """The most that one attempt at ``item`` costs, in US dollars; None: not to be known."""
         if item.error is not None:
-            raise item.error
-        assert item.input is not None
-        return GenerationRequest(
-            input=item.input, endpoint=self._endpoint, params=self._params, trace=Trace(on_failure=on_failure)
-        )
+            return 0.0
+        return None if item.files else self._ceiling.usd(item.input)
 
     def _items_of(self, row: Row) -> Iterator[Item]:
-        error = row.error
-        asked, metadata = None, {}
+        error: ItemError | None = row.error
+        ask = Ask(input=None, metadata={})
         if error is None:
             try:
-                ask = self._build(row)
-            except RowError as failure:
+                ask = self.task.ask(row)
+            except ItemError as failure:
                 error = failure
-                metadata = row.fields
-            else:
-                asked, metadata = ask.input, ask.metadata
+                ask = Ask(input=None, metadata=row.fields)
         try:
-            text = dump_text(metadata)
-            contents = [self._hash(asked, sample) for sample in range(self.samples)]
+            text = dump_text(ask.metadata)
+            contents = [self._hash(ask.input, sample) for sample in range(self.samples)]
         except ValueError as failure:
-            error, asked, text = RowError(f"{row.source}: {failure}"), None, "{}"
+            error, ask, text = RowError(f"{row.source}: {failure}"), Ask(input=None, metadata={}), "{}"
         if error is not None:
-            contents = [self._hash(["unusable", str(error)], sample) for sample in range(self.samples)]
+            contents = [self._unusable(error, sample) for sample in range(self.samples)]
         for sample, content in enumerate(contents):
             yield Item(
                 position=row.index * self.samples + sample,
                 fields=row.fields,
                 content=content,
                 metadata=text,
-                input=asked,
+                input=ask.input,
+                files=ask.files,
                 error=error,
             )
+
+    def _with_files(self, item: Item, found: Mapping[str, bytes | ItemError]) -> Item:
+        sample = item.position % self.samples
+        digests: list[bytes] = []
+        for path in item.files:
+            digest = found[path]
+            if isinstance(digest, ItemError):
+                return replace(item, input=None, content=self._unusable(digest, sample), error=digest)
+            digests.append(digest)
+        item = replace(item, digests=tuple(digests))
+        return replace(item, content=self._hash(_asked(item), sample))
+
+    def _unusable(self, error: ItemError, sample: int) -> bytes:
+        return self._hash(["unusable", str(error)], sample)
+
+
+def _asked(item: Item) -> Any:
+    """What is hashed of an item."""
+    return [item.input, [digest.hex() for digest in item.digests]] if item.digests else item.input
 
 
 class ClaimSize:

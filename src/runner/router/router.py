@@ -83,7 +83,6 @@ class Router:
         self._failover = failover
         self._max_wait_s = max_wait_s
         self._is_full = is_full
-        self._listeners: list[Callable[[str], None]] = []
         self._waiting: deque[_Waiter] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -140,10 +139,6 @@ class Router:
         """How the replicas do, by label."""
         answers = sum(replica.answers for replica in self._replicas)
         return {replica.label: replica.snapshot(answers=answers) for replica in self._replicas}
-
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Have ``listener`` told what somebody who watches should know. The log is told in any case."""
-        self._listeners.append(listener)
 
     # Choosing
 
@@ -281,20 +276,15 @@ class Router:
         if self._out_since == since and not self._closed:
             self._told = True
             which = "the deployment is" if len(self._replicas) == 1 else f"all {len(self._replicas)} deployments are"
-            self._tell(
+            logger.warning(
                 f"{which} out, and requests wait for up to {self._patience_s():g} s (routing.max_wait_s):"
                 f" {self._causes()}"
             )
 
-    def _tell(self, text: str) -> None:
-        logger.warning(text)
-        for listener in self._listeners:
-            listener(text)
-
     def _back(self) -> None:
         assert self._out_since is not None
         if self._told:
-            self._tell(f"answers come again, after {time.monotonic() - self._out_since:.0f} s")
+            logger.warning(f"answers come again, after {time.monotonic() - self._out_since:.0f} s")
         self._out_since, self._told = None, False
 
     # What comes of a request
@@ -326,7 +316,7 @@ class Router:
         if len(self._replicas) > 1 or not error.pauses:
             now = time.monotonic()
             if pause_s > LONG_PAUSE_S and replica.paused_until < now + pause_s / 2:
-                self._tell(f"{replica.label} asks for a pause of {pause_s:.0f} s: {error}")
+                logger.warning(f"{replica.label} asks for a pause of {pause_s:.0f} s: {error}")
             replica.pause(pause_s)
 
     # Watching

@@ -59,7 +59,9 @@ class Call:
         if reply.frames is not None:
             return await self._stream(reply.frames, reply.steps // 2, pace, begun, fault)
         await sleep_until(begun + pace.total_s)
-        body = orjson.dumps(reply.document)
+        body = reply.document.encode() if isinstance(reply.document, str) else orjson.dumps(reply.document)
+        if isinstance(reply.document, str):
+            self.headers["content-type"] = "text/plain; charset=utf-8"
         half = body[: len(body) // 2]
         match fault:
             case "reset":

@@ -10,6 +10,7 @@ import wave
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import orjson
@@ -29,7 +30,7 @@ class Reply:
     prompts: Sequence[str]  # what the ledger knows it by
     prompt_tokens: int
     choices: Sequence[Choice] = ()
-    document: Json
+    document: Json | str  # a text is sent as it is
     frames: Iterator[bytes] | None = None  # the document as a stream, in the order of the tokens
 
     @property
@@ -53,8 +54,6 @@ def completions(model: Model, body: Body) -> Reply:
 
 
 def responses(model: Model, body: Body) -> Reply:
-    if body.fields.get("stream"):
-        raise Refusal("The simulator does not stream responses.", param="stream", code="unsupported_value")
     given = body.fields.get("input")
     items = [{"role": "user", "content": given}] if given and isinstance(given, str) else body.required("input", list)
     prompt, prompt_tokens = conversation([*items, {"content": body.fields.get("instructions")}])
@@ -78,7 +77,47 @@ def responses(model: Model, body: Body) -> Reply:
     echoed = {name: body.fields.get(name, default) for name, default in _ECHOED.items()}
     text = {"format": {"type": "text"}, **(body.fields.get("text") or {})}
     document = {**echoed, **head, **state, "text": text, "usage": usage}
-    return Reply(prompts=[prompt], prompt_tokens=prompt_tokens, choices=[choice], document=document)
+    return Reply(
+        prompts=[prompt],
+        prompt_tokens=prompt_tokens,
+        choices=[choice],
+        document=document,
+        frames=_events(document, choice) if body.fields.get("stream") else None,
+    )
+
+
+def _events(document: Json, choice: Choice) -> Iterator[bytes]:
+    """A step for each token of the answer, and one with what ends the stream."""
+    [item] = document["output"]
+    place: Json = {"item_id": item["id"], "output_index": 0}
+    begun = {**document, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
+    before: list[Json] = [{"type": "response.created", "response": begun}]
+    after: list[Json] = []
+    if choice.tool:
+        kind, empty = "response.function_call_arguments", {**item, "arguments": "", "status": "in_progress"}
+        before += [{"type": "response.output_item.added", "output_index": 0, "item": empty}]
+        after += [{"type": f"{kind}.done", **place, "arguments": choice.text}]
+    else:
+        kind, empty = "response.output_text", {**item, "content": [], "status": "in_progress"}
+        place["content_index"] = 0
+        [part] = item["content"]
+        before += [{"type": "response.output_item.added", "output_index": 0, "item": empty}]
+        before += [{"type": "response.content_part.added", **place, "part": {**part, "text": ""}}]
+        after += [{"type": f"{kind}.done", **place, "text": choice.text, "logprobs": []}]
+        after += [{"type": "response.content_part.done", **place, "part": part}]
+    after += [{"type": "response.output_item.done", "output_index": 0, "item": item}]
+    after += [{"type": f"response.{document['status']}", "response": document}]
+    numbers = count()
+    for step in range(choice.tokens):
+        delta = {"type": f"{kind}.delta", **place, "delta": choice.piece(step)}
+        yield b"".join(_event(event, next(numbers)) for event in (*before, delta))
+        before = []
+    yield b"".join(_event(event, next(numbers)) for event in after)
+
+
+def _event(event: Json, number: int) -> bytes:
+    data = orjson.dumps({**event, "sequence_number": number})
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
 
 
 # What a response repeats of its request, and what it says where the request is silent.
@@ -107,6 +146,9 @@ def transcriptions(model: Model, body: Body) -> Reply:
     choice, duration_s = model.answer(body, name), _duration_s(data)
     heard = math.ceil(duration_s * 10)  # audio tokens, ten a second
     document: Json = {"text": choice.text}
+    if layout in _LAYOUTS:
+        text = _LAYOUTS[layout](choice.text, duration_s)
+        return Reply(prompts=[name], prompt_tokens=heard, choices=[choice], document=text)
     if layout == "json":
         counts = {"input_tokens": heard, "output_tokens": choice.tokens, "total_tokens": heard + choice.tokens}
         details = {"text_tokens": 0, "audio_tokens": heard}
@@ -120,6 +162,22 @@ def transcriptions(model: Model, body: Body) -> Reply:
     else:
         raise Refusal(f"The simulator does not write {layout!r}.", param="response_format", code="unsupported_value")
     return Reply(prompts=[name], prompt_tokens=heard, choices=[choice], document=document)
+
+
+def _srt(text: str, duration_s: float) -> str:
+    return f"1\n{_clock(0, ',')} --> {_clock(duration_s, ',')}\n{text}\n\n"
+
+
+def _vtt(text: str, duration_s: float) -> str:
+    return f"WEBVTT\n\n{_clock(0, '.')} --> {_clock(duration_s, '.')}\n{text}\n\n"
+
+
+_LAYOUTS: dict[str, Callable[[str, float], str]] = {"text": lambda text, _: f"{text}\n", "srt": _srt, "vtt": _vtt}
+
+
+def _clock(seconds: float, point: str) -> str:
+    whole, thousandths = divmod(round(seconds * 1000), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{thousandths:03}"
 
 
 def _duration_s(audio: bytes) -> float:

@@ -31,7 +31,7 @@ class Simulator:
     """A simulated provider that listens from `start` (or ``async with``) to `aclose`.
 
     Below ``/v1`` it serves ``models`` (any other name is served too), ``chat/completions``, ``completions``,
-    ``responses`` (not streamed), ``embeddings`` and ``audio/transcriptions``. Beside it:
+    ``responses``, ``embeddings`` and ``audio/transcriptions``. Beside it:
 
     - ``GET /ledger``: what came and went since the start or the last ``POST /ledger/reset``; see `Ledger`.
     - ``GET /ledger/requests`` and ``/ledger/prompts``: ``{hash of the body, or user's text: {asked, answered}}``.

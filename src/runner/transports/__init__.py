@@ -50,7 +50,8 @@ def open_transport(
     timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
     prefix, _, model = deployment.model.partition("/")
     provider = DIRECT.get(prefix)
-    if prefix == "simulated" and base_of(deployment) is None:
+    api_base = base_of(deployment)
+    if prefix == "simulated" and api_base is None:
         from runner.transports.simulated import SimulatedTransport
 
         return SimulatedTransport(
@@ -72,7 +73,6 @@ def open_transport(
         raise ConfigError(
             f"transport=direct does not speak to {prefix!r}: it serves {', '.join(DIRECT)}; use transport=auto"
         )
-    api_base = base_of(deployment)
     if api_base is None:
         raise ConfigError(
             f"model={deployment.model!r} needs the server's address: api_base=http://HOST:PORT/v1"

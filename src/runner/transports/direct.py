@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -11,12 +14,16 @@ import aiohttp
 
 from runner import errors
 from runner.transports import wire
-from runner.types import Request, Response
-
-MAX_RESPONSE_BYTES = 64 * 2**20
-"""A larger answer is refused: no model writes so much, but a broken server does."""
+from runner.transports.deadlines import Deadlines
+from runner.transports.locality import warn_of_plain_http
+from runner.transports.stream import Stream
+from runner.types import GenerationRequest, Request, Response
 
 _READ_BUFFER = 2**20  # aiohttp's default of 64 KiB halves the speed of long answers
+_LARGE_BODY = 2**20  # what aiohttp writes in pieces, if it is given a file
+_LINGER_S = 0.2  # how long an answer that is over may take to end, for the sake of its connection
+
+_NO_TIMEOUT = aiohttp.ClientTimeout()  # `Deadlines` is cheaper
 
 
 class DirectTransport:
@@ -31,6 +38,9 @@ class DirectTransport:
         params: LiteLLM keyword arguments added to every request, under its own.
         timeout_s: How long a request may take, from sending to the last byte.
         max_response_bytes: Larger answers are refused with an `APIResponseError`.
+
+    Raises:
+        ConfigError: There is a user in ``api_base`` and a key beside it.
     """
 
     def __init__(
@@ -41,58 +51,100 @@ class DirectTransport:
         api_key: str | None = None,
         params: Mapping[str, Any] | None = None,
         timeout_s: float = 600.0,
-        max_response_bytes: int = MAX_RESPONSE_BYTES,
+        max_response_bytes: int = wire.MAX_RESPONSE_BYTES,
     ) -> None:
         self._model = model
         self._base = api_base.rstrip("/")
-        self._headers = {"content-type": "application/json", "accept-encoding": "gzip, identity"}
+        self._where = wire.address(self._base)
+        self._headers = {"accept-encoding": "gzip, identity", "content-type": "application/json"}
         self._secrets = [api_key] if api_key else []
+        if api_key and "@" in urlsplit(self._base).netloc:
+            raise errors.ConfigError(f"api_base={self._where} holds a user, and there is a key: leave one of them out")
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._params = dict(params or {})
         self._timeout_s = timeout_s
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._deadlines = Deadlines()
         self._max_response_bytes = max_response_bytes
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
 
     async def send(self, request: Request) -> Response:
         params = {**self._params, **request.params} if self._params else request.params
-        path, body = wire.encode(request, self._model, params)
-        headers = self._headers
-        extra = params.get("extra_headers")
-        if extra:
-            headers = {**headers, **{name.lower(): str(value) for name, value in extra.items()}}
-        status, payload, answer_headers = await self._post(path, body, headers, request.timeout_s)
-        if status != 200:
-            raise wire.error_from(status, wire.redacted(payload, self._secrets), answer_headers)
-        return wire.decode(request, payload, {name.lower(): value for name, value in answer_headers.items()})
+        call = wire.encode(request, self._model, params)
+        headers = self._headers_of(call, params)
+        timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
+        stream = None
+        if call.streamed and isinstance(request, GenerationRequest):
+            stream = Stream(request, choices=params.get("n"))
+        try:
+            status, payload, answer_headers = await self._post(call, headers, timeout_s, stream)
+            if status != 200:
+                raise wire.error_from(status, wire.redacted(payload or b"", self._secrets_in(params)), answer_headers)
+            answer_headers = {name.lower(): value for name, value in answer_headers.items()}
+            if payload is None and stream is not None:
+                return wire.response_from(request, stream.body(), answer_headers, model=self._model)
+            return wire.decode(request, payload or b"", answer_headers, model=self._model)
+        except errors.RequestError as error:
+            raise wire.without_secrets(error, self._secrets_in(params)) from None
 
     async def aclose(self) -> None:
         self._closed = True
+        self._deadlines.close()
         if self._session is not None:
             await self._session.close()
 
+    def _headers_of(self, call: wire.Call, params: Mapping[str, Any]) -> Mapping[str, str]:
+        headers = self._headers
+        if call.streamed:  # what is packed comes late
+            headers = {**headers, "accept-encoding": "identity"}
+        if call.content_type != headers["content-type"]:
+            headers = {**headers, "content-type": call.content_type}
+        if extra := params.get("extra_headers"):
+            headers = {**headers, **{name.lower(): str(value) for name, value in extra.items()}}
+        return headers
+
+    def _secrets_in(self, params: Mapping[str, Any]) -> list[str]:
+        """What no message may hold: the key, and what was sent in its place."""
+        return self._secrets + [
+            str(value).split()[-1] for value in (params.get("extra_headers") or {}).values() if value
+        ]
+
     async def _post(
-        self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float | None
-    ) -> tuple[int, bytes, Mapping[str, str]]:
-        """Send, and read the whole answer. Redirects are not followed, so that the key stays with its host."""
+        self, call: wire.Call, headers: Mapping[str, str], timeout_s: float, stream: Stream | None
+    ) -> tuple[int, bytes | None, Mapping[str, str]]:
+        """Send, and read the whole answer: status, body (None: it is in ``stream``) and headers.
+
+        Redirects are not followed, so that the key stays with its host. A stream that breaks after its answer was
+        whole is no loss.
+        """
         session = self._session or self._connect()
-        timeout = self._timeout if timeout_s is None else aiohttp.ClientTimeout(total=timeout_s)
+        data = io.BytesIO(call.body) if len(call.body) > _LARGE_BODY else call.body
+        answer_headers: Mapping[str, str] = {}
         try:
-            async with session.post(
-                self._base + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
-            ) as answer:
-                return answer.status, await self._read(answer), answer.headers
+            with self._deadlines.within(timeout_s):
+                async with session.post(
+                    self._base + call.path, data=data, headers=headers, timeout=_NO_TIMEOUT, allow_redirects=False
+                ) as answer:
+                    answer_headers = answer.headers
+                    if stream is None or answer.status != 200:
+                        return answer.status, await self._read(answer), answer_headers
+                    await self._follow(answer, stream)
         except TimeoutError:
-            waited = self._timeout_s if timeout_s is None else timeout_s
-            raise errors.Timeout(f"no answer from {self._base} within {waited:g} s") from None
+            failure: errors.RequestError = errors.Timeout(f"no answer from {self._where} within {timeout_s:g} s")
         except aiohttp.ClientConnectorError as error:
-            raise errors.ConnectError(f"cannot connect to {self._base}: {error.strerror or error}") from None
+            failure = errors.ConnectError(f"cannot connect to {self._where}: {error.strerror or error}")
         except (aiohttp.ClientError, OSError) as error:
-            raise errors.APIConnectionError(
-                f"the connection to {self._base} broke before the answer was whole ({type(error).__name__})"
-            ) from None
+            failure = errors.APIConnectionError(
+                f"the connection to {self._where} broke before the answer was whole ({type(error).__name__})"
+            )
+        except errors.RequestError as error:
+            failure = error
+        else:
+            return 200, None, answer_headers
+        if stream is not None and stream.is_whole:
+            return 200, None, answer_headers
+        raise failure
 
     async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
         """The body, unless it is larger than allowed; a compressed one counts as what it unpacks to."""
@@ -103,18 +155,37 @@ class DirectTransport:
         size = 0
         async for part in answer.content.iter_any():
             size += len(part)
-            if size > self._max_response_bytes:
-                answer.close()
-                raise errors.APIResponseError(
-                    f"the answer of {self._base} is larger than {self._max_response_bytes:,} bytes",
-                    status=answer.status,
-                )
+            self._check_size(size, answer)
             parts.append(part)
         return b"".join(parts)
+
+    async def _follow(self, answer: aiohttp.ClientResponse, stream: Stream) -> None:
+        """Feed the stream until it is over."""
+        size = 0
+        async for part in answer.content.iter_any():
+            size += len(part)
+            self._check_size(size, answer)
+            stream.feed(part)
+            if stream.is_over:
+                break
+        stream.end()
+        if not answer.content.at_eof():
+            # Its end is on the way, and lets the connection be used again.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    await answer.content.readany()
+
+    def _check_size(self, size: int, answer: aiohttp.ClientResponse) -> None:
+        if size > self._max_response_bytes:
+            answer.close()
+            raise errors.APIResponseError(
+                f"the answer of {self._where} is larger than {self._max_response_bytes:,} bytes", status=answer.status
+            )
 
     def _connect(self) -> aiohttp.ClientSession:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._base)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
             read_bufsize=_READ_BUFFER,

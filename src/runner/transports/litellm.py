@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -18,10 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from runner import errors
 from runner.transports import wire
-from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response
+from runner.transports.form import media_type
+from runner.transports.locality import warn_of_plain_http
+from runner.transports.stream import Stream
+from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response, TranscriptionRequest
 
 if TYPE_CHECKING:
     import httpx
+
+    from runner.transports.guard import Exchange
 
 _BY_NAME: dict[str, type[errors.RequestError]] = {
     "APIConnectionError": errors.APIConnectionError,
@@ -32,6 +38,7 @@ _BY_NAME: dict[str, type[errors.RequestError]] = {
     "ContentPolicyViolationError": errors.ContentPolicyViolationError,
     "ContextWindowExceededError": errors.ContextWindowExceededError,
     "InternalServerError": errors.InternalServerError,
+    "MidStreamFallbackError": errors.APIResponseError,
     "NotFoundError": errors.NotFoundError,
     "PaymentRequiredError": errors.InsufficientQuotaError,
     "PermissionDeniedError": errors.PermissionDeniedError,
@@ -68,6 +75,7 @@ class LiteLLMTransport:
         api_key: The key; None for the environment variable that LiteLLM reads for this provider.
         params: LiteLLM keyword arguments added to every request, under its own.
         timeout_s: How long a request may take, from sending to the last byte.
+        max_response_bytes: Larger answers are refused with an `APIResponseError`.
 
     Raises:
         ConfigError: There is no such provider, or its key is nowhere to be found.
@@ -81,6 +89,7 @@ class LiteLLMTransport:
         api_key: str | None = None,
         params: Mapping[str, Any] | None = None,
         timeout_s: float = 600.0,
+        max_response_bytes: int = wire.MAX_RESPONSE_BYTES,
     ) -> None:
         self._litellm = _import_litellm()
         self._model = model
@@ -90,6 +99,7 @@ class LiteLLMTransport:
         self._fixed |= {"api_base": api_base} if api_base else {}
         self._fixed |= {"api_key": api_key} if api_key else {}
         self._timeout_s = timeout_s
+        self._max_response_bytes = max_response_bytes
         self._closed = False
         _check_provider(self._litellm, model)
         if not {"api_base", "api_key"} & (self._fixed.keys() | self._params.keys()):
@@ -101,16 +111,37 @@ class LiteLLMTransport:
     async def send(self, request: Request) -> Response:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._fixed.get("api_base", ""))
         ask, fields = self._call(request)
+        params = self._params_of(request)
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
-        options = {**fields, **self._params, **request.params, **self._fixed, "timeout": timeout_s}
+        options = {**fields, **params, **self._fixed, "timeout": timeout_s}
+        stream = None
+        if params.get("stream") and isinstance(request, GenerationRequest):
+            stream = Stream(request, choices=params.get("n"))
+        from runner.transports.guard import Exchange, exchange
+
+        ours = Exchange(max_response_bytes=self._max_response_bytes, watch=stream.feed if stream else None)
         outer = sys.exception()
+        answer: Any = None
+        with exchange(ours):
+            try:
+                async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer
+                    answer = await ask(**options)
+                    if stream is not None:
+                        await _follow(answer, stream, ours)
+            except errors.RequestError as error:  # of the stream
+                raise wire.without_secrets(error, self._secrets) from None
+            except Exception as error:
+                if stream is None or not stream.is_whole:
+                    raise self._translated(error, list(_causes(error, outer)), timeout_s) from None
         try:
-            async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer
-                answer = await ask(**options)
-        except Exception as error:
-            raise self._translated(error, list(_causes(error, outer)), timeout_s) from None
-        return wire.response_from(request, _body(answer), _headers(answer))
+            body = _body(answer) if stream is None else stream.body()
+            return wire.response_from(
+                request, body, _headers(answer, ours.headers), model=self._model.partition("/")[2]
+            )
+        except errors.RequestError as error:
+            raise wire.without_secrets(error, self._secrets) from None
 
     async def aclose(self) -> None:
         self._closed = True
@@ -120,14 +151,41 @@ class LiteLLMTransport:
         """LiteLLM's function for ``request``, and its arguments that hold the input."""
         if isinstance(request, EmbeddingRequest):
             return self._litellm.aembedding, {"input": list(request.texts)}
-        if not isinstance(request, GenerationRequest):
-            raise TypeError(f"{type(request).__name__} is not sent through LiteLLM")
+        if isinstance(request, TranscriptionRequest):
+            file = (request.filename, io.BytesIO(request.audio), media_type(request.filename))
+            return self._litellm.atranscription, {"file": file}
+        assert isinstance(request, GenerationRequest)
         functions = {
             Endpoint.chat_completion: self._litellm.acompletion,
             Endpoint.text_completion: self._litellm.atext_completion,
             Endpoint.responses: self._litellm.aresponses,
         }
         return functions[request.endpoint], wire.input_fields(request)
+
+    def _params_of(self, request: Request) -> dict[str, Any]:
+        try:
+            params = wire.native_params(request, {**self._params, **request.params})
+            endpoint = request.endpoint if isinstance(request, GenerationRequest) else None
+            if endpoint is Endpoint.text_completion and "response_format" in params and self._has_completions():
+                # OpenAI's SDK, which LiteLLM uses for these, knows no such argument.
+                layout = params.pop("response_format")
+                params["extra_body"] = {"response_format": layout, **(params.get("extra_body") or {})}
+        except (TypeError, ValueError) as error:
+            raise errors.RowError(f"the request cannot be written: {error}") from None
+        if endpoint is Endpoint.responses and params.get("stream"):
+            self._allow_streams()
+        return params
+
+    def _has_completions(self) -> bool:
+        """Whether the provider has an interface for completions. LiteLLM sends others a chat."""
+        return self._provider in ("openai", *self._litellm.openai_text_completion_compatible_providers)
+
+    def _allow_streams(self) -> None:
+        """Make the model known: LiteLLM asks those that are not for the whole answer, and makes a stream of it."""
+        try:
+            self._litellm.get_model_info(self._model)
+        except Exception:
+            self._litellm.register_model({self._model: {"litellm_provider": self._provider, "mode": "chat"}})
 
     def _translated(
         self, error: Exception, causes: Sequence[BaseException], timeout_s: float
@@ -139,14 +197,16 @@ class LiteLLMTransport:
         """
         import httpx
 
-        where = self._fixed.get("api_base") or self._provider
+        where = wire.address(self._fixed.get("api_base") or self._provider)
         for cause in causes:
+            if isinstance(cause, errors.RequestError):  # by the guard, or of a stream
+                return wire.without_secrets(cause, self._secrets)
             if isinstance(cause, httpx.HTTPStatusError):
                 return self._refusal(cause.response, _kind_of(error))
             if isinstance(cause, (TimeoutError, httpx.TimeoutException)):
                 return errors.Timeout(f"no answer from {where} within {timeout_s:g} s")
             if isinstance(cause, httpx.RequestError):
-                if _never_connected(cause):
+                if isinstance(cause, httpx.ConnectError):
                     return errors.ConnectError(f"cannot connect to {where}: {self._words(cause)}")
                 return errors.APIConnectionError(
                     f"the connection to {where} broke before the answer was whole ({self._words(cause)})"
@@ -159,6 +219,8 @@ class LiteLLMTransport:
                 return wire.error_from(None, {"error": {"code": cause.status_code, "message": self._words(cause)}}, {})
             if isinstance(cause, json.JSONDecodeError) or getattr(cause, "status_code", None) == 200:
                 return self._no_answer(cause)
+            if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):  # of a provider's SDK
+                return errors.BadRequestError(f"not sent: {self._words(cause)}")
             if kind in _VAGUE and (isinstance(cause, _UNREADABLE) or type(cause) is Exception):
                 words = f"{type(cause).__name__}: {self._words(cause)}"
                 return errors.APIResponseError(f"LiteLLM cannot read the server's answer ({words})")
@@ -220,7 +282,6 @@ class _Connections:
             # connection for each text completion, and leaves it open.
             handler = importlib.import_module("litellm.llms.custom_httpx.http_handler").AsyncHTTPHandler()
             self._session = litellm.aclient_session = handler.client
-            self._session.follow_redirects = False
 
     async def leave(self, user: LiteLLMTransport, litellm: Any) -> None:
         self._users.discard(user)
@@ -229,6 +290,8 @@ class _Connections:
         if self._session is not None:
             await self._session.aclose()
             self._session = litellm.aclient_session = None
+        if (shared := vars(litellm).get("module_level_aclient")) is not None:  # made at its first use
+            await shared.close()
         await litellm.close_litellm_async_clients()
         litellm.in_memory_llm_clients_cache.flush_cache()
 
@@ -244,8 +307,10 @@ def _import_litellm() -> Any:
     litellm: Any = importlib.import_module("litellm")
     litellm.suppress_debug_info = True
     warnings.filterwarnings("ignore", r"Item '\w+' on TypedDict class", UserWarning)  # its types, when first used
+    warnings.filterwarnings("ignore", "Pydantic serializer warnings", UserWarning)  # its logs of an odd answer
     # A request that is cancelled while a thread prepares it leaves a coroutine that was not begun. Nothing is lost.
     warnings.filterwarnings("ignore", r"coroutine '\w+\.\w*completion\w*' was never awaited", RuntimeWarning)
+    _guard_connections()
     worker = importlib.import_module("litellm.litellm_core_utils.logging_worker").GLOBAL_LOGGING_WORKER
     worker.ensure_initialized_and_enqueue = _discard
     if importlib.util.find_spec("mcp") is None:
@@ -257,6 +322,15 @@ def _import_litellm() -> Any:
         stub.__dict__["LiteLLM_Proxy_MCP_Handler"] = gateway
         sys.modules.setdefault(name, stub)
     return litellm
+
+
+def _guard_connections() -> None:
+    import httpx
+
+    from runner.transports.guard import guard
+
+    guard(importlib.import_module("litellm.llms.custom_httpx.aiohttp_transport").LiteLLMAiohttpTransport)
+    guard(httpx.AsyncHTTPTransport)  # for those who switch the former off
 
 
 def _discard(async_coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -299,22 +373,37 @@ def _kind_of(error: BaseException) -> type[errors.RequestError] | None:
     return next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
 
 
-def _never_connected(error: httpx.RequestError) -> bool:
-    """Whether ``error`` means that nothing was sent. LiteLLM takes a reset of an open connection for the same."""
-    import aiohttp
-    import httpx
+async def _follow(answer: Any, stream: Stream, ours: Exchange) -> None:
+    """Wait for the end of a stream that the guard feeds, where the provider's wire is OpenAI's.
 
-    reason = error.__cause__
-    return isinstance(error, httpx.ConnectError) and (
-        isinstance(reason, aiohttp.ClientConnectorError)
-        or not isinstance(reason, (aiohttp.ClientError, asyncio.CancelledError))
-    )
+    LiteLLM's own pieces are taken where it is another's. They are the second choice: LiteLLM leaves out what it cannot
+    read, and gives a stream that broke off a good end.
+    """
+    has_own_wire = None
+    try:
+        async for piece in answer:
+            if has_own_wire is None:
+                has_own_wire = not stream.has_begun
+            if has_own_wire:
+                stream.add(piece.model_dump(mode="json", warnings=False))
+        if has_own_wire and not stream.has_events and _is_text(ours.headers):
+            if stream.has_content:
+                stream.forget_times()  # the answer came whole, and LiteLLM has cut it up
+            else:
+                stream.read_whole()  # and LiteLLM found nothing in it
+        stream.end()
+    finally:
+        if hasattr(answer, "aclose"):
+            await answer.aclose()
+
+
+def _is_text(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is JSON, or text of any kind, and no provider's own kind of stream."""
+    return headers.get("content-type", "").startswith(("text/", "application/json"))
 
 
 def _body(answer: Any) -> Any:
     """LiteLLM's answer in the shape of OpenAI's, as a server would have sent it."""
-    if not hasattr(answer, "model_dump"):  # a stream
-        return answer
     body = answer.model_dump(warnings=False)
     for choice in body.get("choices") or ():
         message = choice.get("message")
@@ -323,15 +412,14 @@ def _body(answer: Any) -> Any:
     return body
 
 
-def _headers(answer: Any) -> dict[str, str]:
-    """The provider's headers, where LiteLLM passes them on."""
-    hidden = getattr(answer, "_hidden_params", None) or {}
-    headers = hidden.get("headers")
-    if headers is None:
-        passed_on = hidden.get("additional_headers") or {}
-        headers = {
+def _headers(answer: Any, seen: Mapping[str, str]) -> dict[str, str]:
+    """The provider's headers: as they were seen, or as LiteLLM passes them on from an SDK of the provider's own."""
+    headers = seen
+    if not headers:
+        hidden = getattr(answer, "_hidden_params", None) or {}
+        headers = hidden.get("headers") or {
             name.removeprefix(_PROVIDER_HEADER): value
-            for name, value in passed_on.items()
+            for name, value in (hidden.get("additional_headers") or {}).items()
             if name.startswith(_PROVIDER_HEADER)
         }
     return {name.lower(): str(value) for name, value in headers.items()}

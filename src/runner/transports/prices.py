@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from runner.config import DeploymentConfig, SimulatorConfig
 from runner.types import TokenPrice
 
 PRICE_MAP = "model_prices_and_context_window_backup.json"
@@ -24,6 +25,17 @@ class Listing(NamedTuple):
 
     provider: str
     price: TokenPrice
+    max_output_tokens: int | None  # None: the map does not say
+
+
+def price_for(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:
+    """What a deployment charges, or None where that is unknown."""
+    if deployment.model.startswith("simulated/"):
+        return TokenPrice(
+            prompt=simulator.usd_per_million_prompt_tokens / 1e6,
+            completion=simulator.usd_per_million_completion_tokens / 1e6,
+        )
+    return price_of(deployment.model)
 
 
 def price_of(model: str) -> TokenPrice | None:
@@ -32,14 +44,14 @@ def price_of(model: str) -> TokenPrice | None:
     ``openai/gpt-4.1-mini`` is looked up as it is written, then as ``gpt-4.1-mini``, which counts only if it is a model
     of the same provider. Prices are those of the standard tier: no surcharge for long prompts, no batch discount.
     """
-    listed = price_map()
-    found = listed.get(model)
-    if found is None:
-        prefix, _, name = model.partition("/")
-        found = listed.get(name)
-        if found is None or not _serves(found.provider, prefix):
-            return None
-    return found.price
+    found = _listing(model)
+    return found.price if found else None
+
+
+def max_output_tokens_of(model: str) -> int | None:
+    """The longest answer of a LiteLLM model string, found as `price_of` finds its price; None: unknown."""
+    found = _listing(model)
+    return found.max_output_tokens if found else None
 
 
 @functools.cache
@@ -56,10 +68,20 @@ def price_map() -> Mapping[str, Listing]:
         _log.warning("costs are unknown: LiteLLM's price map cannot be read (%s)", error)
         return {}
     return {
-        model: Listing(str(entry.get("litellm_provider")), price)
+        model: Listing(str(entry.get("litellm_provider")), price, _count(entry.get("max_output_tokens")))
         for model, entry in items
         if isinstance(entry, dict) and (price := _price(entry)) is not None
     }
+
+
+def _listing(model: str) -> Listing | None:
+    listed = price_map()
+    found = listed.get(model)
+    if found is not None:
+        return found
+    prefix, _, name = model.partition("/")
+    found = listed.get(name)
+    return found if found is not None and _serves(found.provider, prefix) else None
 
 
 def _price(entry: dict[str, Any]) -> TokenPrice | None:
@@ -77,6 +99,10 @@ def _amount(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _serves(provider: str, prefix: str) -> bool:

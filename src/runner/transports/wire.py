@@ -1,20 +1,28 @@
 """OpenAI's wire format: requests to bodies, bodies to responses, failures to the error tree. No I/O.
 
+What comes in pieces is put together by `runner.transports.stream`, and read here as if it had come in one.
+
 Servers are untrusted: whatever a body holds, decoding ends in a `Response` or in an error of the tree, and an answer
 that was paid for is not lost over a missing or odd detail. Shapes follow https://platform.openai.com/docs/api-reference.
 """
 
 from __future__ import annotations
 
+import binascii
 import json
+import math
+import sys
 import time
+from array import array
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import orjson
 
 from runner import errors
 from runner.quota import retry_after_s
+from runner.transports.form import encode_form, form_fields
 from runner.types import (
     EmbeddingRequest,
     Embeddings,
@@ -25,7 +33,12 @@ from runner.types import (
     Response,
     TokenUsage,
     ToolCall,
+    Transcript,
+    TranscriptionRequest,
 )
+
+MAX_RESPONSE_BYTES = 64 * 2**20
+"""A larger answer is refused: no model writes so much, but a broken server does."""
 
 PATHS = {
     Endpoint.chat_completion: "/chat/completions",
@@ -66,6 +79,7 @@ _BY_CODE: dict[str, type[errors.RequestError]] = {
     "insufficient_quota": errors.InsufficientQuotaError,
     "billing_hard_limit_reached": errors.InsufficientQuotaError,
     "billing_not_active": errors.InsufficientQuotaError,
+    "rate_limit_exceeded": errors.RateLimitError,
     "context_length_exceeded": errors.ContextWindowExceededError,
     "string_above_max_length": errors.ContextWindowExceededError,
     "content_filter": errors.ContentPolicyViolationError,
@@ -82,6 +96,9 @@ _CONTEXT_WORDS = (
     "prompt is too long",
 )
 
+UNREADABLE = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+"""What reading a body ends in that is not of the shape it should have."""
+
 _LARGEST_COUNT = 2**48
 """A larger number of tokens is nonsense, and larger than a database's integers before long."""
 
@@ -89,61 +106,113 @@ _LONGEST_MESSAGE = 2000
 _SHORTEST_SECRET = 12
 
 
-def encode(request: Request, model: str, params: Mapping[str, Any]) -> tuple[str, bytes]:
-    """The path below ``/v1`` and the JSON body of ``request`` for ``model``, with ``params`` in it."""
-    if isinstance(request, GenerationRequest):
-        body = {"model": model, **input_fields(request)}
-        path = PATHS[request.endpoint]
-    elif isinstance(request, EmbeddingRequest):
-        body = {"model": model, "input": list(request.texts)}
-        path = "/embeddings"
-    else:
-        raise TypeError(f"{type(request).__name__} has no JSON form")
+_JSON = "application/json"
+
+
+class Call(NamedTuple):
+    """A request as it is sent."""
+
+    path: str  # below /v1
+    body: bytes
+    content_type: str = _JSON
+    streamed: bool = False  # the answer comes in pieces
+
+
+def encode(request: Request, model: str, params: Mapping[str, Any]) -> Call:
+    """``request`` for ``model``, with ``params`` in its body.
+
+    Raises:
+        RowError: A parameter, or the input, cannot be written in a body.
+    """
     try:
-        if params:
-            for key, value in params.items():
-                if key not in NOT_IN_BODY:
-                    body[key] = value
-            body.update(params.get("extra_body") or {})
-        return path, orjson.dumps(body)
+        extra = params.get("extra_body")
+        fields = {key: value for key, value in params.items() if key not in NOT_IN_BODY}
+        fields = native_params(request, {**fields, **extra} if extra else fields)
+        if isinstance(request, GenerationRequest):
+            body = {"model": model, **input_fields(request), **fields}
+            return Call(PATHS[request.endpoint], orjson.dumps(body), streamed=bool(body.get("stream")))
+        if isinstance(request, EmbeddingRequest):
+            return Call("/embeddings", orjson.dumps({"model": model, "input": list(request.texts), **fields}))
+        if isinstance(request, TranscriptionRequest):
+            if model == _TELLS_LANGUAGE:
+                fields.setdefault("response_format", "verbose_json")
+            form = form_fields({"model": model, **fields})
+            content_type, payload = encode_form(form, filename=request.filename, content=request.audio)
+            return Call("/audio/transcriptions", payload, content_type)
     except (TypeError, ValueError) as error:
-        raise errors.RowError(f"the request cannot be written as JSON: {error}") from None
+        raise errors.RowError(f"the request cannot be written: {error}") from None
+    raise AssertionError(f"{type(request).__name__} is no request")
 
 
-def decode(request: Request, payload: bytes, headers: Mapping[str, str]) -> Response:
-    """The response in a 200's body.
+_TELLS_LANGUAGE = "whisper-1"
+"""OpenAI's one transcriber that tells language and duration, if it is asked to. LiteLLM asks it, too."""
+
+
+def native_params(request: Request, params: dict[str, Any]) -> dict[str, Any]:
+    """``params`` in the forms that the endpoint of ``request`` takes. Changes and returns them.
+
+    - ``response_format`` comes in chat's form. The Responses interface has it below ``text``. Completions get it as it
+      is: OpenAI's have none, and vLLM's documentation names this one.
+    - A stream is asked for its usage, which OpenAI's otherwise leaves out. Vectors and transcripts are not streamed.
+
+    Raises:
+        TypeError: A parameter is of no possible type.
+    """
+    if not isinstance(request, GenerationRequest):
+        params.pop("stream", None)
+        params.pop("stream_options", None)
+    elif request.endpoint is not Endpoint.responses:
+        if params.get("stream"):
+            params["stream_options"] = {"include_usage": True, **(params.get("stream_options") or {})}
+    elif (layout := params.pop("response_format", None)) is not None:
+        if not isinstance(layout, Mapping):
+            raise TypeError(f"response_format is {type(layout).__name__}")
+        if isinstance(schema := layout.get("json_schema"), Mapping):
+            layout = {"type": "json_schema", **schema}
+        params["text"] = {"format": layout, **(params.get("text") or {})}
+    return params
+
+
+def decode(request: Request, payload: bytes, headers: Mapping[str, str], *, model: str = "") -> Response:
+    """The response in a 200's body, from ``model`` where it names none itself.
 
     Raises:
         APIResponseError: The body is no JSON, or holds no answer.
         RequestError: The body is an error in the clothes of a success.
     """
+    if isinstance(request, TranscriptionRequest) and _is_plain_text(payload, headers):
+        # As `text`, `srt` or `vtt`. An answer without JSON names neither its model nor its usage.
+        return response_from(request, {"text": payload.decode("utf-8", "replace")}, headers, model=model)
     try:
         body = parse_json(payload)
     except ValueError as error:
         raise errors.APIResponseError(
-            f"the server's answer is not JSON ({error}): {_excerpt(payload)}", status=200, headers=dict(headers)
+            f"the server's answer is not JSON ({error}): {excerpt(payload)}", status=200, headers=dict(headers)
         ) from None
-    return response_from(request, body, headers)
+    return response_from(request, body, headers, model=model)
 
 
-def response_from(request: Request, body: Any, headers: Mapping[str, str]) -> Response:
+def response_from(request: Request, body: Any, headers: Mapping[str, str], *, model: str = "") -> Response:
     """The response in a decoded 200 ``body``; raises as `decode` does."""
+    if isinstance(request, TranscriptionRequest) and isinstance(body, str):  # the text as JSON, from FastAPI's servers
+        body = {"text": body}
     if not isinstance(body, dict):
-        raise errors.APIResponseError(f"the server's answer is no JSON object: {_excerpt(body)}", status=200)
+        raise errors.APIResponseError(f"the server's answer is no JSON object: {excerpt(body)}", status=200)
     if body.get("error"):
         raise error_from(None, body, headers)
     try:
         output = _output(request, body)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
-        raise errors.APIResponseError(f"the server's answer holds no result: {_excerpt(body)}", status=200) from None
+    except UNREADABLE:
+        raise errors.APIResponseError(f"the server's answer holds no result: {excerpt(body)}", status=200) from None
     return Response(
         output=output,
-        model_id=_text(body.get("model")),
+        model_id=text_of(body.get("model")) or model,
         request_id=_printable(headers.get("x-request-id") or headers.get("request-id"))
-        or _text(body.get("id"))
+        or text_of(body.get("id"))
         or None,
         usage=usage_from(body.get("usage")),
         headers=headers,
+        body=None if isinstance(request, EmbeddingRequest) else body,
     )
 
 
@@ -154,17 +223,22 @@ def error_from(status: int | None, body: Any, headers: Mapping[str, str]) -> err
     detail = (body.get("error") or body) if isinstance(body, dict) else body
     codes: tuple[Any, ...] = ()
     message = ""
+    headers = {name.lower(): value for name, value in headers.items()}
+    if status is not None and 300 <= status < 400:
+        place = address(headers.get("location", "")) or "another address"
+        message = f"the server sends on to {place}, and the key stays here: set api_base to where it really is"
+        return errors.NotFoundError(f"HTTP {status}: {message}", status=status, headers=headers)
     if isinstance(detail, dict):
         codes = (detail.get("code"), detail.get("type"))
-        message = _one_line(_text(detail.get("message") or detail.get("detail")), _LONGEST_MESSAGE)
-    message = message or _excerpt(detail)
+        message = _one_line(text_of(detail.get("message") or detail.get("detail")), _LONGEST_MESSAGE)
+    message = message or excerpt(detail)
     kind = _kind_of(status, codes, message)
     where = f"HTTP {status}" if status is not None else "an error in a 200 answer"
     return kind(
         f"{where}: {message}" if message else where,
         status=status,
         retry_after_s=retry_after_s(headers, body, now=time.time()),
-        headers={name.lower(): value for name, value in headers.items()},
+        headers=headers,
     )
 
 
@@ -194,9 +268,29 @@ def redacted(payload: bytes, secrets: Iterable[str]) -> bytes:
     return payload
 
 
+def without_secrets(error: errors.RequestError, secrets: Iterable[str]) -> errors.RequestError:
+    """``error`` with the keys blotted out of its message."""
+    message = redacted(error.message.encode("utf-8", "replace"), secrets).decode()
+    if message == error.message:
+        return error
+    return type(error)(message, status=error.status, retry_after_s=error.retry_after_s, headers=dict(error.headers))
+
+
+def address(url: str) -> str:
+    """``url`` for a message: without user, password and query."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
 def usage_from(usage: Any) -> TokenUsage | None:
-    """Token counts under any of OpenAI's names, with what is missing derived and nonsense taken for 0."""
-    if not isinstance(usage, dict):
+    """Token counts under any of OpenAI's names, with what is missing derived and nonsense taken for 0.
+
+    None where no tokens are counted: Whisper's usage is in seconds.
+    """
+    if not isinstance(usage, dict) or usage.get("type") == "duration":
         return None
     prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens"))) or 0
     completion = _count(usage.get("completion_tokens", usage.get("output_tokens"))) or 0
@@ -226,49 +320,99 @@ def input_fields(request: GenerationRequest) -> dict[str, Any]:
     return dict(request.input) if isinstance(request.input, dict) else {"input": request.input}
 
 
-def _output(request: Request, body: dict[str, Any]) -> Generation | Embeddings:
+def text_of(value: Any) -> str:
+    """A text field, whatever the server put there; content may be a list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(_part(part) for part in value)
+    return _part(value)
+
+
+def excerpt(value: Any) -> str:
+    """The beginning of an unexpected body, on one line."""
+    try:
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else "" if value is None else str(value)
+    except RecursionError:
+        text = "nested too deeply"
+    return _one_line(text, 200)
+
+
+def _output(request: Request, body: dict[str, Any]) -> Generation | Embeddings | Transcript:
     if isinstance(request, EmbeddingRequest):
-        ordered = sorted(body["data"], key=lambda entry: entry.get("index", 0))
-        if len(ordered) != len(request.texts):
+        entries = body["data"]
+        if len(entries) != len(request.texts):
             raise KeyError("data")
-        return Embeddings(vectors=tuple([float(value) for value in entry["embedding"]] for entry in ordered))
+        if [entry.get("index") for entry in entries] != list(range(len(entries))):
+            entries = sorted(entries, key=lambda entry: _count(entry.get("index")) or 0)
+        return Embeddings(vectors=tuple([_vector(entry["embedding"]) for entry in entries]))
+    if isinstance(request, TranscriptionRequest):
+        return _transcript(body)
     if isinstance(request, GenerationRequest) and request.endpoint is Endpoint.responses:
         return _responses_output(body)
     choices = body["choices"]
     first = choices[0]
     several = tuple(choice for choice in choices if isinstance(choice, dict)) if len(choices) > 1 else ()
-    finish_reason = _text(first.get("finish_reason")) or None
+    finish_reason = text_of(first.get("finish_reason")) or None
     if "message" not in first:
-        return Generation(text=_text(first["text"]), finish_reason=finish_reason, choices=several)
+        return Generation(text=text_of(first["text"]), finish_reason=finish_reason, choices=several)
     message = first["message"]
     return Generation(
-        text=_text(message.get("content") or message.get("refusal")),
+        text=text_of(message.get("content") or message.get("refusal")),
         finish_reason=finish_reason,
-        reasoning=_text(message.get("reasoning_content") or message.get("reasoning")) or None,
+        reasoning=text_of(message.get("reasoning_content") or message.get("reasoning")) or None,
         tool_calls=_tool_calls(message["tool_calls"]) if message.get("tool_calls") else (),
         choices=several,
     )
 
 
 def _responses_output(body: dict[str, Any]) -> Generation:
+    if body.get("status") in _WITHOUT_OUTPUT:
+        raise ValueError("status")
     texts: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []
     for item in body["output"]:
         kind = item.get("type")
         if kind == "message":
-            texts += [_text(part.get("text") or part.get("refusal")) for part in item.get("content") or ()]
+            texts += [text_of(part.get("text") or part.get("refusal")) for part in item.get("content") or ()]
         elif kind == "reasoning":
-            reasoning += [_text(part.get("text")) for part in item.get("summary") or ()]
+            reasoning += [text_of(part.get("text")) for part in item.get("summary") or ()]
         elif kind == "function_call":
             calls.append(_tool_call(item.get("call_id"), item))
-    incomplete = _text((body.get("incomplete_details") or {}).get("reason"))
+    incomplete = text_of((body.get("incomplete_details") or {}).get("reason"))
     reason = "length" if incomplete == "max_output_tokens" else incomplete
     return Generation(
         text="".join(texts),
         finish_reason=reason or ("tool_calls" if calls else "stop"),
         reasoning="\n".join(reasoning) or None,
         tool_calls=tuple(calls),
+    )
+
+
+_WITHOUT_OUTPUT = ("failed", "cancelled", "queued", "in_progress")
+
+
+def _vector(values: Any) -> list[float]:
+    """A list of numbers, or base64 of 32-bit floats in little-endian order."""
+    if isinstance(values, str):
+        vector = array("f", binascii.a2b_base64(values))
+        if sys.byteorder == "big":
+            vector.byteswap()
+        return vector.tolist()
+    try:
+        return array("d", values).tolist()
+    except TypeError:
+        return [float(value) for value in values]
+
+
+def _transcript(body: dict[str, Any]) -> Transcript:
+    usage = body.get("usage")
+    seconds = body.get("duration", usage.get("seconds") if isinstance(usage, dict) else None)
+    return Transcript(
+        text=text_of(body["text"]).rstrip("\r\n"),  # the end of a line, where the server wrote plain text
+        language=text_of(body.get("language")) or None,
+        duration_s=_seconds(seconds),
     )
 
 
@@ -280,7 +424,7 @@ def _tool_call(call_id: Any, function: dict[str, Any]) -> ToolCall:
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, str):  # some servers send the object itself
         arguments = orjson.dumps(arguments).decode()
-    return ToolCall(id=_text(call_id), name=_text(function.get("name")), arguments=arguments)
+    return ToolCall(id=text_of(call_id), name=text_of(function.get("name")), arguments=arguments)
 
 
 def _kind_of(status: int | None, codes: tuple[Any, ...], message: str) -> type[errors.RequestError]:
@@ -311,13 +455,18 @@ def _count(value: Any) -> int | None:
     return count if count <= _LARGEST_COUNT else None
 
 
-def _text(value: Any) -> str:
-    """A text field, whatever the server put there; content may be a list of parts."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return "".join(_part(part) for part in value)
-    return _part(value)
+def _seconds(value: Any) -> float | None:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def _is_plain_text(payload: bytes, headers: Mapping[str, str]) -> bool:
+    """Whether a transcript came without JSON around it. A page is no transcript, but whisper.cpp calls them HTML."""
+    beginning = payload[:64].lstrip().lower()
+    return "json" not in headers.get("content-type", "") and not beginning.startswith((b"{", b"<!doctype", b"<html"))
 
 
 def _part(value: Any) -> str:
@@ -336,15 +485,6 @@ def _json_or_raw(payload: bytes) -> Any:
 def _printable(header: str | None) -> str:
     """A header's value without the bytes that are no UTF-8."""
     return header.encode("utf-8", "replace").decode() if header else ""
-
-
-def _excerpt(value: Any) -> str:
-    """The beginning of an unexpected body, on one line."""
-    try:
-        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else "" if value is None else str(value)
-    except RecursionError:
-        text = "nested too deeply"
-    return _one_line(text, 200)
 
 
 def _one_line(text: str, longest: int) -> str:

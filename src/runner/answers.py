@@ -1,0 +1,180 @@
+"""Answers: what came of each row, and the ledger of every other attempt that was made for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+from runner.database import Database
+from runner.types import Attempt
+
+Key: TypeAlias = tuple[bytes, int]
+"""What is asked, and which of the rows that ask it it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a row: the columns of ``answers``, in their order. See schema.sql."""
+
+    content: bytes
+    occurrence: int
+    settled_at: float
+    output_text: str | None = None
+    details: str | None = None
+    finish_reason: str | None = None
+    request_id: str | None = None
+    model_id: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cached_tokens: int | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    error_status: int | None = None
+    deployment: str | None = None
+    retries: int = 0
+    queue_wait_s: float = 0.0
+    service_time_s: float = 0.0
+    end_to_end_s: float = 0.0
+    ttft_s: float | None = None
+    cost_usd: float | None = None
+    cost_bound_usd: float | None = None
+    embedding: bytes | None = None
+    reused_from: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """An attempt that did not become a row's outcome: the columns of ``attempts``, in their order. See schema.sql."""
+
+    content: bytes
+    occurrence: int
+    number: int | None = None
+    deployment: str | None = None
+    started_at: float | None = None
+    service_time_s: float | None = None
+    error_type: str
+    error_message: str | None = None
+    error_status: int | None = None
+    cost_usd: float | None = None
+    cost_bound_usd: float | None = None
+
+    @classmethod
+    def of(cls, key: Key, attempt: Attempt, cost_bound_usd: float | None) -> Entry:
+        return cls(
+            content=key[0],
+            occurrence=key[1],
+            number=attempt.number,
+            deployment=attempt.deployment,
+            started_at=attempt.started_at,
+            service_time_s=attempt.service_time_s,
+            error_type=attempt.error,
+            error_message=attempt.message,
+            error_status=attempt.status,
+            cost_usd=attempt.cost_usd,
+            cost_bound_usd=cost_bound_usd if attempt.cost_usd is None else None,
+        )
+
+    @classmethod
+    def lost(cls, key: Key, cost_bound_usd: float | None) -> Entry:
+        """An attempt whose outcome is not known, as it is given up now."""
+        return cls(
+            content=key[0],
+            occurrence=key[1],
+            started_at=time.time(),
+            error_type="Lost",
+            cost_bound_usd=cost_bound_usd,
+        )
+
+
+# Each of these is a step of a transaction.
+
+
+async def put_answers(database: Database, outcomes: Sequence[Outcome]) -> None:
+    """Enter what came of rows, in the place of what was known of them."""
+    await _put(database, _PUT_ANSWERS, list(map(_ANSWER, outcomes)))
+
+
+async def put_attempts(database: Database, entries: Sequence[Entry]) -> None:
+    await _put(database, _PUT_ATTEMPTS, list(map(_ENTRY, entries)))
+
+
+async def move_to_ledger(database: Database, keys: Iterable[Key]) -> None:
+    """Make the outcomes of rows that are asked again attempts among others: what they cost was paid."""
+    keys = list(keys)
+    if not keys:
+        return
+    await database.executemany(f"{_MOVE} WHERE reused_from IS NULL AND content = ? AND occurrence = ?", keys)
+    await database.executemany("DELETE FROM answers WHERE content = ? AND occurrence = ?", keys)
+
+
+async def move_all_to_ledger(database: Database) -> None:
+    """Give up every answer."""
+    await database.execute(f"{_MOVE} WHERE reused_from IS NULL")
+    await database.execute("DELETE FROM answers")
+
+
+async def enter_lost(database: Database) -> None:
+    """Enter what the last session had taken up and not answered when it was killed: it may have been paid for."""
+    killed = await database.fetch("SELECT id FROM sessions WHERE ended_at IS NULL ORDER BY id DESC LIMIT 1")
+    last = await database.fetch("SELECT max(id) FROM sessions")
+    if killed and killed[0][0] == last[0][0]:
+        await database.execute(_ENTER_LOST, (killed[0][0],))
+
+
+async def read_answers(database: Database, keys: Sequence[Key]) -> list[Outcome]:
+    """The successful answers to those of ``keys`` that have one."""
+    if not keys:
+        return []
+    marks = ", ".join(["(?, ?)"] * len(keys))
+    sql = f"""
+        SELECT {", ".join(f"answers.{name}" for name in _ANSWER_COLUMNS)}
+        FROM (VALUES {marks}) AS asked
+        JOIN answers ON answers.content = asked.column1 AND answers.occurrence = asked.column2
+        WHERE answers.error_type IS NULL
+    """
+    rows = await database.fetch(sql, [value for key in keys for value in key])
+    return [Outcome(**dict(zip(_ANSWER_COLUMNS, row, strict=True))) for row in rows]
+
+
+async def _put(database: Database, into: str, rows: list[tuple[Any, ...]]) -> None:
+    if not rows:
+        return
+    try:
+        await database.insert(into, rows)
+    except UnicodeEncodeError:
+        await database.insert(into, [tuple(map(_encodable, row)) for row in rows])
+
+
+def _encodable(value: Any) -> Any:
+    """Text without the lone surrogates that a model may write, and that UTF-8 has no form for."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+_ANSWER_COLUMNS = tuple(field.name for field in fields(Outcome))
+_ANSWER = attrgetter(*_ANSWER_COLUMNS)
+_PUT_ANSWERS = f"INSERT OR REPLACE INTO answers ({', '.join(_ANSWER_COLUMNS)})"
+
+_ENTRY_COLUMNS = tuple(field.name for field in fields(Entry))
+_ENTRY = attrgetter(*_ENTRY_COLUMNS)
+_PUT_ATTEMPTS = f"INSERT INTO attempts ({', '.join(_ENTRY_COLUMNS)})"
+
+_MOVE = f"""
+    {_PUT_ATTEMPTS}
+    SELECT
+        content, occurrence, retries + 1, deployment, settled_at - service_time_s, service_time_s,
+        coalesce(error_type, 'GivenUp'), error_message, error_status, cost_usd, cost_bound_usd
+    FROM answers
+"""
+
+_ENTER_LOST = """
+    INSERT INTO attempts (content, occurrence, started_at, error_type, cost_bound_usd)
+    SELECT rows.content, rows.occurrence, rows.asked_at, 'Lost', rows.cost_bound_usd
+    FROM rows
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE rows.session = ? AND answers.id IS NULL
+"""

@@ -1,0 +1,109 @@
+"""The ceiling: the most that one attempt at a row can cost, known before anything is sent.
+
+A token is at least one byte of text, so a prompt has no more tokens than its JSON form has bytes, beside what the
+provider's own template adds. An answer has no more than its limit, or than the model can write. Where a prompt holds
+more than text, or the provider adds to it (a conversation it keeps, a search), or a price or a limit is unknown, there
+is no ceiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
+from runner.identity import dump_json
+from runner.transports.prices import max_output_tokens_of, price_for
+from runner.types import OUTPUT_LIMITS
+
+_TEMPLATE_TOKENS = 1024
+"""What a provider's template adds to a prompt, generously: roles, a date, a preamble for tools (Anthropic's: 530)."""
+
+_BEYOND_THE_PROMPT = frozenset(
+    {
+        *("audio", "background", "conversation", "modalities", "prediction", "previous_response_id", "prompt"),
+        "web_search_options",
+    }
+)
+"""Parameters that are charged for by what the request does not show."""
+
+
+class Ceiling:
+    """Bounds the cost of attempts under one configuration.
+
+    Args:
+        config: The deployments (an attempt may reach any of them), their prices, and the request's parameters.
+    """
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self._bounds: Sequence[_Bound] | None = None
+        if config.task.kind is not TaskKind.transcribe:
+            bounds = [_bound(each, config) for each in replicas(config).values()]
+            self._bounds = [each for each in bounds if each is not None] if None not in bounds else None
+
+    def usd(self, asked: Any) -> float | None:
+        """The most that one attempt costs that asks ``asked``, an input of a request; None: not to be known."""
+        if self._bounds is None or not _is_text(asked):
+            return None
+        prompt_bytes = len(dump_json(asked))
+        return max(each.fixed_usd + prompt_bytes * each.usd_per_byte for each in self._bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What an attempt at one deployment costs at most: a straight line over the bytes of its prompt."""
+
+    fixed_usd: float
+    usd_per_byte: float
+
+
+def _bound(deployment: DeploymentConfig, config: RunnerConfig) -> _Bound | None:
+    price = price_for(deployment, config.simulator)
+    params = {**(deployment.extra_kwargs or {}), **config.request}
+    params |= params.get("extra_body") or {}
+    output_tokens = 0 if config.task.kind is TaskKind.embed else _most_output(deployment.model, params)
+    if price is None or output_tokens is None or _asks_beyond(params):
+        return None
+    fixed_tokens = _TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
+    usd_per_token = max(price.prompt, price.cached or 0.0)
+    return _Bound(fixed_usd=fixed_tokens * usd_per_token + output_tokens * price.completion, usd_per_byte=usd_per_token)
+
+
+def _most_output(model: str, params: Mapping[str, Any]) -> int | None:
+    """The most tokens that a request's answers can have together, reasoning included; None: not to be known."""
+    limits = [int(params[key]) for key in OUTPUT_LIMITS if params.get(key) is not None]
+    limit = max(limits) if limits else max_output_tokens_of(model)
+    choices = max(int(params.get(key) or 1) for key in ("n", "best_of"))
+    return None if limit is None else limit * choices
+
+
+def _asks_beyond(params: Mapping[str, Any]) -> bool:
+    tools = params.get("tools") or ()
+    return not _BEYOND_THE_PROMPT.isdisjoint(params) or any(tool.get("type") != "function" for tool in tools)
+
+
+def _is_text(asked: Any) -> bool:
+    """Whether an input is a text, or messages with nothing but text in them."""
+    match asked:
+        case None | str():
+            return True
+        case list():
+            return all(map(_is_text, asked))
+        case {"type": str(kind)} if kind not in _TEXTS:
+            return False
+        case dict():
+            return asked.keys() <= _KEYS and all(_is_text(asked.get(key)) for key in ("content", "input", "output"))
+    return False
+
+
+_TEXTS = frozenset({"message", "text", "input_text", "output_text", "refusal", "function_call", "function_call_output"})
+"""Types of messages and of their parts whose tokens are those of the text in them."""
+
+_KEYS = frozenset(
+    {
+        *("role", "content", "type", "text", "input", "instructions", "name", "refusal", "id", "status", "annotations"),
+        *("tool_call_id", "tool_calls", "function_call", "call_id", "arguments", "output"),
+    }
+)
+"""What such a message has, and a Responses input."""

@@ -1,0 +1,250 @@
+"""Claims: the rows of the dataset as it is now, looked up among the answers, and taken up where they have none."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol, TypeAlias
+
+from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
+from runner.database import Database
+
+
+class Claimed(Protocol):
+    """A row as the dataset has it now."""
+
+    @property
+    def position(self) -> int: ...
+    @property
+    def content(self) -> bytes: ...
+    @property
+    def metadata(self) -> str | None: ...  # JSON
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """The plain form of a row to be claimed."""
+
+    position: int
+    content: bytes
+    metadata: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the store has for a claimed row."""
+
+    occurrence: int  # which of the rows that ask this it is; 0 where they share one answer
+    answered: bool  # it has an outcome that is not to be asked for again
+    unscored_text: str | None = None  # of an answer that is to be scored
+    shared: bool = False  # it has none, but an earlier row that asks the same is being asked
+
+
+Elsewhere: TypeAlias = Callable[[Sequence[tuple[Any, int]]], Awaitable[Sequence[Outcome]]]
+"""Finds answers outside for rows that have none, each given with its occurrence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """On which terms rows are taken up."""
+
+    retry_failed: bool = True  # a row that failed is taken up again; its failure moves to the ledger
+    scored: bool = False  # answers should have scores: those without get their text back, to be scored
+    dedupe: bool = False  # rows that ask the same share one answer; where this changes, `Store.truncate` to 0 first
+    cost_bound: Callable[[Any], float | None] | None = None  # the most that an attempt at a row costs, in US dollars
+    elsewhere: Elsewhere | None = None  # what it finds is copied into this store
+
+
+async def take_up(
+    database: Database,
+    claims: Sequence[Claimed],
+    terms: Terms,
+    *,
+    session: int,
+    bounds: MutableMapping[Key, float | None],
+) -> list[Known]:
+    """The work of `Store.claim`, within its transaction. Enters in ``bounds`` what it takes up.
+
+    The stored rows are always the beginning of one dataset. So a row that stands unchanged among them is known with
+    its occurrence; from the first one that has changed on, they are forgotten and laid down anew.
+    """
+    first, last = claims[0].position, claims[-1].position
+    stored = await database.fetch(_STORED, (terms.retry_failed, terms.scored, first, last))
+    if sum(map(_is_settled, claims, stored)) == len(claims):
+        return [_settled(row["occurrence"]) for row in stored]
+    same = _unchanged(claims, stored)
+    if same < len(stored):
+        await database.execute("DELETE FROM rows WHERE position >= ?", (stored[same]["position"],))
+    keys = [(claim.content, row["occurrence"]) for claim, row in zip(claims, stored[:same], strict=False)]
+    keys += await _new_keys(database, claims[same:], dedupe=terms.dedupe)
+    errors = {key: row["error_type"] for key, row in zip(keys, stored[:same], strict=False) if row["answered"]}
+    errors |= await _errors(database, keys[same:])
+
+    todo = [n for n, key in enumerate(keys) if key not in errors or (terms.retry_failed and errors[key] is not None)]
+    shared = await _shared(database, claims, todo) if terms.dedupe else frozenset()
+    todo = [n for n in todo if n not in shared]
+    await move_to_ledger(database, [keys[n] for n in todo if keys[n] in errors])
+    found = await _find_elsewhere(database, [(claims[n], keys[n]) for n in todo], terms.elsewhere)
+    errors |= dict.fromkeys(found)
+    taken = {n for n in todo if keys[n] not in found}
+
+    if terms.cost_bound is not None:
+        bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
+    await _lay_down(database, claims, keys, stored[:same], taken, bounds=bounds, session=session)
+    unscored = [
+        key
+        for n, key in enumerate(keys)
+        if terms.scored
+        and n not in taken
+        and errors.get(key, "") is None
+        and (n >= same or not stored[n]["scored"] or stored[n]["metadata"] != claims[n].metadata)
+    ]
+    texts = {(each.content, each.occurrence): each.output_text for each in await read_answers(database, unscored)}
+    return [
+        Known(
+            occurrence=key[1],
+            answered=n not in taken and n not in shared,
+            unscored_text=texts.get(key),
+            shared=n in shared,
+        )
+        for n, key in enumerate(keys)
+    ]
+
+
+def _is_settled(claim: Claimed, row: sqlite3.Row) -> bool:
+    """Whether there is nothing to do about a row: most rows of a run that goes on."""
+    position, content, _, metadata, _, _, _, settled = row
+    return bool(settled and content == claim.content and metadata == claim.metadata and position == claim.position)
+
+
+@cache
+def _settled(occurrence: int) -> Known:
+    return Known(occurrence=occurrence, answered=True)
+
+
+def _unchanged(claims: Sequence[Claimed], stored: Sequence[sqlite3.Row]) -> int:
+    """How many of the rows still ask, in their order, what is stored of them."""
+    for n, (claim, row) in enumerate(zip(claims, stored, strict=False)):
+        if claim.position != row["position"] or claim.content != row["content"]:
+            return n
+    return min(len(claims), len(stored))
+
+
+async def _new_keys(database: Database, claims: Sequence[Claimed], *, dedupe: bool) -> list[Key]:
+    """The keys of rows that are laid down anew: an occurrence is counted from the dataset's beginning."""
+    if dedupe or not claims:
+        return [(claim.content, 0) for claim in claims]
+    contents = {claim.content for claim in claims}
+    sql = _NEXT_OCCURRENCES.format(", ".join(["(?)"] * len(contents)))
+    rows = await database.fetch(sql, (*contents, claims[0].position))
+    following = {row["content"]: row["occurrence"] for row in rows}
+    keys = []
+    for claim in claims:
+        keys.append((claim.content, following[claim.content]))
+        following[claim.content] += 1
+    return keys
+
+
+async def _errors(database: Database, keys: Sequence[Key]) -> dict[Key, str | None]:
+    """The error class, or None for a success, of the outcomes there are."""
+    if not keys:
+        return {}
+    sql = _ERRORS.format(", ".join(["(?, ?)"] * len(keys)))
+    rows = await database.fetch(sql, [value for key in keys for value in key])
+    return {(content, occurrence): error_type for content, occurrence, error_type in rows}
+
+
+async def _shared(database: Database, claims: Sequence[Claimed], todo: Sequence[int]) -> Set[int]:
+    """Which of the rows in ``todo`` wait for the answer of an earlier one: this session has been there."""
+    if not todo:
+        return frozenset()
+    contents = {claims[n].content for n in todo}
+    sql = _ASKED_BEFORE.format(", ".join(["(?)"] * len(contents)))
+    asked = {content for (content,) in await database.fetch(sql, (*contents, claims[0].position))}
+    shared = set()
+    for n in todo:
+        if claims[n].content in asked:
+            shared.add(n)
+        asked.add(claims[n].content)
+    return shared
+
+
+async def _find_elsewhere(
+    database: Database, todo: Sequence[tuple[Claimed, Key]], elsewhere: Elsewhere | None
+) -> dict[Key, Outcome]:
+    """Copy the answers that need not be asked for."""
+    if elsewhere is None or not todo:
+        return {}
+    found = await elsewhere([(claim, occurrence) for claim, (_, occurrence) in todo])
+    await put_answers(database, found)
+    return {(outcome.content, outcome.occurrence): outcome for outcome in found}
+
+
+async def _lay_down(
+    database: Database,
+    claims: Sequence[Claimed],
+    keys: Sequence[Key],
+    stored: Sequence[sqlite3.Row],
+    taken: Set[int],
+    *,
+    bounds: Mapping[Key, float | None],
+    session: int,
+) -> None:
+    """Write the rows that are new, whose metadata changed, or that are taken up."""
+    now = time.time()
+    rows: list[tuple[Any, ...]] = []
+    for n, (claim, key) in enumerate(zip(claims, keys, strict=True)):
+        if n in taken:
+            rows.append((claim.position, *key, claim.metadata, now, session, bounds.get(key)))
+        elif n >= len(stored) or stored[n]["metadata"] != claim.metadata:
+            rows.append((claim.position, *key, claim.metadata, None, None, None))
+    if rows:
+        await database.insert(_ROWS, rows)
+
+
+_STORED = """
+    SELECT
+        rows.position, rows.content, rows.occurrence, rows.metadata,
+        rows.scores IS NOT NULL AS scored,
+        answers.id IS NOT NULL AS answered,
+        answers.error_type,
+        answers.id IS NOT NULL AND CASE
+            WHEN answers.error_type IS NOT NULL THEN NOT ?1
+            ELSE rows.scores IS NOT NULL OR NOT ?2
+        END AS settled
+    FROM rows
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE rows.position BETWEEN ?3 AND ?4
+    ORDER BY rows.position
+"""
+
+_ROWS = "INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at, session, cost_bound_usd)"
+
+_ERRORS = """
+    SELECT answers.content, answers.occurrence, answers.error_type
+    FROM (VALUES {}) AS asked
+    JOIN answers ON answers.content = asked.column1 AND answers.occurrence = asked.column2
+"""
+
+# The occurrence of each of some contents that comes at a position or after it.
+_NEXT_OCCURRENCES = """
+    WITH asked (content) AS (VALUES {}), place (position) AS (VALUES (?))
+    SELECT asked.content, ifnull((
+        SELECT rows.occurrence + 1
+        FROM rows
+        WHERE rows.content = asked.content AND rows.position < place.position
+        ORDER BY rows.position DESC
+        LIMIT 1
+    ), 0) AS occurrence
+    FROM asked, place
+"""
+
+_ASKED_BEFORE = """
+    WITH asked (content) AS (VALUES {}), place (position) AS (VALUES (?))
+    SELECT asked.content
+    FROM asked, place
+    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = asked.content AND rows.position < place.position)
+"""

@@ -1,0 +1,51 @@
+"""Files as rows: recordings, pictures, texts."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from runner.config import DatasetConfig
+from runner.dataset.paths import expanded, suggestion
+from runner.errors import DatasetError
+
+
+class Files:
+    """A row for each file that a path, a glob (``**`` for any depth) or a folder, with all below it, names.
+
+    In the order of their paths, hidden ones left out; their contents are read by whoever asks for them. The fields:
+    ``path`` as the pattern leads to it, ``name``, ``stem``, ``suffix`` (lower case, with its dot), ``size`` in bytes.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        pattern = expanded(config, example="'recordings/**/*.wav'")
+        self.name = os.path.basename(pattern.rstrip("/")) or pattern
+        self._pattern = pattern
+        if os.path.isdir(pattern):
+            self._pattern = os.path.join(glob.escape(pattern), "**")
+        elif os.path.exists(pattern):
+            self._pattern = glob.escape(pattern)
+        if not self._paths():
+            hint = "" if glob.has_magic(pattern) else suggestion(pattern)
+            raise DatasetError(f"dataset.path={config.path}: there is no such file.{hint}")
+
+    def records(self) -> Iterator[tuple[int, str]]:
+        return iter(enumerate(self._paths(), 1))
+
+    def count(self) -> int:
+        return len(self._paths())
+
+    def fields(self, record: str) -> dict[str, Any]:
+        name = os.path.basename(record)
+        stem, suffix = os.path.splitext(name)
+        try:
+            size = os.stat(record).st_size
+        except OSError as error:
+            raise ValueError(f"{record}: {error.strerror}") from None
+        return {"path": record, "name": name, "stem": stem, "suffix": suffix.lower(), "size": size}
+
+    def _paths(self) -> list[str]:
+        """In order, so that a row keeps its place; names are all that is held."""
+        return sorted(path for path in glob.iglob(self._pattern, recursive=True) if os.path.isfile(path))

@@ -1,0 +1,50 @@
+"""Parquet: a table by columns, read a row group at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from runner.config import DatasetConfig
+from runner.dataset import arrow
+from runner.dataset.paths import find_file
+from runner.errors import ConfigError, DatasetError
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+_BATCH = 1024
+"""Rows converted at a time."""
+
+
+class Parquet:
+    """A Parquet file. What its types become: `runner.dataset.arrow`."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self._path, self._shown = find_file(config)
+        self.name = os.path.basename(self._path)
+        if not self.count():
+            raise DatasetError(f"{self._shown} holds no rows")
+
+    def records(self) -> Iterator[tuple[int, arrow.Record]]:
+        with self._file() as file:
+            yield from arrow.records(file.iter_batches(batch_size=_BATCH))
+
+    def count(self) -> int:
+        with self._file() as file:
+            return int(file.metadata.num_rows)
+
+    def fields(self, record: arrow.Record) -> dict[str, Any]:
+        return arrow.fields(record)
+
+    def _file(self) -> pq.ParquetFile:
+        try:
+            from pyarrow import ArrowInvalid
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise ConfigError("dataset=parquet needs pyarrow: pip install 'runner[parquet]'") from None
+        try:
+            return ParquetFile(self._path)
+        except ArrowInvalid as error:
+            raise DatasetError(f"{self._shown} is no Parquet file, or not a whole one ({error})") from None

@@ -1,0 +1,210 @@
+"""``python -m runner.export``: what runs have answered so far, as one file; whether they are at work or not."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from runner.database import RUN_DATABASE
+from runner.database_url import path_of, results_path
+from runner.errors import BAD_CONFIG, ConfigError, StoreError
+from runner.progress import printable, write
+from runner.prompt_rows import STORE_KIND, holds_rows, read_rows
+from runner.results import replacing, result_rows
+from runner.store import Store
+from runner.tables import Columns, Csv, JsonLines, Parquet, Writer
+
+FORMATS = ("jsonl", "csv", "parquet")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export, and return the exit code: 0, or 2 where a run or the file cannot be used."""
+    arguments = _parser().parse_args(argv)
+    output: str = arguments.output
+    try:
+        runs = find_runs(map(Path, arguments.runs))
+        form = _form(arguments.format, output)
+        with _opened(output, runs) as file:
+            count = asyncio.run(export_runs(runs, file, form))
+    except BrokenPipeError:  # the reader has seen enough; what is buffered would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ConfigError, StoreError) as error:
+        return _complain(str(error))
+    except OSError as error:
+        return _complain(f"{output}: it cannot be written ({error.strerror or error})")
+    except KeyboardInterrupt:
+        return 130
+    if output != "-":
+        write(sys.stderr, f"{count:,} rows of {len(runs):,} {'run' if len(runs) == 1 else 'runs'}: {output}\n")
+    return 0
+
+
+async def export_jsonl(db_url: str | Path, out: str | Path = "results.jsonl") -> int:
+    """Write the answers in a database to ``out``, a JSON object a line; the file is replaced as a whole.
+
+    Those of `prompt_map` are ``{"idx", "prompt", "result"}``; where its cache was torn down, they come from the
+    results database beside it. Those of a run are the lines of ``results.jsonl``, failed rows included.
+
+    Args:
+        db_url: ``sqlite+aiosqlite:///my_runs.db``, or a path: of a database, or of a run's folder.
+        out: The file to write.
+
+    Returns:
+        How many lines it has.
+
+    Raises:
+        ConfigError, StoreError: There is no such database.
+    """
+    path = path_of(db_url, key="db_url")
+    if path.is_dir():
+        path = path / RUN_DATABASE
+    table = path if path.exists() else results_path(path)
+    count = 0
+    with replacing(Path(out)) as file:
+        writer = JsonLines(file)
+        if holds_rows(table):
+            for answer in read_rows(table):
+                if answer.result is not None:
+                    writer.write({"idx": answer.idx, "prompt": answer.prompt, "result": answer.result})
+                    count += 1
+            return count
+        async with await Store.open_readonly(path) as store:
+            ours = (await store.meta()).get("kind") == STORE_KIND
+            async with aclosing(_prompt_rows(store) if ours else result_rows(store)) as rows:
+                async for row in rows:
+                    writer.write(row)
+                    count += 1
+    return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedRun:
+    """A run's database, and what the run is called."""
+
+    name: str  # run id; the whole path where two runs share one
+    store: Path
+
+
+def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
+    """The runs at ``paths``: a run's folder, one with runs below it (a sweep's, an experiment's), or a database.
+
+    Raises:
+        ConfigError: There is none at one of them.
+    """
+    stores: dict[Path, None] = {}
+    for path in paths:
+        found = [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE))
+        if not found:
+            raise ConfigError(
+                f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID) or a sweep's (runs/NAME)"
+            )
+        stores |= dict.fromkeys(found)
+    names = {store: store.absolute().parent.name if store.name == RUN_DATABASE else store.stem for store in stores}
+    ambiguous = {name for name, count in Counter(names.values()).items() if count > 1}
+    return [ExportedRun(name=str(store) if name in ambiguous else name, store=store) for store, name in names.items()]
+
+
+async def export_runs(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -> int:
+    """Write the settled rows of ``runs``, one run after the other, each in its dataset's order.
+
+    Where there are several runs, the field ``run`` says which one a row is of. A run at work is read as it is at one
+    moment, and not disturbed.
+
+    Args:
+        form: One of `FORMATS`.
+
+    Returns:
+        How many rows there are.
+
+    Raises:
+        StoreError: A database cannot be read.
+        ConfigError: The form needs a package that is not installed.
+    """
+    count = 0
+    with closing(await _open_writer(runs, file, form)) as writer:
+        for run in runs:
+            async with await Store.open_readonly(run.store) as store, aclosing(result_rows(store)) as rows:
+                async for row in rows:
+                    writer.write({"run": run.name, **row} if len(runs) > 1 else row)
+                    count += 1
+    return count
+
+
+async def _open_writer(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -> Writer:
+    if form == "jsonl":
+        return JsonLines(file)
+    fields = {"run"} if len(runs) > 1 else set()
+    for run in runs:
+        async with await Store.open_readonly(run.store) as store:
+            fields |= {field async for row in result_rows(store, limit=1) for field in row}
+            fields |= {row["field"] async for row in store.query(_RARE_FIELDS)}
+    return Csv(file, Columns(fields)) if form == "csv" else Parquet(file, Columns(fields))
+
+
+_RARE_FIELDS = "SELECT DISTINCT entry.key AS field FROM answers, json_each(answers.details) AS entry"
+
+
+async def _prompt_rows(store: Store) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(result_rows(store, failed=False)) as rows:
+        async for row in rows:
+            yield orjson.loads(orjson.dumps(row["metadata"])) | {"result": row["output_text"]}
+
+
+@contextmanager
+def _opened(output: str, runs: Sequence[ExportedRun]) -> Iterator[BinaryIO]:
+    """Where to write: standard output, a device or a pipe as it is, a file that is replaced as a whole."""
+    path = Path(output).resolve()
+    if output == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    elif path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+    else:
+        if path in {run.store.resolve() for run in runs}:
+            raise ConfigError(f"--output {output} is the run's own database: name another file")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--output {output}: there is no folder {path.parent}")
+        with replacing(path) as file:
+            yield file
+
+
+def _form(form: str | None, output: str) -> str:
+    """The form that was asked for, or that the file's name says."""
+    suffix = Path(output).suffix.removeprefix(".")
+    form = form or (suffix if suffix in FORMATS else "jsonl")
+    if form == "parquet" and output == "-":
+        raise ConfigError("--format parquet needs a file: --output rows.parquet")
+    return form
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m runner.export",
+        description="Write the rows that runs have settled so far as one file. Runs may be at work meanwhile.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a sweep's, or a database file")
+    parser.add_argument("--format", choices=FORMATS, help="default: what the name of the file says, or jsonl")
+    parser.add_argument("--output", "-o", default="-", metavar="FILE", help="default: standard output")
+    return parser
+
+
+def _complain(message: str) -> int:
+    write(sys.stderr, f"runner.export: {printable(message)}\n")
+    return BAD_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Figures as people read them: three digits or so, with a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def score(value: float | Mapping[str, Any] | None) -> str:
+    """A score's mean, or ``{"mean": …, "n": …}``: ``81.0% (n = 280)``."""
+    mean, count = (value.get("mean"), value.get("n")) if isinstance(value, Mapping) else (value, None)
+    if mean is None:
+        text = "none"
+    elif 0 <= mean <= 1:
+        text = f"{mean:.1%}"
+    else:
+        text = f"{mean:.4g}"
+    return text if count is None else f"{text} (n = {count:,})"
+
+
+def closing_cost(known: float | None, upper_bound: float | None, *, without_bound: int = 0) -> str:
+    """A cost, and what it may be at most where attempts of unknown cost were made, or how many have no bound."""
+    if known is None:
+        return "unknown"
+    if without_bound:
+        return f"{dollars(known)}, and {without_bound:,} attempts of unknown cost (request.max_tokens would bound it)"
+    bounded = upper_bound is not None and upper_bound > known
+    return f"{dollars(known)}, at most {dollars(upper_bound)}" if bounded and upper_bound else dollars(known)
+
+
+def short(value: float) -> str:
+    """Three digits or so: ``0.53``, ``23.1``, ``1.2k``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            scaled = value / size
+            return f"{scaled:.1f}{unit}" if scaled < 99.95 else f"{scaled:.0f}{unit}"
+    if value == 0:
+        return "0"
+    if value < 0.995:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def dollars(value: float) -> str:
+    """US dollars: ``$0.0123``, ``$12.30``."""
+    if value == 0:
+        return "$0"
+    if value < 0.0001:
+        return f"${value:.6f}" if value >= 0.000001 else "<$0.000001"
+    return f"${value:.4f}" if value < 1 else f"${value:,.2f}"
+
+
+def seconds(value: float) -> str:
+    """A latency: ``320 ms``, ``1.25 s``."""
+    return f"{value * 1000:.0f} ms" if value < 0.9995 else f"{value:.2f} s"
+
+
+def duration(seconds: float) -> str:
+    """A long time: ``45s``, ``3m 05s``, ``2h 10m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"

@@ -1,0 +1,245 @@
+"""What a report says of a run, read from its folder: finished, stopped or still going on, in constant memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from runner.errors import ConfigError
+from runner.results import result_rows, summarize
+from runner.store import Store
+from runner.sweep import Cell, Sweep
+from runner.tracker import redact
+
+SAMPLES = 20
+"""Rows that are shown of those that were answered, and of those that failed."""
+
+_QUANTILES = 200
+_BUCKETS = 120
+_Z = 1.96  # of a 95 % interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The mean of a scorer, with its 95 % interval."""
+
+    mean: float
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A class of errors, with an example."""
+
+    kind: str
+    count: int
+    index: int  # of the example
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """One run, as far as it is known."""
+
+    label: str  # what sets it apart from the others
+    folder: Path
+    state: str  # finished, running or killed, or why it stopped
+    summary: Mapping[str, Any] = field(default_factory=dict)  # as in summary.json
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the configuration, without secrets
+    overrides: Mapping[str, str] = field(default_factory=dict)  # what the command line set
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    latencies_s: Sequence[float] = ()  # quantiles of the service time, evenly spaced from the least to the largest
+    rate: Sequence[tuple[float, float]] = ()  # (seconds since the first answer, answers per second)
+    failures: Sequence[Failure] = ()
+    samples: Sequence[Mapping[str, Any]] = ()  # rows as in results.jsonl
+
+
+async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
+    """The runs in these folders: runs themselves, sweeps, or folders that hold several runs.
+
+    Raises:
+        ConfigError: A folder holds no run.
+        StoreError: A run's database cannot be read.
+    """
+    runs: list[RunFacts] = []
+    for path in paths:
+        cells = Sweep(path).cells()
+        if cells:
+            runs += [await _read_cell(cell) for cell in cells]
+            continue
+        folders = sorted(_run_folders(path))
+        if not folders:
+            raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep: name a folder below runs/")
+        runs += [await _read_run(folder, f"{folder.parent.name}/{folder.name}") for folder in folders]
+    return runs
+
+
+def _run_folders(path: Path) -> Iterator[Path]:
+    for pattern in ("results.sqlite", "*/results.sqlite", "*/*/results.sqlite"):
+        found = [database.parent for database in path.glob(pattern)]
+        if found:
+            yield from found
+            return
+
+
+async def _read_cell(cell: Cell) -> RunFacts:
+    folder = Path(cell.folder)
+    if not (folder / "results.sqlite").is_file():
+        return RunFacts(label=cell.name, folder=folder, state=cell.message or "it did not begin")
+    return await _read_run(folder, cell.name)
+
+
+async def _read_run(folder: Path, label: str) -> RunFacts:
+    async with await Store.open_readonly(folder / "results.sqlite") as store:
+        ended = await _ended(store)
+        summary = _last_summary(folder) if ended else None
+        if summary is None:
+            summary = await summarize(store)
+        return RunFacts(
+            label=label,
+            folder=folder,
+            state=str(summary.get("stopped") or "finished") if ended else "running or killed",
+            summary=summary,
+            settings=_settings(folder),
+            overrides=_overrides(folder),
+            scores=await _scores(store),
+            latencies_s=await _latencies(store),
+            rate=await _rate(store),
+            failures=await _failures(store),
+            samples=await _samples(store),
+        )
+
+
+async def _ended(store: Store) -> bool:
+    """Whether the last session came to its end."""
+    sql = "SELECT ended_at IS NOT NULL AS ended FROM sessions ORDER BY id DESC LIMIT 1"
+    return any([row["ended"] async for row in store.query(sql)])
+
+
+def _last_summary(folder: Path) -> dict[str, Any] | None:
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return summary
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / ".hydra" / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return redact(settings) if isinstance(settings, dict) else {}
+
+
+def _overrides(folder: Path) -> dict[str, str]:
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        overrides = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    if not isinstance(overrides, list):
+        return {}
+    pairs = (str(override).partition("=") for override in overrides)
+    return {key.lstrip("+"): value for key, _, value in pairs if not key.startswith("sweep.")}
+
+
+_CURRENT = """
+    FROM rows
+    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+"""
+
+
+async def _scores(store: Store) -> dict[str, Score]:
+    sql = """
+        SELECT
+            entry.key AS name,
+            avg(entry.value) AS mean,
+            avg(entry.value * entry.value) AS square,
+            count(entry.value) AS n,
+            count(*) FILTER (WHERE entry.value NOT IN (0, 1)) AS graded
+        FROM rows, json_each(rows.scores) AS entry
+        WHERE rows.scores IS NOT NULL AND entry.value IS NOT NULL
+        GROUP BY entry.key
+    """
+    scores = {}
+    async for row in store.query(sql):
+        mean, n = row["mean"], row["n"]
+        low, high = _normal(mean, row["square"], n) if row["graded"] else _wilson(mean, n)
+        scores[row["name"]] = Score(mean=mean, n=n, low=low, high=high)
+    return scores
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a share: right for few rows and near 0 and 1, where the normal one is not."""
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _normal(mean: float, square: float, n: int) -> tuple[float, float]:
+    if n < 2:
+        return -math.inf, math.inf
+    half = _Z * math.sqrt(max(0.0, square - mean**2) / (n - 1))
+    return mean - half, mean + half
+
+
+async def _latencies(store: Store) -> list[float]:
+    sql = f"""
+        WITH ranked AS (
+            SELECT
+                service_time_s AS value,
+                row_number() OVER (ORDER BY service_time_s) - 1 AS place,
+                count(*) OVER () AS n
+            {_CURRENT}
+            WHERE error_type IS NULL
+        )
+        SELECT value FROM ranked
+        WHERE n <= ? OR place = n - 1 OR place * ? / n > (place - 1) * ? / n OR place = 0
+        ORDER BY place
+    """
+    return [row["value"] async for row in store.query(sql, (_QUANTILES, _QUANTILES, _QUANTILES))]
+
+
+async def _rate(store: Store) -> list[tuple[float, float]]:
+    """Answers per second over the run's time, the pauses between its sessions included."""
+    span = [row async for row in store.query("SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers")]
+    first, last = span[0]["first"], span[0]["last"]
+    if first is None or last - first < 1:
+        return []
+    width = max(1.0, (last - first) / _BUCKETS)
+    sql = "SELECT CAST((settled_at - ?) / ? AS INTEGER) AS bucket, count(*) AS n FROM answers GROUP BY bucket"
+    counts = {row["bucket"]: row["n"] async for row in store.query(sql, (first, width))}
+    whole = int((last - first) / width)  # the last bucket is cut short
+    return [((bucket + 0.5) * width, counts.get(bucket, 0) / width) for bucket in range(max(1, whole))]
+
+
+async def _failures(store: Store) -> list[Failure]:
+    sql = f"""
+        SELECT error_type AS kind, count(*) AS n, min(rows.position) AS position, error_message AS message
+        {_CURRENT}
+        WHERE error_type IS NOT NULL
+        GROUP BY error_type
+        ORDER BY n DESC
+    """
+    samples = int((await store.meta()).get("samples", "1"))
+    return [
+        Failure(kind=row["kind"], count=row["n"], index=row["position"] // samples, message=row["message"] or "")
+        async for row in store.query(sql)
+    ]
+
+
+async def _samples(store: Store) -> list[dict[str, Any]]:
+    rows = [row async for row in result_rows(store, limit=SAMPLES, failed=False)]
+    rows += [row async for row in result_rows(store, limit=SAMPLES, failed=True)]
+    return [orjson.loads(orjson.dumps(row)) for row in rows]

@@ -1,0 +1,88 @@
+"""Resume: how a run goes on with what its store holds, and where it finds answers that it need not ask for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.claims import Elsewhere
+from runner.config import Dedupe, Resume, RunnerConfig
+from runner.errors import ConfigError
+from runner.identity import answers_alike, output_limits
+from runner.reuse import OtherLimits, OtherRuns, first_of
+from runner.store import Store, Terms
+from runner.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """How a run goes on."""
+
+    terms: Terms  # on which it takes up rows
+    notes: Sequence[str]  # what its user should know
+
+
+@asynccontextmanager
+async def resuming(store: Store, config: RunnerConfig, workload: Workload) -> AsyncIterator[Resumption]:
+    """Bring ``store`` in line with the configuration, write down what the run is, and look where answers may be.
+
+    Raises:
+        ConfigError: ``resume=require``, and there is no earlier run.
+    """
+    meta = await store.meta()
+    if config.resume is Resume.require and "scorers" not in meta:
+        raise ConfigError(f"resume=require, but {store.path.parent} holds no earlier run: use resume=auto")
+    if config.resume is Resume.fresh:
+        await store.start_over()
+    dedupe = config.dedupe is Dedupe.always or (config.dedupe is Dedupe.auto and answers_alike(config))
+    facts = {
+        "samples": str(workload.samples),
+        "scorers": workload.scorers.fingerprint,
+        "dedupe": json.dumps(dedupe),
+        "task": config.task.kind.value,
+    }
+    before = {**facts, "dedupe": json.dumps(False), **meta}
+    if any(before[name] != facts[name] for name in ("samples", "dedupe")):
+        await store.truncate(0)  # the places of rows mean others now; answers are found again by what they answer
+    if before["scorers"] != facts["scorers"]:
+        await store.forget_scores()
+    asked: dict[str, Any] = json.loads(meta.get("asks", "{}"))
+    earlier = {asks: limits for asks, limits in asked.items() if asks != workload.asks}
+    now = output_limits(config)
+    await store.put_meta({**facts, "asks": json.dumps({**earlier, workload.asks: now})})
+
+    notes: list[str] = []
+    finders: list[Elsewhere] = []
+    async with AsyncExitStack() as stack:
+        if config.retry_truncated:
+            finders.append(OtherLimits(store, workload, earlier, now).find)
+        elif earlier and workload.asks not in asked:
+            notes.append(_changed_limits(list(earlier.values())[-1], now))
+        if config.reuse:
+            place = Path(config.runs_dir)
+            others = await stack.enter_async_context(OtherRuns.open(place, own=store.path, asks=workload.asks))
+            finders.append(others.find)
+            notes += others.notes
+        terms = Terms(
+            retry_failed=config.retry_failed,
+            scored=bool(workload.scorers),
+            dedupe=dedupe,
+            cost_bound=workload.cost_bound,
+            elsewhere=first_of(finders) if finders else None,
+        )
+        yield Resumption(terms=terms, notes=notes)
+
+
+def _changed_limits(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return (
+        f"{_shown(now)} instead of {_shown(before)}: every row is asked anew. With retry_truncated=true only those are"
+        " that were cut off"
+    )
+
+
+def _shown(limits: Mapping[str, Any]) -> str:
+    return " ".join(f"request.{key}={value}" for key, value in limits.items()) or "no limit on an answer's length"

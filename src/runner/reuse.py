@@ -1,0 +1,165 @@
+"""Reuse: answers that are there already, in other runs or under another limit on their length: they cost nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runner.claims import Elsewhere
+from runner.errors import StoreError
+from runner.store import Key, Outcome, Store
+from runner.task import Item
+from runner.workload import Workload
+
+_MOST_RUNS = 64
+"""Runs that are looked into at most, the latest ones."""
+
+_PATIENCE_S = 0.2
+"""How long to wait for a run that another program has to itself."""
+
+
+class OtherRuns:
+    """Answers of other runs to the very same request: endpoint, model, input, parameters, schema and sample.
+
+    Args:
+        stores: Runs by name, the latest first.
+        notes: Why others cannot be looked into.
+    """
+
+    def __init__(self, stores: Mapping[str, Store], notes: Sequence[str] = ()) -> None:
+        self.notes = list(notes)
+        self._stores = dict(stores)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, runs_dir: Path, *, own: Path, asks: str) -> AsyncIterator[OtherRuns]:
+        """Open the runs below ``runs_dir`` that ever asked with what ``asks`` stands for, save the one at ``own``.
+
+        Those that are in use, damaged or foreign are left out with a note.
+        """
+        async with AsyncExitStack() as stack:
+            stores: dict[str, Store] = {}
+            notes: list[str] = []
+            for path in _latest(runs_dir, own):
+                try:
+                    store = await Store.open_readonly(path, patience_s=_PATIENCE_S)
+                    stack.push_async_callback(store.aclose)
+                    if asks in json.loads((await store.meta()).get("asks", "{}")):
+                        stores[f"{path.parent.parent.name}/{path.parent.name}"] = store
+                except StoreError as error:
+                    notes.append(f"nothing is taken over from there: {error}")
+                if len(stores) == _MOST_RUNS:
+                    break
+            yield cls(stores, notes)
+
+    async def find(self, asked: Sequence[tuple[Item, int]]) -> list[Outcome]:
+        """The answers there are to ``asked``, each given with its occurrence."""
+        missing = {(item.content, occurrence) for item, occurrence in asked}
+        found: list[Outcome] = []
+        for name, store in list(self._stores.items()):
+            if not missing:
+                break
+            try:
+                answers = await store.find(list(missing))
+            except StoreError as error:
+                self.notes.append(f"nothing more is taken over from there: {error}")
+                del self._stores[name]
+                continue
+            for answer in answers:
+                key = answer.content, answer.occurrence
+                missing.discard(key)
+                found.append(_taken_over(answer, key, name))
+        return found
+
+
+def _latest(runs_dir: Path, own: Path) -> list[Path]:
+    """The databases below ``runs_dir``, those that were written last first."""
+    found: list[tuple[float, Path]] = []
+    for path in runs_dir.glob("*/*/results.sqlite"):
+        with suppress(OSError):
+            if not path.samefile(own):
+                found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+class OtherLimits:
+    """Answers that this run got under other limits on their length, and would get again under its own.
+
+    An answer that came to its own end is the same under every limit that leaves it room. One that was cut off is not.
+
+    Args:
+        limits: What was asked under, by the hash that stands for it; the latest last.
+        now: The limits that hold now.
+    """
+
+    def __init__(
+        self, store: Store, workload: Workload, limits: Mapping[str, Mapping[str, Any]], now: Mapping[str, Any]
+    ) -> None:
+        self._store = store
+        self._workload = workload
+        self._limit = _most(now)
+        hashers = [(workload.hasher(each), _most(each), asks) for asks, each in reversed(list(limits.items()))]
+        self._others = [(hasher, limit) for hasher, limit, asks in hashers if hasher.common == asks]
+
+    async def find(self, asked: Sequence[tuple[Item, int]]) -> list[Outcome]:
+        """The answers there are to ``asked``, each given with its occurrence."""
+        found: dict[Key, Outcome] = {}
+        name = f"{self._store.path.parent.parent.name}/{self._store.path.parent.name}"
+        for hasher, limit in self._others:
+            keys = {
+                (self._workload.content(item, hasher), occurrence): (item.content, occurrence)
+                for item, occurrence in asked
+                if (item.content, occurrence) not in found
+            }
+            for answer in await self._store.find(list(keys)):
+                if not _was_cut_off(answer) and self._has_room(answer, limit):
+                    key = keys[answer.content, answer.occurrence]
+                    found[key] = _taken_over(answer, key, name)
+        return list(found.values())
+
+    def _has_room(self, answer: Outcome, limit: int | None) -> bool:
+        if self._limit is None or (limit is not None and limit <= self._limit):
+            return True
+        return answer.completion_tokens is not None and answer.completion_tokens <= self._limit
+
+
+def first_of(finders: Sequence[Elsewhere]) -> Elsewhere:
+    """Looks into one place after the other."""
+
+    async def find(asked: Sequence[tuple[Any, int]]) -> list[Outcome]:
+        found: list[Outcome] = []
+        for finder in finders:
+            keys = {(each.content, each.occurrence) for each in found}
+            rest = [(claim, occurrence) for claim, occurrence in asked if (claim.content, occurrence) not in keys]
+            found += await finder(rest) if rest else []
+        return found
+
+    return find
+
+
+def _taken_over(answer: Outcome, key: Key, source: str) -> Outcome:
+    """``answer`` as one of this run, which neither asked nor paid."""
+    return replace(
+        answer,
+        content=key[0],
+        occurrence=key[1],
+        settled_at=time.time(),
+        retries=0,
+        cost_usd=0.0,
+        cost_bound_usd=None,
+        reused_from=answer.reused_from or source,
+    )
+
+
+def _most(limits: Mapping[str, Any]) -> int | None:
+    return max((int(value) for value in limits.values()), default=None)
+
+
+def _was_cut_off(answer: Outcome) -> bool:
+    """Whether an answer, or one of several choices, ended at the limit."""
+    return answer.finish_reason == "length" or '"finish_reason":"length"' in (answer.details or "")

@@ -1,0 +1,71 @@
+-- A run's results.sqlite. Times are Unix seconds, durations seconds, money US dollars.
+
+-- What the run is: the name of a fact, and its value.
+CREATE TABLE meta (
+    name  TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+-- One row an invocation of the run; last_seen moves with every commit, so it survives a kill.
+CREATE TABLE sessions (
+    id         INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL,
+    last_seen  REAL NOT NULL,
+    ended_at   REAL -- NULL: running, or killed
+);
+
+-- The dataset as it is now: what is asked at each position.
+CREATE TABLE rows (
+    position   INTEGER PRIMARY KEY, -- dataset index × samples + sample
+    content    BLOB NOT NULL,       -- 16-byte hash of endpoint, model, input, parameters, schema, sample
+    occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …
+    metadata   TEXT,                -- JSON object of the row's own fields
+    scores     TEXT,                -- JSON object, score by scorer; NULL: not scored yet
+    asked_at   REAL                 -- when a session took it up to be asked; NULL: it had an answer
+);
+CREATE INDEX rows_by_content ON rows (content);
+
+-- What came of it: an answer, or the error that the row ended in.
+CREATE TABLE answers (
+    id                INTEGER PRIMARY KEY,
+    content           BLOB NOT NULL,
+    occurrence        INTEGER NOT NULL,
+    settled_at        REAL NOT NULL,
+    output_text       TEXT,
+    details           TEXT,    -- JSON object: whatever else the answer holds
+    finish_reason     TEXT,
+    request_id        TEXT,
+    model_id          TEXT,
+    prompt_tokens     INTEGER,
+    completion_tokens INTEGER,
+    total_tokens      INTEGER,
+    reasoning_tokens  INTEGER,
+    cached_tokens     INTEGER,
+    error_type        TEXT,    -- NULL: answered
+    error_message     TEXT,
+    error_status      INTEGER,
+    deployment        TEXT,
+    retries           INTEGER NOT NULL,
+    queue_wait_s      REAL NOT NULL,
+    service_time_s    REAL NOT NULL,
+    end_to_end_s      REAL NOT NULL,
+    ttft_s            REAL,
+    cost_usd          REAL     -- NULL: unknown
+);
+CREATE UNIQUE INDEX answers_by_key ON answers (content, occurrence);
+
+-- The ledger of every attempt that did not become a row's outcome: those that were retried, failed rows that were
+-- taken up again, and those whose answer never came because the process ended.
+CREATE TABLE attempts (
+    id             INTEGER PRIMARY KEY,
+    content        BLOB NOT NULL,
+    occurrence     INTEGER NOT NULL,
+    number         INTEGER,
+    deployment     TEXT,
+    started_at     REAL,
+    service_time_s REAL,
+    error_type     TEXT NOT NULL, -- 'Lost': the process ended before the outcome was known
+    error_message  TEXT,
+    error_status   INTEGER,
+    cost_usd       REAL           -- NULL: unknown
+);

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness import Command
+from runner.cli import main as run
+from runner.report import read_runs, render
+from runner.report.__main__ import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = '<script>document.title = "taken over"</script><img src=http://example.com/x onerror=alert(1)>'
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_evil(here: Path) -> Path:
+    rows = [{"text": EVIL, "label": EVIL}, {"text": "plain"}, {"other": 1}]
+    (here / "evil.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    run(["name=evil", "dataset=jsonl", "dataset.path=evil.jsonl", "prompt={{ text }}", "tracker=none"])
+    return Command(here).run()
+
+
+def run_sweep(here: Path, *arguments: str) -> Path:
+    run(["-m", "+experiment=quickstart", "dataset.limit=12", "tracker=none", "simulator.latency_s=0.01", *arguments])
+    [folder] = here.glob("runs/quickstart/sweep-*")
+    return folder
+
+
+def written(*paths: Path) -> str:
+    assert main([*map(str, paths), "--output", "out.html"]) == 0
+    return Path("out.html").read_text(encoding="utf-8")
+
+
+def test_a_run_s_page_shows_its_figures_failures_rows_and_configuration(here: Path) -> None:
+    page = written(run_evil(here))
+
+    assert "finished" in page
+    assert "RowError" in page
+    assert "evil.jsonl:3" in page
+    assert "echo: plain" in page
+    assert "simulated/echo" in page
+
+
+def test_what_a_model_writes_is_text(here: Path) -> None:
+    page = written(run_evil(here))
+
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_page_asks_nobody_for_anything(here: Path) -> None:
+    page = written(run_evil(here))
+
+    assert not re.search(r'(?:src|href)\s*=(?!"data:)', page.replace("src=http://example.com", ""))
+    assert "default-src 'none'" in page
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)")
+def test_a_browser_shows_the_page_without_a_complaint(here: Path) -> None:
+    written(run_evil(here))
+    assert CHROMIUM is not None
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+
+    shown = subprocess.run(
+        [CHROMIUM, *options, offline, f"--user-data-dir={here}/profile", "--dump-dom", f"file://{here}/out.html"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    assert "CONSOLE" not in shown.stderr
+    assert "taken over" not in re.findall("<title>.*?</title>", shown.stdout)[0]
+    assert "&lt;script&gt;document.title = " in shown.stdout
+    assert shown.stdout.count("<svg") == 1
+
+
+def test_a_sweep_s_page_compares_its_cells_over_the_number_that_is_swept(here: Path) -> None:
+    page = written(run_sweep(here, "limits.concurrency=1,2,4"))
+
+    for label in ("limits.concurrency=1", "limits.concurrency=2", "limits.concurrency=4"):
+        assert label in page
+    assert "Throughput over limits.concurrency" in page
+    assert "Score: accuracy" in page
+    assert "91.7% [" in page
+
+
+def test_a_cell_that_never_began_is_in_the_table_with_its_reason(here: Path) -> None:
+    page = written(run_sweep(here, "model=simulated/echo,nonsense"))
+
+    assert "model=&#39;nonsense&#39; has no provider" in page
+
+
+def test_several_runs_and_a_folder_of_runs_are_compared(here: Path) -> None:
+    evil = run_evil(here)
+    sweep = run_sweep(here, "request.temperature=0,1")
+
+    page = written(evil, sweep)
+    of_folder = written(here / "runs" / "quickstart")
+
+    assert f"evil/{evil.name}" in page
+    assert "request.temperature=1" in page
+    assert of_folder.count("<details><summary>quickstart/") == 4  # rows and configuration of two
+
+
+async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"prompt": f"n{number}"} for number in range(400)])
+    arguments = ("dataset=jsonl", "dataset.path=rows.jsonl", "simulator.latency_s=0.2", "tracker=none")
+    async with command.running(*arguments, "limits.concurrency=4") as process:
+        assert process.stderr is not None
+        await process.stderr.readline()  # its progress
+        await process.stderr.readline()
+        [facts] = await read_runs([command.run()])
+
+    assert facts.state == "running or killed"
+    assert 0 < facts.summary["succeeded"] < 400
+    assert "running or killed" in render([facts], title="now")
+
+
+def test_a_key_in_the_configuration_is_not_shown(here: Path) -> None:
+    folder = run_evil(here)
+    config = folder / ".hydra" / "config.yaml"
+    config.write_text(config.read_text() + "\nother:\n  api_key: sk-canary-0123456789\n")
+
+    assert "canary" not in written(folder)
+
+
+def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(here)]) == 2
+    assert "there is no run" in capsys.readouterr().err
+    (here / "results.sqlite").write_text("not a database at all, but a text")
+    assert main([str(here)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_evil(here)), "--output", "nowhere/out.html"]) == 2
+    assert "nowhere/out.html cannot be written" in capsys.readouterr().err
