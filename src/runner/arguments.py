@@ -38,8 +38,9 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         if argument.startswith("-") or not equals:
             yield argument
             continue
-        if key == "deployments" and value.startswith("{") and _parses(parser, argument):
-            for label, entry in parser.parse_override(argument).value().items():
+        fleet = parser.parse_override(argument).value() if key == "deployments" and _parses(parser, argument) else None
+        if isinstance(fleet, Mapping):
+            for label, entry in fleet.items():
                 yield f"++deployments.{label}={_written(entry)}"
             continue
         if key.startswith(_OPEN_MAPPINGS):
