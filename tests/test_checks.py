@@ -50,6 +50,7 @@ GOOD: dict[str, dict[str, Any]] = {
             default_output_tokens=0,
         )
     },
+    "a window that is found": {"limits": LimitsConfig(concurrency="auto", max_concurrency=1)},
     "no retries": {"retry": RetryConfig(max_retries=0, base_s=0)},
     "a dataset of nothing": {"dataset": DatasetConfig(limit=0)},
     "the last shard": {"dataset": DatasetConfig(shard=ShardConfig(index=3, count=4))},
@@ -94,6 +95,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (limited(concurrency=1.5), r"^limits\.concurrency=1\.5"),
     (limited(concurrency="many"), r"^limits\.concurrency='many'"),
     (limited(concurrency=None), r"^limits\.concurrency=None"),
+    (limited(max_concurrency=0), r"^limits\.max_concurrency=0: at least 1"),
     *[
         (limited(**{key: value}), rf"^limits\.{key}={value}: a number above 0")
         for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst")
@@ -170,7 +172,6 @@ def test_a_password_has_no_place_in_the_address_of_redis() -> None:
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        (limited(concurrency="auto"), "limits.concurrency=auto"),
         ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),
         ({"budget": BudgetConfig(requests=0)}, "budget"),

@@ -118,6 +118,17 @@ async def test_a_deployments_own_concurrency_bounds_it() -> None:
     assert most["west"] > 2
 
 
+async def test_a_deployments_own_concurrency_may_be_found() -> None:
+    async with serving(lambda asked: 0.01) as east, serving(lambda asked: 0.01) as west:
+        own = DeploymentLimitsConfig(concurrency="auto")
+        fleet = stack({"east": at(east.url, limits=own), "west": at(west.url, limits=own)}, strategy="least-busy")
+        await asyncio.gather(*(fleet.send(GenerationRequest(input="hi")) for _ in range(200)))
+        await fleet.aclose()
+
+    assert len(east.requests) + len(west.requests) == 200
+    assert min(len(east.requests), len(west.requests)) > 40
+
+
 async def test_deployments_may_be_simulated_and_of_several_models() -> None:
     fleet = stack({"a": DeploymentConfig(model="simulated/echo"), "b": DeploymentConfig(model="simulated/other")})
     models = {(await fleet.send(GenerationRequest(input="hi"))).model_id for _ in range(20)}

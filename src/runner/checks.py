@@ -98,11 +98,11 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
 def check_limits(where: str, limits: LimitsConfig) -> None:
     """Check limits whose keys are below ``where``."""
     concurrency = limits.concurrency
-    if concurrency == "auto":
-        raise ConfigError(f"{where}.concurrency=auto {_NOT_AVAILABLE}: give a number")
     unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
-    if not unbounded and (isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1):
-        raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1")
+    is_number = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+    if not unbounded and concurrency != "auto" and not (is_number and concurrency >= 1):
+        raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1, or auto")
+    _at_least(f"{where}.max_concurrency", limits.max_concurrency, 1)
     for key in (*LIMIT_KEYS, "max_request_burst", "max_token_burst"):
         value = getattr(limits, key)
         if value is not None and not value > 0:

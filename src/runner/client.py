@@ -31,6 +31,7 @@ from runner.errors import ConfigError, ItemError, RowError
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
 from runner.stack import Limiters, open_limiters, open_stack
+from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
     EmbeddingResult,
@@ -69,7 +70,7 @@ class LMClient:
         api_key: The key. None: from the provider's usual environment variable.
         deployments: Several places that answer for ``model``, by label.
         endpoint: Which interface generations use by default.
-        max_parallel_requests: Requests in flight at once. None: 128.
+        max_parallel_requests: Requests in flight at once; ``"auto"`` finds out how many are best. None: 128.
         rpm, tpm, rpd, tpd: Requests and tokens per minute and per day.
         max_request_burst, max_token_burst: What may go out at once after a pause. None: 2 % of the limit.
         header_bucket_scope: Whether the provider's rate-limit headers speak of the minute or the day.
@@ -93,7 +94,7 @@ class LMClient:
         api_key: str | None = None,
         deployments: Mapping[str, DeploymentConfig | Mapping[str, Any]] | None = None,
         endpoint: EndpointName = "chat_completion",
-        max_parallel_requests: int | None = None,
+        max_parallel_requests: int | Literal["auto"] | None = None,
         rpm: float | None = None,
         tpm: float | None = None,
         rpd: float | None = None,
@@ -436,7 +437,7 @@ def _open_engine(
     simulator: SimulatorConfig,
     timeout_s: float | None,
 ) -> Engine:
-    window = Window(limits.concurrency)
+    window = Window.of(limits)
     client = open_stack(
         deployments,
         limits=limits,
@@ -444,6 +445,7 @@ def _open_engine(
         routing=routing,
         simulator=simulator,
         window=window,
+        tuner=Tuner.of(limits, window),
         timeout_s=timeout_s,
         limiters=limiters,
     )

@@ -104,6 +104,7 @@ class LimitsConfig:
     """What may be sent per unit of time, and at once. None: no such limit."""
 
     concurrency: Any = 32  # requests in flight; "auto" finds it
+    max_concurrency: int = 1024  # of auto
     rpm: float | None = None
     tpm: float | None = None
     rpd: float | None = None
@@ -266,6 +267,7 @@ class SimulatorConfig:
     ttft_s: float | None = None
     itl_s: float | None = None
     slots: int | None = None
+    max_in_flight: int | None = None
     rpm: int | None = None
     tpm: int | None = None
     output_tokens: int = 24

@@ -51,6 +51,8 @@ class Snapshot:
     reused: int  # of them: answers that were there already
     in_flight: int  # requests
     window: int  # how many may be in flight now
+    window_why: str = ""  # why that last changed; empty: it is as it was set
+    loop_lag_s: float | None = None  # how late the event loop was at the worst, of late; None: nobody looked
     elapsed_s: float
     requests_per_s: float  # answered or failed, over the last RECENT_S
     tokens_per_s: float  # prompt and completion, over the last RECENT_S
@@ -79,6 +81,7 @@ class Snapshot:
             "reused": self.reused,
             "in_flight": self.in_flight,
             "window": self.window,
+            "loop_lag_s": self.loop_lag_s,
             "requests_per_s": self.requests_per_s,
             "tokens_per_s": self.tokens_per_s,
             "prompt_tokens": self.prompt_tokens,
@@ -197,6 +200,8 @@ class Meter:
         total: int | None = None,
         in_flight: int = 0,
         window: int = 0,
+        window_why: str = "",
+        loop_lag_s: float | None = None,
         deployments: Mapping[str, DeploymentSnapshot] | None = None,
     ) -> Snapshot:
         """The run at ``now`` (the clock's time; None: this moment). The meter does not know the rest: pass it.
@@ -214,6 +219,8 @@ class Meter:
             reused=self._reused,
             in_flight=in_flight,
             window=window,
+            window_why=window_why,
+            loop_lag_s=loop_lag_s,
             elapsed_s=elapsed_s,
             requests_per_s=requests_per_s,
             tokens_per_s=tokens_per_s,

@@ -351,6 +351,8 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
         out = sum(deployment.is_out for deployment in snapshot.deployments.values())
         count = len(snapshot.deployments)
         columns.append(_Column(f"servers {count - out}/{count}", 8 if out else 1, "yellow" if out else ""))
+    if snapshot.window_why:
+        columns.append(_Column(f"auto: {snapshot.window_why}", 0))
     if closing:
         columns.append(_Column(f"in {figures.duration(snapshot.elapsed_s)}", 7))
     elif snapshot.total is not None:

@@ -148,13 +148,20 @@ class Run:
             print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, loop_lag_s: float | None = None) -> Snapshot:
+        window = self._window
         return self._meter.snapshot(
             total=self.total,
-            in_flight=self._window.active,
-            window=self._window.limit,
+            in_flight=window.active,
+            window=window.limit,
+            window_why=window.why,
+            loop_lag_s=loop_lag_s,
             deployments=self._deployments() if self._deployments else None,
         )
+
+    def in_flight(self) -> Iterator[Trace]:
+        """The traces of the requests that were begun and have not ended."""
+        return (flight.trace for flight in self._flights.values())
 
     # Taking up
 
@@ -165,7 +172,7 @@ class Run:
         """
         items = self._workload.items()
         group_size = self._workload.task.group_size
-        size = ClaimSize(self._config.limits.concurrency * group_size)
+        size = ClaimSize(self._window.limit * group_size)
         todo: list[Claimed] = []
         length = 0
         while taken := list(islice(items, size.next())):
@@ -216,7 +223,14 @@ class Run:
         usable = [claimed for claimed in group if claimed[0].error is None]
         if not usable:
             return
-        line = _Line(usable, client=self._client, store=self._store, flights=self._flights, stop=self.stop)
+        line = _Line(
+            usable,
+            samples=self._config.samples,
+            client=self._client,
+            store=self._store,
+            flights=self._flights,
+            stop=self.stop,
+        )
         async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
             self._flights.pop(id(settled.trace), None)
             asked = [usable[place] for place in settled.places]
@@ -304,9 +318,17 @@ class _Line:
     """
 
     def __init__(
-        self, group: Sequence[Claimed], *, client: Client, store: Store, flights: dict[int, _Flight], stop: Stop
+        self,
+        group: Sequence[Claimed],
+        *,
+        samples: int,
+        client: Client,
+        store: Store,
+        flights: dict[int, _Flight],
+        stop: Stop,
     ) -> None:
         self._group = group
+        self._samples = samples
         self._client = client
         self._store = store
         self._flights = flights
@@ -314,7 +336,10 @@ class _Line:
 
     def trace(self, places: Sequence[int]) -> Trace:
         keys = [_key(self._group[place]) for place in places]
-        trace = Trace(on_failure=lambda attempt: self._store.note_attempts(keys, attempt))
+        first, _ = self._group[places[0]]
+        trace = Trace(
+            row=first.position // self._samples, on_failure=lambda attempt: self._store.note_attempts(keys, attempt)
+        )
         self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
         return trace
 

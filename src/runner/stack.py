@@ -1,4 +1,7 @@
-"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``, and what may stand between these."""
+"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``, and what may stand between these.
+
+Where the window is found automatically, each transport is an ``Adaptive(Transport)``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runner.account import Account
+from runner.adaptive import Adaptive
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RoutingConfig, SimulatorConfig
 from runner.estimate import Estimator
@@ -17,6 +21,7 @@ from runner.router import Circuit, Hedged, Recallable, Replica, Router, strategy
 from runner.sharing import open_shared
 from runner.transports import open_transport
 from runner.transports.prices import price_for
+from runner.tuner import Tuner
 from runner.types import Client, Request, Response
 
 
@@ -54,6 +59,7 @@ def open_stack(
     simulator: SimulatorConfig,
     window: Window,
     routing: RoutingConfig | None = None,
+    tuner: Tuner | None = None,
     timeout_s: float | None = None,
     limiters: Limiters | None = None,
 ) -> Stack:
@@ -62,8 +68,9 @@ def open_stack(
     Args:
         deployments: By label.
         limits: The account's, which hold for all deployments together; a deployment may have its own beside them.
-        window: What a request has a slot of, and gives back while it waits for a retry.
-        timeout_s: Seconds that a request may take. None: 600.
+        window: Where requests give their slots back while they wait for a retry or the end of a pause.
+        tuner: Sets the window by what comes of the requests; None: nobody does.
+        timeout_s: How long an attempt may take where its request does not say; None: `transports.DEFAULT_TIMEOUT_S`.
         limiters: What `open_limiters` gave, for stacks that are to keep the limits together.
 
     Raises:
@@ -75,6 +82,10 @@ def open_stack(
     def replica_of(label: str, deployment: DeploymentConfig) -> Replica:
         own = deployment.limits
         transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
+        own_window = Window.of(own) if own and own.concurrency else None
+        own_tuner = Tuner.of(own, own_window) if own and own_window else None
+        for each in (tuner, own_tuner):
+            transport = Adaptive(transport, each) if each else transport
         recall = Recallable(transport) if len(deployments) > 1 else None
         price = price_for(deployment, simulator)
         estimator = Estimator.of(
@@ -94,7 +105,7 @@ def open_stack(
             order=deployment.order,
             price=price,
             limits=own,
-            window=Window(own.concurrency) if own and own.concurrency else None,
+            window=own_window,
             circuit=Circuit(budget=retry.budget, cooldown_s=routing.cooldown_s),
             recall=recall,
         )

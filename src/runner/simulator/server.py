@@ -16,7 +16,7 @@ from runner.errors import ConfigError
 from runner.simulator.body import Body, read_json
 from runner.simulator.call import Call
 from runner.simulator.endpoints import ENDPOINTS, Reply
-from runner.simulator.faults import Refusal, http_fault, rate_limited
+from runner.simulator.faults import Refusal, crowded, http_fault, rate_limited
 from runner.simulator.ledger import Ledger
 from runner.simulator.model import AnswerKey, Model
 from runner.simulator.quota import SlidingMinute
@@ -174,6 +174,9 @@ class Simulator:
             raise Refusal(f"Incorrect API key provided. {where}", status=401, code="invalid_api_key")
 
     def _admit(self, call: Call, body: Body, reply: Reply) -> None:
+        most = call.config.max_in_flight
+        if most is not None and self._in_flight > most:
+            raise crowded(body.model, most)
         rpm, tpm = call.config.rpm, call.config.tpm
         if rpm is None and tpm is None:
             return

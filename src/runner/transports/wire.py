@@ -400,10 +400,9 @@ def _vector(values: Any) -> list[float]:
         if sys.byteorder == "big":
             vector.byteswap()
         return vector.tolist()
-    try:
-        return array("d", values).tolist()
-    except TypeError:
-        return [float(value) for value in values]
+    if set(map(type, values)) == {float}:
+        return values  # type: ignore[no-any-return]
+    return [float(value) for value in values]
 
 
 def _transcript(body: dict[str, Any]) -> Transcript:
