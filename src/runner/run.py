@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,7 @@ from runner.errors import (
     InsufficientQuotaError,
     Interrupted,
     ItemError,
+    NoDeploymentError,
     NotFoundError,
     PermissionDeniedError,
     RequestError,
@@ -29,7 +30,7 @@ from runner.errors import (
     SystemicError,
 )
 from runner.identity import dump_text
-from runner.metrics import Meter, Snapshot
+from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
@@ -83,12 +84,14 @@ class Run:
         meter: Meter,
         window: Window,
         terms: Terms | None = None,
+        deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
     ) -> None:
         self.stop = Stop()
         self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._config = config
         self._workload = workload
         self._client = client
+        self._deployments = deployments
         self._store = store
         self._meter = meter
         self._window = window
@@ -154,6 +157,7 @@ class Run:
             window=window.limit,
             window_why=window.why,
             loop_lag_s=loop_lag_s,
+            deployments=self._deployments() if self._deployments else None,
         )
 
     def in_flight(self) -> Iterator[Trace]:
@@ -263,8 +267,10 @@ class Run:
         patience = None
         if isinstance(error, RequestError):
             patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
-            if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
-                patience = 1  # it says itself that it is the account's
+            if isinstance(error, NoDeploymentError) or (
+                isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1
+            ):
+                patience = 1  # it says itself that it is everybody's
         if patience is None or not isinstance(error, RequestError):
             await self._fail(asked, trace, error)
             return

@@ -292,7 +292,8 @@ class Tuner:
         home = self._level
         wanted = direction.factor * home
         level = min(math.ceil(wanted), self._top) if direction is _UP else max(1, math.floor(wanted))
-        if level == home:
+        is_at_wall = home >= _SAME_WALL * self._wall.level
+        if level == home or (is_at_wall and direction is _DOWN):  # what a provider lets in, it serves
             return None
         self._home = home
         self._go(level)
