@@ -20,6 +20,9 @@ RECENT = 200
 TRIAL_S = 2.0
 """How long a slow one is left alone between two trials."""
 
+LONG_PAUSE_S = 30.0
+"""One that asks for a longer pause counts as out."""
+
 _SMOOTHING = 0.1
 _RATE_S = 10.0
 _MINUTE_S = 60.0
@@ -88,9 +91,9 @@ class Replica:
     def has_room(self) -> bool:
         return self.window is None or self.window.active < self.window.limit
 
-    def is_out(self, now: float, *, long_pause_s: float) -> bool:
+    def is_out(self, now: float) -> bool:
         """Whether waiting for it makes no sense while there are others."""
-        return not self.circuit.answering or self.paused_until - now > long_pause_s
+        return not self.circuit.answering or self.paused_until - now > LONG_PAUSE_S
 
     def usage(self, now: float) -> float:
         """The share of its own limits that is used up, by the one that is used up most; 0 without limits."""

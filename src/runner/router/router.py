@@ -12,7 +12,7 @@ from statistics import median
 
 from runner.errors import ConnectError, NoDeploymentError, RateLimitError, RequestError, Timeout
 from runner.metrics import DeploymentSnapshot, percentile
-from runner.router.replica import TRIAL_S, Replica, is_fault
+from runner.router.replica import LONG_PAUSE_S, TRIAL_S, Replica, is_fault
 from runner.router.strategies import Shuffle, Strategy
 from runner.types import Request, Response
 
@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 UNREACHABLE_S = 30.0
 """How long requests wait where nobody has ever listened: the address is wrong, or the server is being restarted."""
-
-LONG_PAUSE_S = 30.0
-"""A replica that asks for a longer pause counts as out."""
 
 _DEFAULT_PAUSE_S = 1.0
 _TOLD_AFTER_S = 2.0
@@ -168,7 +165,7 @@ class Router:
                     return fresh
             if found := trials[:1] or ready or slow:
                 return found
-            if not all(replica.is_out(now, long_pause_s=LONG_PAUSE_S) for replica in group):
+            if not all(replica.is_out(now) for replica in group):
                 return ()
         return ()
 
@@ -241,7 +238,7 @@ class Router:
         return min(max(min(due) - now, 0.02), 60.0)
 
     def _give_up_in_time(self, now: float) -> None:
-        if not all(replica.is_out(now, long_pause_s=LONG_PAUSE_S) for replica in self._replicas):
+        if not all(replica.is_out(now) for replica in self._replicas):
             return
         if self._out_since is None:
             self._out_since = now
@@ -277,14 +274,16 @@ class Router:
             self._told = True
             which = "the deployment is" if len(self._replicas) == 1 else f"all {len(self._replicas)} deployments are"
             logger.warning(
-                f"{which} out, and requests wait for up to {self._patience_s():g} s (routing.max_wait_s):"
-                f" {self._causes()}"
+                "%s out, and requests wait for up to %g s (routing.max_wait_s): %s",
+                which,
+                self._patience_s(),
+                self._causes(),
             )
 
     def _back(self) -> None:
         assert self._out_since is not None
         if self._told:
-            logger.warning(f"answers come again, after {time.monotonic() - self._out_since:.0f} s")
+            logger.warning("answers come again, after %.0f s", time.monotonic() - self._out_since)
         self._out_since, self._told = None, False
 
     # What comes of a request
@@ -316,7 +315,7 @@ class Router:
         if len(self._replicas) > 1 or not error.pauses:
             now = time.monotonic()
             if pause_s > LONG_PAUSE_S and replica.paused_until < now + pause_s / 2:
-                logger.warning(f"{replica.label} asks for a pause of {pause_s:.0f} s: {error}")
+                logger.warning("%s asks for a pause of %.0f s: %s", replica.label, pause_s, error)
             replica.pause(pause_s)
 
     # Watching
