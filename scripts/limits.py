@@ -69,14 +69,15 @@ async def simulator(arguments: argparse.Namespace) -> dict[str, Any]:
             tpm=tpm * arguments.over,
             max_parallel_requests=64,
         )
-        failed = 0
+        failed = asked = 0
 
         async def work() -> None:
-            nonlocal failed
+            nonlocal failed, asked
             while True:
                 words = choice.choice([10, 60, 400])
                 try:
                     await client.agenerate("word " * words, max_tokens=words)
+                    asked += words
                 except Exception:
                     failed += 1
 
@@ -95,8 +96,8 @@ async def simulator(arguments: argparse.Namespace) -> dict[str, Any]:
         "refused": refused,
         "failed": failed,
         "requests_used": round(answered / (rpm * seconds / 60), 4),
+        "tokens_used": round((totals["tokens"]["prompt"] + asked) / (tpm * seconds / 60), 4),
         "wasted": round(refused / max(1, answered), 4),
-        **{key: value for key, value in totals.items() if "tokens" in key},
     }
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner.config import STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -103,6 +105,13 @@ change = (1.5, {"slots": 4}, (4,))
 auto.CASES = {"short": auto.Case(server={"slots": 2, "latency_s": 0.02}, fixed=(2, 3), changes=(change,))}
 auto.main([])
 """
+
+
+def test_routing_has_a_line_for_each_strategy() -> None:
+    lines = lines_of(benchmark("routing", "--replicas", "3", "--requests", "20", "--repeats", "1"))
+
+    assert [line["strategy"] for line in lines] == list(STRATEGIES)
+    assert all(line["replicas"] == 3 and isinstance(line["added_us"], float) for line in lines)
 
 
 def test_a_contender_that_needs_another_interpreter_asks_for_it() -> None:

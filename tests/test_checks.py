@@ -11,6 +11,7 @@ from runner.config import (
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
+    DeploymentLimitsConfig,
     FaultsConfig,
     LimitsConfig,
     RetryConfig,
@@ -53,7 +54,13 @@ GOOD: dict[str, dict[str, Any]] = {
     "no retries": {"retry": RetryConfig(max_retries=0, base_s=0)},
     "a dataset of nothing": {"dataset": DatasetConfig(limit=0)},
     "the last shard": {"dataset": DatasetConfig(shard=ShardConfig(index=3, count=4))},
-    "a fleet": {"deployments": {"a": DeploymentConfig(model="openai/x", weight=0.5, limits=LimitsConfig(rpm=5))}},
+    "a fleet": {
+        "deployments": {
+            "a": DeploymentConfig(model="openai/x", weight=0.5, limits=DeploymentLimitsConfig(rpm=5)),
+            "b": DeploymentConfig(model="openai/x", order=2, limits=DeploymentLimitsConfig(concurrency=8)),
+        },
+        "routing": RoutingConfig(strategy="least-busy", hedge=True, failover=False, max_wait_s=0, cooldown_s=5),
+    },
     "a model that no deployment needs": {"model": "x", "deployments": {"a": DeploymentConfig(model="openai/x")}},
     "certain faults": {"simulator": SimulatorConfig(faults=FaultsConfig(http_429=0.0, hang=1.0))},
     "ordinary parameters": {"request": {"temperature": 0, "max_tokens": 5, "metadata": {"user": "x"}}},
@@ -115,8 +122,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *[({"name": name}, "becomes a folder's name") for name in ("", "a/b", ".", "..")],
     (served(model="x"), r"^deployments\.east\.model='x' has no provider"),
     (served(api_base="host:1"), r"^deployments\.east\.api_base='host:1': a URL begins"),
-    (served(limits=LimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
-    (served(limits=LimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
+    (served(limits=DeploymentLimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
+    (served(limits=DeploymentLimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
     *[(served(weight=weight), r"^deployments\.east\.weight=") for weight in (0.0, -1.0, float("inf"), float("nan"))],
 ]
 
@@ -136,6 +143,7 @@ SECRET = "sk-do-not-print-me"
         (served(api_key=SECRET), "deployments.east.api_key"),
         (served(extra_kwargs={"api_key": SECRET}), "deployments.east.extra_kwargs.api_key"),
         ({"request": {"api_key": SECRET}}, "request.api_key"),
+        (rows(kind=DatasetKind.python, arguments={"password": SECRET}), "dataset.arguments.password"),
         ({"request": {"aws_secret_access_key": SECRET}}, "request.aws_secret_access_key"),
         ({"request": {"extra_headers": {"Authorization": SECRET}}}, "request.extra_headers.Authorization"),
         ({"request": {"extra_headers": {"X-Api-Key": SECRET}}}, "request.extra_headers.X-Api-Key"),
@@ -164,7 +172,6 @@ def test_a_password_has_no_place_in_the_address_of_redis() -> None:
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
         ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),
         ({"budget": BudgetConfig(requests=0)}, "budget"),

@@ -290,6 +290,9 @@ def test_several_deployments_share_the_requests() -> None:
         ({"model": "simulated/echo", "max_parallel_requests": 0}, "concurrency"),
         ({"model": "simulated/echo", "endpoint": "chat"}, "endpoint='chat'"),
         ({"model": "simulated/echo", "deployments": {"a": {"modle": "x"}}}, "modle"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rmp": 1}}}}, "rmp"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rpm": 0}}}}, "rpm=0"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "transport": "post"}}}, "post"),
         ({"model": "simulated/echo", "routing_strategy": "fastest"}, "fastest"),
         ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs"),
         ({"model": "simulated/echo", "timeout": 0}, "timeout=0"),
@@ -364,6 +367,16 @@ async def test_an_answer_that_does_not_fit_is_a_warning_and_none(caplog: pytest.
     assert result.output_text == "Four."
     assert result.output_parsed is None
     assert "does not fit Answer" in caplog.text
+
+
+def test_a_tool_call_is_no_answer_that_does_not_fit(client: LMClient, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+    result = client.generate("add", tools=[tool], tool_choice="required", response_format=Answer)
+
+    assert result.tool_calls
+    assert result.output_parsed is None
+    assert not caplog.records
 
 
 async def test_an_answer_may_be_parsed_without_a_format() -> None:

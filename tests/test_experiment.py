@@ -389,7 +389,7 @@ async def test_the_window_that_is_found_is_in_the_log_the_series_and_the_summary
     assert any(record.getMessage().endswith(f": {concurrency['why']}") for record in caplog.records)
     series = [json.loads(line) for line in (experiment.folder / "metrics.jsonl").read_text().splitlines()]
     windows = [point["ts/window"] for point in series if "ts/window" in point]
-    assert windows[0] < max(windows)
+    assert len(set(windows)) > 1
     assert any("ts/loop_lag_s" in point for point in series)
 
 

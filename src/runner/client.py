@@ -17,19 +17,20 @@ from runner.collector import Collector, OnProgress, OnResult
 from runner.concurrency import Window
 from runner.config import (
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     RetryConfig,
     RoutingConfig,
     Scope,
     SimulatorConfig,
+    TransportKind,
 )
 from runner.embedding import MICRO_BATCH_SIZE
 from runner.engine import Engine, Engines
 from runner.errors import ConfigError, ItemError, RowError
-from runner.limiter import RateLimiter
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
-from runner.stack import open_limiters, open_stack
+from runner.stack import Limiters, open_limiters, open_stack
 from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
@@ -125,7 +126,8 @@ class LMClient:
         retry = RetryConfig(max_retries=max_retries)
         check_limits("limits", limits)
         check_retry(retry)
-        check_routing(RoutingConfig(strategy=routing_strategy))
+        routing = RoutingConfig(strategy=routing_strategy)
+        check_routing(routing)
         check_request("", {"timeout": timeout})
         _check_params("default_request_kwargs", self._defaults)
         if router_kwargs:
@@ -142,6 +144,7 @@ class LMClient:
                 limiters=open_limiters(replicas, limits),
                 limits=limits,
                 retry=retry,
+                routing=routing,
                 simulator=simulator or SimulatorConfig(),
                 timeout_s=timeout,
             )
@@ -427,9 +430,10 @@ class LMClient:
 def _open_engine(
     deployments: Mapping[str, DeploymentConfig],
     *,
-    limiters: Mapping[str, RateLimiter],
+    limiters: Limiters,
     limits: LimitsConfig,
     retry: RetryConfig,
+    routing: RoutingConfig,
     simulator: SimulatorConfig,
     timeout_s: float | None,
 ) -> Engine:
@@ -438,6 +442,7 @@ def _open_engine(
         deployments,
         limits=limits,
         retry=retry,
+        routing=routing,
         simulator=simulator,
         window=window,
         tuner=Tuner.of(limits, window),
@@ -467,11 +472,19 @@ def _deployments(
     built: dict[str, DeploymentConfig] = {}
     for label, entry in deployments.items():
         try:
-            built[label] = entry if isinstance(entry, DeploymentConfig) else DeploymentConfig(**entry)
-        except TypeError as error:
+            built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(**entry)
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"deployments[{label!r}]: {error}") from None
         check_deployment(f"deployments[{label!r}]", built[label])
     return built
+
+
+def _deployment(
+    *, limits: Mapping[str, Any] | None = None, transport: str = TransportKind.auto, **entry: Any
+) -> DeploymentConfig:
+    """A deployment of plain data."""
+    own = DeploymentLimitsConfig(**limits) if isinstance(limits, Mapping) else limits
+    return DeploymentConfig(limits=own, transport=TransportKind(transport), **entry)
 
 
 def _endpoint(name: str) -> Endpoint:

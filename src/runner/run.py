@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,7 @@ from runner.errors import (
     InsufficientQuotaError,
     Interrupted,
     ItemError,
+    NoDeploymentError,
     NotFoundError,
     PermissionDeniedError,
     RequestError,
@@ -29,7 +30,7 @@ from runner.errors import (
     SystemicError,
 )
 from runner.identity import dump_text
-from runner.metrics import Meter, Snapshot
+from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
@@ -83,12 +84,14 @@ class Run:
         meter: Meter,
         window: Window,
         terms: Terms | None = None,
+        deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
     ) -> None:
         self.stop = Stop()
         self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._config = config
         self._workload = workload
         self._client = client
+        self._deployments = deployments
         self._store = store
         self._meter = meter
         self._window = window
@@ -101,6 +104,7 @@ class Run:
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
+        store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
         """How many answers the store has that need not be asked for again; exact where they may be all."""
@@ -153,6 +157,7 @@ class Run:
             window=window.limit,
             window_why=window.why,
             loop_lag_s=loop_lag_s,
+            deployments=self._deployments() if self._deployments else None,
         )
 
     def in_flight(self) -> Iterator[Trace]:
@@ -171,10 +176,13 @@ class Run:
         size = ClaimSize(self._window.limit * group_size)
         todo: list[Claimed] = []
         length = 0
-        while taken := list(islice(items, size.next())):
-            length = taken[-1].position + 1
-            chunk = await self._workload.identified(taken, self._digests)
-            known = await self._store.claim(chunk, self._terms)
+        ahead = await self._read(items, size)
+        while ahead:
+            if isinstance(ahead, DatasetError):
+                raise ahead
+            chunk, length = ahead, ahead[-1].position + 1
+            # While the store looks up what was read, in its thread, the next chunk is read.
+            known, ahead = await asyncio.gather(self._store.claim(chunk, self._terms), self._read(items, size))
             await self._score_known(chunk, known)
             todo += [
                 (item, fact.occurrence)
@@ -189,6 +197,13 @@ class Run:
         if todo:
             yield [todo]
         await self._store.truncate(length)
+
+    async def _read(self, items: Iterator[Item], size: ClaimSize) -> Sequence[Item] | DatasetError:
+        """The next chunk; the error that ends the dataset is one, as what was read before it comes first."""
+        try:
+            return await self._workload.identified(list(islice(items, size.next())), self._digests)
+        except DatasetError as error:
+            return error
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""
@@ -252,8 +267,10 @@ class Run:
         patience = None
         if isinstance(error, RequestError):
             patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
-            if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
-                patience = 1  # it says itself that it is the account's
+            if isinstance(error, NoDeploymentError) or (
+                isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1
+            ):
+                patience = 1  # it says itself that it is everybody's
         if patience is None or not isinstance(error, RequestError):
             await self._fail(asked, trace, error)
             return

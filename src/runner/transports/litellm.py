@@ -123,6 +123,7 @@ class LiteLLMTransport:
 
         ours = Exchange(max_response_bytes=self._max_response_bytes, watch=stream.feed if stream else None)
         outer = sys.exception()
+        answer: Any = None
         with exchange(ours):
             try:
                 async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer
