@@ -186,6 +186,7 @@ async def test_a_change_of_the_slots_is_followed_within_fifteen_seconds(latency_
     )
     assert server.share(35, 45, slots=16) > 0.9
     assert min(seen.between(35, 45)) <= 64  # rather than the hundred or so of before
+    assert server.share(53, 60, slots=64) > 0.7
     assert server.share(60, 75, slots=64) > 0.9
 
 
@@ -229,9 +230,11 @@ async def test_requests_that_do_not_fill_the_window_teach_nothing() -> None:
     server = Server(seed=1, latency_s=0.1)
     window = Window(4)
     client = Adaptive(server, Tuner(window))
+    limits = set()
     for _ in range(200):
         await asyncio.gather(*(client.send(GenerationRequest(input="hello")) for _ in range(5)))
-    assert window.limit <= 16
+        limits.add(window.limit)
+    assert limits <= {4, 8}  # eight are tried, and never seen in flight
 
 
 # Servers that refuse
