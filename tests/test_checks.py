@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,10 +8,12 @@ import pytest
 
 from runner.checks import check, check_deployment, check_limits, nearest_key, unknown_key_message, unknown_keys
 from runner.config import (
+    BenchConfig,
     BudgetConfig,
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
+    DeploymentLimitsConfig,
     FaultsConfig,
     LimitsConfig,
     RetryConfig,
@@ -20,6 +23,7 @@ from runner.config import (
     ShardConfig,
     Shared,
     SimulatorConfig,
+    SloConfig,
     TaskConfig,
     TaskKind,
     TrackerConfig,
@@ -49,10 +53,17 @@ GOOD: dict[str, dict[str, Any]] = {
             default_output_tokens=0,
         )
     },
+    "a window that is found": {"limits": LimitsConfig(concurrency="auto", max_concurrency=1)},
     "no retries": {"retry": RetryConfig(max_retries=0, base_s=0)},
     "a dataset of nothing": {"dataset": DatasetConfig(limit=0)},
     "the last shard": {"dataset": DatasetConfig(shard=ShardConfig(index=3, count=4))},
-    "a fleet": {"deployments": {"a": DeploymentConfig(model="openai/x", weight=0.5, limits=LimitsConfig(rpm=5))}},
+    "a fleet": {
+        "deployments": {
+            "a": DeploymentConfig(model="openai/x", weight=0.5, limits=DeploymentLimitsConfig(rpm=5)),
+            "b": DeploymentConfig(model="openai/x", order=2, limits=DeploymentLimitsConfig(concurrency=8)),
+        },
+        "routing": RoutingConfig(strategy="least-busy", hedge=True, failover=False, max_wait_s=0, cooldown_s=5),
+    },
     "a model that no deployment needs": {"model": "x", "deployments": {"a": DeploymentConfig(model="openai/x")}},
     "certain faults": {"simulator": SimulatorConfig(faults=FaultsConfig(http_429=0.0, hang=1.0))},
     "ordinary parameters": {"request": {"temperature": 0, "max_tokens": 5, "metadata": {"user": "x"}}},
@@ -87,6 +98,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (limited(concurrency=1.5), r"^limits\.concurrency=1\.5"),
     (limited(concurrency="many"), r"^limits\.concurrency='many'"),
     (limited(concurrency=None), r"^limits\.concurrency=None"),
+    (limited(max_concurrency=0), r"^limits\.max_concurrency=0: at least 1"),
     *[
         (limited(**{key: value}), rf"^limits\.{key}={value}: a number above 0")
         for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst")
@@ -113,8 +125,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *[({"name": name}, "becomes a folder's name") for name in ("", "a/b", ".", "..")],
     (served(model="x"), r"^deployments\.east\.model='x' has no provider"),
     (served(api_base="host:1"), r"^deployments\.east\.api_base='host:1': a URL begins"),
-    (served(limits=LimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
-    (served(limits=LimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
+    (served(limits=DeploymentLimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
+    (served(limits=DeploymentLimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
     *[(served(weight=weight), r"^deployments\.east\.weight=") for weight in (0.0, -1.0, float("inf"), float("nan"))],
 ]
 
@@ -134,6 +146,7 @@ SECRET = "sk-do-not-print-me"
         (served(api_key=SECRET), "deployments.east.api_key"),
         (served(extra_kwargs={"api_key": SECRET}), "deployments.east.extra_kwargs.api_key"),
         ({"request": {"api_key": SECRET}}, "request.api_key"),
+        (rows(kind=DatasetKind.python, arguments={"password": SECRET}), "dataset.arguments.password"),
         ({"request": {"aws_secret_access_key": SECRET}}, "request.aws_secret_access_key"),
         ({"request": {"extra_headers": {"Authorization": SECRET}}}, "request.extra_headers.Authorization"),
         ({"request": {"extra_headers": {"X-Api-Key": SECRET}}}, "request.extra_headers.X-Api-Key"),
@@ -147,12 +160,21 @@ def test_a_secret_is_rejected_and_not_repeated(values: dict[str, Any], key: str)
     assert SECRET not in str(caught.value)
 
 
+def test_limits_that_are_shared_must_be_there() -> None:
+    with pytest.raises(ConfigError, match=r"limits\.shared=file shares limits, and there are none: set limits\.rpm"):
+        check(RunnerConfig(limits=LimitsConfig(shared=Shared.file)))
+    check(RunnerConfig(limits=LimitsConfig(shared=Shared.file, otpm=5)))
+
+
+def test_a_password_has_no_place_in_the_address_of_redis() -> None:
+    with pytest.raises(ConfigError, match="RUNNER_REDIS_PASSWORD") as caught:
+        check(RunnerConfig(limits=LimitsConfig(redis_url="redis://:hunter2@host:6379/0")))
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        (limited(concurrency="auto"), "limits.concurrency=auto"),
-        (limited(shared=Shared.redis), "limits.shared=redis"),
-        ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
         ({"budget": BudgetConfig(usd=1.0)}, "budget"),
         ({"budget": BudgetConfig(requests=0)}, "budget"),
         ({"plan": True}, "plan=true"),
@@ -336,7 +358,8 @@ def test_a_benchmark_that_cannot_show_what_it_is_asked_for_is_rejected(changes: 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"levels": "auto"}, {"levels": 4}, {"levels": None}, {"rate": [0.5, 2]}, {"requests": None, "duration": 9}]
+    "changes",
+    [{"levels": "auto"}, {"levels": 4}, {"levels": None}, {"rate": [0.5, 2]}, {"requests": None, "duration": 9}],
 )
 def test_a_benchmark_may_name_its_levels_in_several_ways(changes: dict[str, Any]) -> None:
     check(RunnerConfig(task=TaskConfig(kind=TaskKind.bench), bench=BenchConfig(**changes)))

@@ -118,15 +118,21 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
     quantiles = {key: summary.pop(key) for key in ("latency_s", "queue_wait_s")}
     assert all(value > 0 for value in measured.values())
     assert all(set(values) == {"p50", "p95", "p99"} for values in quantiles.values())
+    [(label, deployment)] = summary.pop("deployments").items()
+    assert (label, deployment["answered"], deployment["share"]) == ("hosted_vllm/m", 60, 1.0)
     assert summary == {
         "rows": 60,
         "succeeded": 60,
         "failed": 0,
         "reused": 0,
+        "concurrency": {"window": 64, "why": None},
         "tokens": {"prompt": 180, "completion": 120, "total": 300, "cached": 0, "reasoning": 0},
         "cost_usd": None,
         "cost_usd_upper_bound": None,
         "attempts_of_unknown_cost": 60,
+        "attempts_without_bound": 60,
+        "deduplicated": 0,
+        "taken_over": 0,
         "retries": 0,
         "unparsed": 0,
         "errors": {},

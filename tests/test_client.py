@@ -247,6 +247,25 @@ def test_a_wrong_key_is_an_error_of_the_request() -> None:
     assert "wrong-key-of-mine" not in str(caught.value)
 
 
+def test_a_request_that_hangs_ends_at_the_default_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.transports.DEFAULT_TIMEOUT_S", 0.1)
+    hanging = SimulatorConfig(faults=FaultsConfig(hang=1.0))
+    with LMClient(model="simulated/echo", simulator=hanging, max_retries=0) as client:
+        batch = client.generate_batch(["hello"])
+
+    assert type(batch.errors[0]).__name__ == "Timeout"
+
+
+def test_the_number_of_requests_at_once_can_be_found_out() -> None:
+    slotted = SimulatorConfig(latency_s=0.02, slots=16)
+    with LMClient(model="simulated/echo", simulator=slotted, max_parallel_requests="auto") as client:
+        batch = client.generate_batch(f"prompt {n}" for n in range(200))
+        single = client.generate("hello")
+
+    assert batch.errors == [None] * 200
+    assert single.output_text == "echo: hello"
+
+
 def test_a_timeout_of_the_call_is_obeyed() -> None:
     with echo(simulator=SimulatorConfig(latency_s=5.0), max_retries=0) as client:
         batch = client.generate_batch(["hello"], timeout=0.05)
@@ -271,6 +290,9 @@ def test_several_deployments_share_the_requests() -> None:
         ({"model": "simulated/echo", "max_parallel_requests": 0}, "concurrency"),
         ({"model": "simulated/echo", "endpoint": "chat"}, "endpoint='chat'"),
         ({"model": "simulated/echo", "deployments": {"a": {"modle": "x"}}}, "modle"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rmp": 1}}}}, "rmp"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rpm": 0}}}}, "rpm=0"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "transport": "post"}}}, "post"),
         ({"model": "simulated/echo", "routing_strategy": "fastest"}, "fastest"),
         ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs"),
         ({"model": "simulated/echo", "timeout": 0}, "timeout=0"),
@@ -345,6 +367,16 @@ async def test_an_answer_that_does_not_fit_is_a_warning_and_none(caplog: pytest.
     assert result.output_text == "Four."
     assert result.output_parsed is None
     assert "does not fit Answer" in caplog.text
+
+
+def test_a_tool_call_is_no_answer_that_does_not_fit(client: LMClient, caplog: pytest.LogCaptureFixture) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+    result = client.generate("add", tools=[tool], tool_choice="required", response_format=Answer)
+
+    assert result.tool_calls
+    assert result.output_parsed is None
+    assert not caplog.records
 
 
 async def test_an_answer_may_be_parsed_without_a_format() -> None:

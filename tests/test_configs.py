@@ -8,24 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 
 from runner.checks import check
-from runner.composition import conf_folder, typed
+from runner.composition import compose, conf_folder
 from runner.config import RunnerConfig
 
 CONF = conf_folder()
 FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 OPTIONS = [path.relative_to(CONF).with_suffix("").as_posix() for path in FILES]
-
-
-def composed(*overrides: str) -> DictConfig:
-    ConfigStore.instance().store(name="schema", node=RunnerConfig)
-    OmegaConf.register_new_resolver("package_data", lambda name: name, replace=True)
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config", overrides=[*overrides])
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -37,12 +27,12 @@ def test_every_option_composes_and_can_be_run(option: str) -> None:
     if needed is None:
         needed = ["dataset.path=rows.jsonl"] if group == "dataset" else []
 
-    check(typed(composed(override, *needed)))
+    check(compose([override, *needed]))
 
 
 def test_the_root_says_what_the_types_say() -> None:
     """A default stands in conf/, where users read it, and in the types, where code does: they are the same."""
-    config = typed(composed())
+    config = compose([])
 
     assert dict(_leaves(config)) == dict(_leaves(RunnerConfig()))
 

@@ -64,6 +64,10 @@ ASKED: dict[str, Change] = {
     "request.temperature": change(request={"temperature": 0.6}),
     "response_format": change(response_format={"type": "object"}),
     "task": change(task=TaskConfig(kind=TaskKind.embed)),
+    "task.image": change(task=TaskConfig(image="picture")),
+    "dataset.arguments": change(
+        dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", arguments={"seed": 1})
+    ),
 }
 
 NOT_ASKED: dict[str, Change] = {
@@ -76,6 +80,8 @@ NOT_ASKED: dict[str, Change] = {
     "request.max_tokens": change(request={"temperature": 0.5, "max_tokens": 5}),
     "request.extra_headers": change(request={"temperature": 0.5, "extra_headers": {"x": "y"}}),
     "request.stream": change(request={"temperature": 0.5, "stream": True}),
+    "dataset.streaming": change(dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", streaming=True)),
+    "task.micro_batch_size": change(task=TaskConfig(micro_batch_size=5, max_bytes=5)),
     "dataset.limit": change(dataset=DatasetConfig(kind=DatasetKind.jsonl, path="rows.jsonl", limit=5)),
     "name": change(name="other"),
     "runs_dir": change(runs_dir="elsewhere"),

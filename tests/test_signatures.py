@@ -133,7 +133,7 @@ def test_a_record_has_the_same_fields(name: str) -> None:
 
 @pytest.mark.parametrize("name", runner.__all__)
 def test_every_public_name_can_be_imported(name: str) -> None:
-    assert getattr(runner, name).__module__.startswith("runner.")
+    assert hasattr(runner, name)
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:

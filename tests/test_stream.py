@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mutations import mutated_bytes, mutated_json
 from runner import errors
 from runner.transports import wire
 from runner.transports.stream import EventReader, Stream
@@ -321,53 +322,26 @@ EXAMPLES = [
     (TEXT, [data({"choices": [{"index": 0, "text": "Hello.", "finish_reason": "stop"}]}), DONE]),
 ]
 
-JUNK: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
-    max_leaves=5,
-)
-
 
 @st.composite
 def mutated(draw: st.DrawFn) -> tuple[Endpoint, list[bytes]]:
     """A good stream with bytes changed, parts lost, repeated or swapped, and values replaced by anything."""
-    endpoint, parts = draw(st.sampled_from(EXAMPLES))
-    parts = list(parts)
+    endpoint, example_parts = draw(st.sampled_from(EXAMPLES))
+    parts = list(example_parts)
     for _ in range(draw(st.integers(0, 3))):
         place = draw(st.integers(0, len(parts) - 1))
         match draw(st.sampled_from(["bytes", "lost", "repeated", "swapped", "value"])):
             case "bytes":
-                at = draw(st.integers(0, len(parts[place])))
-                parts[place] = parts[place][:at] + draw(st.binary(max_size=3)) + parts[place][at + 1 :]
+                parts[place] = draw(mutated_bytes(parts[place]))
             case "lost":
                 parts[place] = b""
             case "repeated":
                 parts.insert(place, parts[place])
             case "swapped":
                 parts[place], parts[0] = parts[0], parts[place]
-            case "value":
-                parts[place] = replaced(parts[place], draw(st.integers(0, 20)), draw(JUNK))
-    raw = b"".join(parts)
-    return endpoint, cut(raw, draw(st.integers(1, 200)))
-
-
-def replaced(part: bytes, number: int, value: Any) -> bytes:
-    """The event with its ``number``-th value, counted from the outside in, replaced."""
-    try:
-        event = json.loads(part.partition(b"data: ")[2])
-    except ValueError:
-        return part
-    places: list[tuple[Any, Any]] = []
-    nodes = [event]
-    for node in nodes:
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        for key, child in list(items):
-            places.append((node, key))
-            nodes.append(child)
-    if places:
-        node, key = places[number % len(places)]
-        node[key] = value
-    return data(json.dumps(event).encode())
+            case "value" if parts[place].startswith(b"data: {") and parts[place].endswith(b"}\n\n"):
+                parts[place] = data(draw(mutated_json(parts[place][6:])))
+    return endpoint, cut(b"".join(parts), draw(st.integers(1, 200)))
 
 
 @settings(deadline=None, max_examples=400)

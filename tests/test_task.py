@@ -234,6 +234,29 @@ async def test_a_rows_path_leads_from_the_folder_of_its_dataset(tmp_path: Path, 
     assert {asked.body["prompt"] for asked in provider.requests} == {"Names: Ada", "Names: none"}
 
 
+@pytest.mark.parametrize(
+    ("content", "error", "problem"),
+    [
+        ("A" * 20, "RequestTooLargeError", "rows.jsonl:1: the audio has more than 10 bytes"),
+        ("no base64", "RowError", "the bytes of audio are not in base64"),
+    ],
+)
+async def test_audio_in_a_row_that_cannot_be_sent_fails_alone(
+    tmp_path: Path, content: str, error: str, problem: str
+) -> None:
+    rows: list[Json] = [{"audio": {"bytes": each}} for each in (content, base64.b64encode(b"fine").decode())]
+    async with serving() as provider:
+        experiment = Experiment(
+            tmp_path, api_base=provider.url, task=TaskConfig(kind=TaskKind.transcribe, max_bytes=10)
+        )
+        await experiment(rows)
+
+    assert heard(experiment.folder) == [None, "audio.wav: fine"]
+    failed = read_rows(experiment.folder)[0]["error"]
+    assert failed["type"] == error
+    assert problem in failed["message"]
+
+
 async def test_a_recording_is_known_by_what_it_holds(tmp_path: Path, recordings: Path) -> None:
     async with serving() as provider:
         experiment = Experiment(tmp_path, api_base=provider.url, task=TRANSCRIBE, dataset=files(recordings))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mutations import mutated_json
 from runner import errors
 from runner.transports import wire
 from runner.types import (
@@ -22,6 +25,7 @@ from runner.types import (
     Response,
     TokenUsage,
     ToolCall,
+    Transcript,
     TranscriptionRequest,
 )
 
@@ -29,6 +33,7 @@ CHAT = GenerationRequest(input="hi")
 TEXT = GenerationRequest(input="hi", endpoint=Endpoint.text_completion)
 RESPONSES = GenerationRequest(input="hi", endpoint=Endpoint.responses)
 EMBED = EmbeddingRequest(texts=["a", "b"])
+SPEECH = TranscriptionRequest(audio=b"")
 
 
 def chat_body(**changes: Any) -> dict[str, Any]:
@@ -236,6 +241,67 @@ def test_vectors_come_in_the_order_of_the_texts() -> None:
 def test_a_vector_too_few_is_no_answer() -> None:
     with pytest.raises(errors.APIResponseError):
         wire.response_from(EMBED, {"data": [{"index": 0, "embedding": [1.0]}]}, {})
+
+
+@pytest.mark.parametrize(
+    ("vector", "values"),
+    [("AAAAPwAAgD8=", [0.5, 1.0]), (["0.5", 1], [0.5, 1.0]), ([1, 2], [1.0, 2.0]), ([], []), ("", [])],
+)
+def test_a_vector_is_numbers_or_base64(vector: Any, values: list[float]) -> None:
+    body = {"data": [{"index": "0", "embedding": vector}]}
+    output = wire.response_from(EmbeddingRequest(texts=["a"]), body, {}).output
+    assert output == Embeddings(vectors=(values,))
+
+
+@pytest.mark.parametrize("vector", ["AAA", "ü", None, ["x"], [None], 3, [10**400], [0.5, 10**400]])
+def test_a_vector_that_is_none_is_no_answer(vector: Any) -> None:
+    with pytest.raises(errors.APIResponseError):
+        wire.response_from(EmbeddingRequest(texts=["a"]), {"data": [{"embedding": vector}]}, {})
+
+
+def test_indexes_that_are_all_the_same_leave_the_order() -> None:
+    body = {"data": [{"index": 0, "embedding": [3]}, {"index": 0, "embedding": [1]}]}
+    assert wire.response_from(EMBED, body, {}).output == Embeddings(vectors=([3.0], [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("payload", "content_type", "text"),
+    [
+        (b"Hello.\n", "text/plain", "Hello."),
+        (b"[Music]\n", "text/html; charset=utf-8", "[Music]"),  # whisper.cpp
+        (b"", "text/plain", ""),
+        (b'"Hello."', "application/json", "Hello."),
+        (b' {"text": "Hello."}', "", "Hello."),
+        (b"WEBVTT\n\n00:00\n\n", "text/vtt", "WEBVTT\n\n00:00"),
+    ],
+)
+def test_a_transcript_is_json_or_plain_text(payload: bytes, content_type: str, text: str) -> None:
+    response = wire.decode(SPEECH, payload, {"content-type": content_type}, model="whisper-1")
+    assert response.output == Transcript(text=text)
+    assert response.model_id == "whisper-1"
+    assert response.usage is None
+
+
+@pytest.mark.parametrize(
+    ("payload", "content_type"),
+    [(b"Hello.", "application/json"), (b'{"text": "Hel', "text/plain"), (b"<!DOCTYPE html>", "text/html"), (b"{}", "")],
+)
+def test_what_is_no_transcript_is_an_error(payload: bytes, content_type: str) -> None:
+    with pytest.raises(errors.APIResponseError):
+        wire.decode(SPEECH, payload, {"content-type": content_type})
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled", "queued", "in_progress"])
+def test_a_responses_answer_that_did_not_end_is_none(status: str) -> None:
+    with pytest.raises(errors.APIResponseError):
+        wire.response_from(RESPONSES, {"status": status, "output": []}, {})
+
+
+def test_a_redirect_is_an_error_that_names_the_other_address() -> None:
+    error = wire.error_from(308, b"", {"Location": "https://me:hunter2@other.example/v1/x?token=3"})
+    assert type(error) is errors.NotFoundError
+    assert "sends on to https://other.example/v1/x, and" in str(error)
+    assert not type(error).retryable
 
 
 @pytest.mark.parametrize(
@@ -469,7 +535,7 @@ BODY = shaped(
 
 
 @settings(deadline=None)
-@given(request=st.sampled_from([CHAT, TEXT, RESPONSES, EMBED]), body=JSON | BODY)
+@given(request=st.sampled_from([CHAT, TEXT, RESPONSES, EMBED, SPEECH]), body=JSON | BODY)
 def test_any_body_is_a_response_or_an_error_of_the_tree(request: Request, body: Any) -> None:
     try:
         response = wire.response_from(request, body, {})
@@ -489,6 +555,35 @@ def test_any_body_is_a_response_or_an_error_of_the_tree(request: Request, body: 
     usage = response.usage or TokenUsage()
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens or 0)
     assert all(0 <= count < 2**63 for count in counts)
+
+
+VALID: list[tuple[Request, Any]] = [
+    (CHAT, chat_body(usage={"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}})),
+    (
+        CHAT,
+        chat_body(choices=[{"message": {"tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]}}]),
+    ),
+    (TEXT, {"choices": [{"text": "Hello.", "finish_reason": "stop"}]}),
+    (RESPONSES, {"status": "completed", "output": [{"type": "message", "content": [{"text": "Hello."}]}]}),
+    (EMBED, {"data": [{"index": 0, "embedding": [0.5, 1]}, {"index": 1, "embedding": "AAAAPwAAgD8="}]}),
+    (SPEECH, {"text": "Hello.", "language": "en", "duration": 2.5, "usage": {"type": "duration", "seconds": 3}}),
+]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    case=st.sampled_from(VALID).flatmap(
+        lambda case: st.tuples(st.just(case[0]), mutated_json(json.dumps(case[1]).encode()))
+    ),
+    content_type=st.sampled_from(["application/json", "text/plain", ""]),
+)
+def test_a_good_body_gone_bad_is_a_response_or_an_error_of_the_tree(
+    case: tuple[Request, bytes], content_type: str
+) -> None:
+    request, payload = case
+    with contextlib.suppress(errors.RequestError):
+        response = wire.decode(request, payload, {"content-type": content_type})
+        orjson.dumps(asdict(response.output))
 
 
 @settings(deadline=None)

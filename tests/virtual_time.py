@@ -42,6 +42,13 @@ async def settle() -> None:
     await asyncio.sleep(1e-6)
 
 
+def block(seconds: float) -> None:
+    """Hold the event loop up, as code does that computes for so long."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    loop.advance(seconds)
+
+
 def other_tasks() -> set[asyncio.Task[Any]]:
     """Tasks that are alive beside the caller's own."""
     current = asyncio.current_task()
@@ -57,6 +64,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._clock.now
+
+    def advance(self, seconds: float) -> None:
+        self._clock.now += seconds
 
 
 class _Clock(selectors.DefaultSelector):

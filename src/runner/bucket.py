@@ -15,20 +15,20 @@ from runner.quota import Reading
 MINUTE_S = 60.0
 DAY_S = 86_400.0
 
-_SPANS = 240
+SPANS = 240
 """Spans of time that a window is divided into; what was taken leaves it a span at a time."""
 
-_TRAVEL_S = 0.25
+TRAVEL_S = 0.25
 """By how much one request may be longer under way to the provider than another. A window is kept for so much longer,
 so that it holds where the requests arrive and not only where they were granted."""
 
-_HEARD_S = 5.0
+HEARD_S = 5.0
 """How long a provider's word on what is left stands as it is; then what it does not leave us comes back steadily."""
 
 _BURST_SHARE = 0.02
 """Default burst, as a share of the limit."""
 
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 """Share of a limit by which sums of floats may be wrong."""
 
 
@@ -87,8 +87,8 @@ class Bucket:
         self.burst = min(limit.amount, max(burst, self.rate * least_burst_s))
         self.level = self.burst
         self.charged = 0.0  # in the window
-        self._keep_s = limit.window_s + _TRAVEL_S + lease_s
-        self._width_s = limit.window_s / _SPANS
+        self._keep_s = limit.window_s + TRAVEL_S + lease_s
+        self._width_s = limit.window_s / SPANS
         self._ceiling = self.burst
         self._updated = 0.0
         self._spans: dict[int, float] = {}  # what was charged, by number of the span; oldest first
@@ -97,17 +97,22 @@ class Bucket:
         self._foreign_s = 0.0  # how long until that is over
         self._synced = -1.0  # when the request was granted whose headers were heard last
 
-    def wait_s(self, cost: float, now: float) -> float:
-        """Seconds until ``cost`` can be taken. One that exceeds the burst is saved up for."""
+    def wait_s(self, cost: float, now: float, *, is_next: bool = True) -> float:
+        """Seconds until ``cost`` can be taken. One that exceeds the burst is saved up for, if it is the next."""
         self.update(now)
-        self._ceiling = max(self.burst, cost)
+        if is_next:
+            self._ceiling = max(self.burst, cost)
         pace_s = (cost - self.level) / self.rate if cost > self.level else 0.0
         excess = self.charged + cost - self.limit
         if self._foreign:
             excess += self.foreign(now)
-        if excess <= _ROUNDING * self.limit:
+        if excess <= ROUNDING * self.limit:
             return pace_s
         return max(pace_s, self._room_s(excess, now))
+
+    def room(self, now: float) -> float:
+        """What can be taken at once."""
+        return min(self.level, self.limit - self.charged - self.foreign(now))
 
     def take(self, cost: float, now: float) -> None:
         """Charge ``cost``, whether there is room for it or not."""
@@ -162,7 +167,7 @@ class Bucket:
         left_s = self._foreign_at + self._foreign_s - now
         if left_s <= 0:
             return 0.0
-        return self._foreign * min(1.0, left_s / max(1e-9, self._foreign_s - _HEARD_S))
+        return self._foreign * min(1.0, left_s / max(1e-9, self._foreign_s - HEARD_S))
 
     def resize(self, amount: float) -> None:
         """Another limit, as the provider says."""
@@ -212,7 +217,7 @@ class Bucket:
         all_back_s = max(0.0, self._foreign_at + self._foreign_s - now)
         foreign = self.foreign(now)
         back_s = math.inf if foreign < excess else all_back_s * (1 - (foreign - excess) / self._foreign)
-        excess -= _ROUNDING * self.limit
+        excess -= ROUNDING * self.limit
         for span, amount in self._spans.items():
             excess -= amount
             if excess <= 0:
@@ -228,6 +233,9 @@ class Buckets:
 
     def __init__(self, limits: Sequence[Limit], *, least_burst_s: float = 0.0) -> None:
         self._buckets = [Bucket(limit, least_burst_s=least_burst_s) for limit in limits]
+
+    def attach(self, drawer: object) -> None:
+        """It has at hand all that there is."""
 
     def wait_s(self, costs: Sequence[float], now: float) -> float:
         """Seconds until all ``costs`` can be taken."""

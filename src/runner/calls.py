@@ -76,7 +76,7 @@ class GenerationCall:
         )
 
     def _parsed(self, output: Generation) -> Any:
-        if self.layout is None:
+        if self.layout is None or (output.tool_calls and not output.text):
             return None
         try:
             return self.layout.parse(output.text)

@@ -17,8 +17,11 @@ from runner.identity import dump_json
 from runner.transports.prices import max_output_tokens_of, price_for
 from runner.types import OUTPUT_LIMITS
 
-_TEMPLATE_TOKENS = 1024
-"""What a provider's template adds to a prompt, generously: roles, a date, a preamble for tools (Anthropic's: 530)."""
+_TEMPLATE_TOKENS = 256
+"""What a provider's template adds to a prompt, generously: roles, a date, a line about the model."""
+
+_PREAMBLE_TOKENS = 1024
+"""What it adds where there are tools, generously: Anthropic's preamble has up to 530."""
 
 _BEYOND_THE_PROMPT = frozenset(
     {
@@ -66,6 +69,7 @@ def _bound(deployment: DeploymentConfig, config: RunnerConfig) -> _Bound | None:
     if price is None or output_tokens is None or _asks_beyond(params):
         return None
     fixed_tokens = _TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
+    fixed_tokens += _PREAMBLE_TOKENS if params.get("tools") or params.get("functions") else 0
     usd_per_token = max(price.prompt, price.cached or 0.0)
     return _Bound(fixed_usd=fixed_tokens * usd_per_token + output_tokens * price.completion, usd_per_byte=usd_per_token)
 

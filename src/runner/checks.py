@@ -15,6 +15,7 @@ from runner.config import (
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     Resume,
     RetryConfig,
@@ -71,6 +72,7 @@ def check_secrets(config: RunnerConfig) -> None:
         ConfigError: There is one; the message names its place, and not the key.
     """
     _check_secrets("request", config.request)
+    _check_secrets("dataset.arguments", config.dataset.arguments)
     for label, deployment in replicas(config).items():
         where = f"deployments.{label}." if config.deployments else ""
         if deployment.api_key:
@@ -93,6 +95,7 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
     if not 0 < deployment.weight < math.inf:
         raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
+    _at_least(f"{prefix}order", deployment.order, 0)
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
 
@@ -100,19 +103,28 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
 def check_limits(where: str, limits: LimitsConfig) -> None:
     """Check limits whose keys are below ``where``."""
     concurrency = limits.concurrency
-    if concurrency == "auto":
-        raise ConfigError(f"{where}.concurrency=auto {_NOT_AVAILABLE}: give a number")
-    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-        raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1")
-    for key in ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm", "max_request_burst", "max_token_burst"):
+    unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
+    is_number = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+    if not unbounded and concurrency != "auto" and not (is_number and concurrency >= 1):
+        raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1, or auto")
+    _at_least(f"{where}.max_concurrency", limits.max_concurrency, 1)
+    for key in (*LIMIT_KEYS, "max_request_burst", "max_token_burst"):
         value = getattr(limits, key)
         if value is not None and not value > 0:
             raise ConfigError(f"{where}.{key}={value}: a number above 0, or null for no limit")
     for key in ("rpm", "rpd"):
         _at_least(f"{where}.{key}", getattr(limits, key), 1)
     _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
-    if limits.shared is not Shared.none:
-        raise ConfigError(f"{where}.shared={limits.shared.value} {_NOT_AVAILABLE}: use none")
+    if limits.shared is not Shared.none and not any(getattr(limits, key) for key in LIMIT_KEYS):
+        raise ConfigError(f"{where}.shared={limits.shared.value} shares limits, and there are none: set {where}.rpm")
+    if "@" in urlsplit(limits.redis_url).netloc:
+        raise ConfigError(
+            f"{where}.redis_url: configurations are stored with the run, so a password has no place in them. Put it"
+            " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
+        )
+
+
+LIMIT_KEYS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
 
 
 def check_retry(retry: RetryConfig) -> None:
@@ -120,14 +132,15 @@ def check_retry(retry: RetryConfig) -> None:
     _at_least("retry.max_retries", retry.max_retries, 0)
     _at_least("retry.base_s", retry.base_s, 0)
     _at_least("retry.cap_s", retry.cap_s, 0)
+    _at_least("retry.budget", retry.budget, 0)
 
 
 def check_routing(routing: RoutingConfig) -> None:
-    """Check the strategy."""
+    """Check the strategy and the times."""
     if routing.strategy not in STRATEGIES:
         raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    if routing.strategy != "simple-shuffle":
-        raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
+    _at_least("routing.max_wait_s", routing.max_wait_s, 0)
+    _at_least("routing.cooldown_s", routing.cooldown_s, 0.1)
 
 
 _NOT_AVAILABLE = "is not available in this version"

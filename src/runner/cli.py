@@ -24,7 +24,7 @@ from yaml import YAMLError
 from runner.arguments import friendly, quoted
 from runner.complaints import explain
 from runner.composition import conf_folder, is_multirun, load_environment, sweep_folder, swept_by, swept_keys, typed
-from runner.config import DatasetKind, RunnerConfig, TaskKind
+from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
@@ -137,7 +137,7 @@ def _run(composed: DictConfig, folder: Path) -> Report:
         if shown and report.summary["rows"] <= _SHOWN_ANSWERS:
             _show_answers(folder / "results.jsonl")
         summary_table(report.summary, results=Path(os.path.relpath(folder / "results.jsonl")))
-    _say_why(report)
+    _say_why(report, config)
     return report
 
 
@@ -150,14 +150,15 @@ def _run_bench(config: RunnerConfig, folder: Path) -> Report:
     for found in gather([Cell(number=0, name="", folder=str(folder), summary=report.summary)]):
         show_levels(found.levels, found.verdict, stream=sys.stdout)
     write(sys.stdout, f"results  {os.path.relpath(folder / 'bench.json')}\n")
-    _say_why(report)
+    _say_why(report, config)
     return report
 
 
-def _say_why(report: Report) -> None:
+def _say_why(report: Report, config: RunnerConfig) -> None:
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
-        write(sys.stderr, f"{printable(report.message)}\nThe same command {again}.\n")
+        command = "With resume=auto, the same command" if config.resume is Resume.fresh else "The same command"
+        write(sys.stderr, f"{printable(report.message)}\n{command} {again}.\n")
 
 
 def _calm_garbage_collector() -> None:

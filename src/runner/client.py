@@ -17,19 +17,21 @@ from runner.collector import Collector, OnProgress, OnResult
 from runner.concurrency import Window
 from runner.config import (
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     RetryConfig,
     RoutingConfig,
     Scope,
     SimulatorConfig,
+    TransportKind,
 )
 from runner.embedding import MICRO_BATCH_SIZE
 from runner.engine import Engine, Engines
 from runner.errors import ConfigError, ItemError, RowError
-from runner.limiter import RateLimiter
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
-from runner.stack import limiters_of, open_stack
+from runner.stack import Limiters, open_limiters, open_stack
+from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
     EmbeddingResult,
@@ -68,7 +70,7 @@ class LMClient:
         api_key: The key. None: from the provider's usual environment variable.
         deployments: Several places that answer for ``model``, by label.
         endpoint: Which interface generations use by default.
-        max_parallel_requests: Requests in flight at once. None: 128.
+        max_parallel_requests: Requests in flight at once; ``"auto"`` finds out how many are best. None: 128.
         rpm, tpm, rpd, tpd: Requests and tokens per minute and per day.
         max_request_burst, max_token_burst: What may go out at once after a pause. None: 2 % of the limit.
         header_bucket_scope: Whether the provider's rate-limit headers speak of the minute or the day.
@@ -92,7 +94,7 @@ class LMClient:
         api_key: str | None = None,
         deployments: Mapping[str, DeploymentConfig | Mapping[str, Any]] | None = None,
         endpoint: EndpointName = "chat_completion",
-        max_parallel_requests: int | None = None,
+        max_parallel_requests: int | Literal["auto"] | None = None,
         rpm: float | None = None,
         tpm: float | None = None,
         rpd: float | None = None,
@@ -124,7 +126,8 @@ class LMClient:
         retry = RetryConfig(max_retries=max_retries)
         check_limits("limits", limits)
         check_retry(retry)
-        check_routing(RoutingConfig(strategy=routing_strategy))
+        routing = RoutingConfig(strategy=routing_strategy)
+        check_routing(routing)
         check_request("", {"timeout": timeout})
         _check_params("default_request_kwargs", self._defaults)
         if router_kwargs:
@@ -138,9 +141,10 @@ class LMClient:
             partial(
                 _open_engine,
                 replicas,
-                limiters=limiters_of(replicas, limits),
+                limiters=open_limiters(replicas, limits),
                 limits=limits,
                 retry=retry,
+                routing=routing,
                 simulator=simulator or SimulatorConfig(),
                 timeout_s=timeout,
             )
@@ -426,19 +430,22 @@ class LMClient:
 def _open_engine(
     deployments: Mapping[str, DeploymentConfig],
     *,
-    limiters: Mapping[str, RateLimiter],
+    limiters: Limiters,
     limits: LimitsConfig,
     retry: RetryConfig,
+    routing: RoutingConfig,
     simulator: SimulatorConfig,
     timeout_s: float | None,
 ) -> Engine:
-    window = Window(limits.concurrency)
+    window = Window.of(limits)
     client = open_stack(
         deployments,
         limits=limits,
         retry=retry,
+        routing=routing,
         simulator=simulator,
         window=window,
+        tuner=Tuner.of(limits, window),
         timeout_s=timeout_s,
         limiters=limiters,
     )
@@ -465,11 +472,19 @@ def _deployments(
     built: dict[str, DeploymentConfig] = {}
     for label, entry in deployments.items():
         try:
-            built[label] = entry if isinstance(entry, DeploymentConfig) else DeploymentConfig(**entry)
-        except TypeError as error:
+            built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(**entry)
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"deployments[{label!r}]: {error}") from None
         check_deployment(f"deployments[{label!r}]", built[label])
     return built
+
+
+def _deployment(
+    *, limits: Mapping[str, Any] | None = None, transport: str = TransportKind.auto, **entry: Any
+) -> DeploymentConfig:
+    """A deployment of plain data."""
+    own = DeploymentLimitsConfig(**limits) if isinstance(limits, Mapping) else limits
+    return DeploymentConfig(limits=own, transport=TransportKind(transport), **entry)
 
 
 def _endpoint(name: str) -> Endpoint:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 
+from runner.config import LimitsConfig
+
 _ASIDE_PER_SLOT = 4
 """How many may be aside for each slot there is."""
 
@@ -25,12 +27,19 @@ class Window:
     """
 
     def __init__(self, limit: int) -> None:
+        self.why = ""
+        """Why the limit is what it is, in a few words; empty where it is as it was set."""
         self._limit = limit
         self._active = 0
         self._aside = 0
         self._returning: deque[asyncio.Future[None]] = deque()
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._fillers: list[Callable[[], None]] = []
+
+    @classmethod
+    def of(cls, limits: LimitsConfig) -> Window:
+        """The window that a configuration begins with; where it says ``auto``, a `Tuner` sets it from there."""
+        return cls(SoftStart.FIRST if limits.concurrency == "auto" else limits.concurrency)
 
     @property
     def limit(self) -> int:
@@ -135,13 +144,16 @@ class SoftStart:
 
     It starts with a few requests and doubles them every ``step_s``, so that a wrong key or a dead server meets a
     handful of requests and not the whole window, and a healthy one costs no time worth measuring.
+
+    Args:
+        target: What it opens to; None: the limit that the window has.
     """
 
     FIRST = 4
 
-    def __init__(self, window: Window, *, step_s: float = 0.1) -> None:
+    def __init__(self, window: Window, *, step_s: float = 0.1, target: int | None = None) -> None:
         self._window = window
-        self._target = window.limit
+        self._target = window.limit if target is None else target
         self._step_s = step_s
         self._timer: asyncio.TimerHandle | None = None
         if self._target > self.FIRST:

@@ -118,6 +118,7 @@ class LimitsConfig:
     """What may be sent per unit of time, and at once. None: no such limit."""
 
     concurrency: Any = 32  # requests in flight; "auto" finds it
+    max_concurrency: int = 1024  # of auto
     rpm: float | None = None
     tpm: float | None = None
     rpd: float | None = None
@@ -135,6 +136,13 @@ class LimitsConfig:
 
 
 @dataclass(kw_only=True)
+class DeploymentLimitsConfig(LimitsConfig):
+    """Limits of one deployment alone. Those of the root hold above them, for all deployments together."""
+
+    concurrency: Any = None  # None: as many as the root allows
+
+
+@dataclass(kw_only=True)
 class DeploymentConfig:
     """One place that answers for the logical model.
 
@@ -143,8 +151,9 @@ class DeploymentConfig:
         api_base: Base URL up to and including ``/v1``; None for a hosted provider's own.
         api_key_env: Name of the environment variable with the key; None: the provider's usual one.
         api_key: The key itself, from code only. A configuration file is stored, so it names the variable.
-        weight: Share of the requests under ``simple-shuffle``, relative to the others.
-        limits: Limits of this deployment alone.
+        weight: Share of the requests, relative to the others.
+        order: Deployments of a higher order are asked only while all of lower ones are out.
+        limits: Limits of this deployment alone, beside those that all share.
         extra_kwargs: LiteLLM keyword arguments for every request sent here.
         transport: ``direct`` (OpenAI's wire format), ``litellm`` (everything), or ``auto``.
     """
@@ -154,14 +163,21 @@ class DeploymentConfig:
     api_key_env: str | None = None
     api_key: str | None = field(default=None, repr=False)
     weight: float = 1.0
-    limits: LimitsConfig | None = None
+    order: int = 0
+    limits: DeploymentLimitsConfig | None = None
     extra_kwargs: dict[str, Any] | None = None
     transport: TransportKind = TransportKind.auto
 
 
 @dataclass(kw_only=True)
 class RoutingConfig:
+    """How requests find a deployment; see `runner.router`."""
+
     strategy: str = "simple-shuffle"
+    failover: bool = True
+    max_wait_s: float = 600.0
+    cooldown_s: float = 2.0
+    hedge: bool = False
 
 
 @dataclass(kw_only=True)
@@ -169,6 +185,7 @@ class RetryConfig:
     max_retries: int = 3
     base_s: float = 1.0
     cap_s: float = 60.0
+    budget: float = 500.0
 
 
 @dataclass(kw_only=True)
@@ -287,6 +304,7 @@ class FaultsConfig:
     http_529: float = 0.0
     reset: float = 0.0
     hang: float = 0.0
+    slow: float = 0.0
     truncated: float = 0.0
     invalid_json: float = 0.0
     error_200: float = 0.0
@@ -302,6 +320,7 @@ class SimulatorConfig:
     ttft_s: float | None = None
     itl_s: float | None = None
     slots: int | None = None
+    max_in_flight: int | None = None
     rpm: int | None = None
     tpm: int | None = None
     output_tokens: int = 24
@@ -311,6 +330,7 @@ class SimulatorConfig:
     api_key: str | None = None
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     hang_s: float = 3600.0
+    slow_factor: float = 20.0
     usd_per_million_prompt_tokens: float = 0.15
     usd_per_million_completion_tokens: float = 0.60
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -29,14 +30,18 @@ from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.resume import resuming
 from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
-from runner.stack import open_stack
+from runner.stack import Stack, open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import check_addresses
+from runner.tuner import Tuner
 from runner.types import Client
+from runner.watchdog import Watchdog
 from runner.workload import Workload
 
 _REDRAW_S = 0.2
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +69,21 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     check(config)
     workload = Workload(config)
     workload.check()
-    window = Window(config.limits.concurrency)
-    client = _open_client(config, window)
+    window = Window.of(config.limits)
+    client = _open_client(config, window, Tuner.of(config.limits, window))
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
     async with _closing(client, store), resuming(store, config, workload) as resumption:
-        run = Run(config, workload, client=client, store=store, meter=meter, window=window, terms=resumption.terms)
+        run = Run(
+            config,
+            workload,
+            client=client,
+            store=store,
+            meter=meter,
+            window=window,
+            terms=resumption.terms,
+            deployments=client.deployments if len(replicas(config)) > 1 else None,
+        )
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
@@ -108,16 +122,18 @@ def check_experiment(config: RunnerConfig) -> None:
     """
     check(config)
     Workload(config).check()
-    _open_client(config, Window(config.limits.concurrency))
+    _open_client(config, Window.of(config.limits))
 
 
-def _open_client(config: RunnerConfig, window: Window) -> Client:
+def _open_client(config: RunnerConfig, window: Window, tuner: Tuner | None = None) -> Stack:
     return open_stack(
         replicas(config),
         limits=config.limits,
         retry=config.retry,
+        routing=config.routing,
         simulator=config.simulator,
         window=window,
+        tuner=tuner,
         timeout_s=config.request.get("timeout"),
     )
 
@@ -133,10 +149,13 @@ async def _shown(
     for note in notes:
         progress.note(note)
     run.stop.listen(lambda: progress.note(_ending_note(run)))
+    warnings = _Warnings(progress)
+    logging.getLogger("runner").addHandler(warnings)
     ticker = asyncio.create_task(_tick(run, progress, tracker, config.tracker.log_every_s))
     try:
         yield
     finally:
+        logging.getLogger("runner").removeHandler(warnings)
         ticker.cancel()
         await asyncio.wait([ticker])
         snapshot = run.snapshot()
@@ -145,12 +164,26 @@ async def _shown(
         tracker.log(snapshot.as_series())
 
 
+class _Warnings(logging.Handler):
+    """Shows them (a long pause, shared limits out of reach) to the person who watches, beside the log."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.note(record.getMessage())
+
+
 async def _tick(run: Run, progress: Progress, tracker: Tracker, log_every_s: float) -> None:
     logged = time.monotonic()
+    watchdog = Watchdog()
     while True:
-        await asyncio.sleep(_REDRAW_S)
-        snapshot = run.snapshot()
+        await watchdog.rest(_REDRAW_S)
+        snapshot = run.snapshot(loop_lag_s=watchdog.lag_s)
         progress.update(snapshot)
+        for note in watchdog.notes(snapshot, run.in_flight()):
+            logger.warning(note)
         if time.monotonic() - logged >= log_every_s:
             logged = time.monotonic()
             tracker.log(snapshot.as_series())
@@ -165,12 +198,13 @@ def _ending_note(run: Run) -> str:
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     """Write the projections and say how it ended."""
     reason = run.stop.reason
-    reused = run.snapshot().reused - run.sharing
+    last = run.snapshot()
     try:
         await store.flush()
         await write_jsonl(store, folder / "results.jsonl")
         summary = await summarize(store)
-        summary |= {"reused": reused, "stopped": reason.reason if reason else None}
+        summary |= {"reused": last.reused - run.sharing, "stopped": reason.reason if reason else None}
+        summary["concurrency"] = {"window": last.window, "why": last.window_why or None}
         if reason is not None and run.total is not None:
             summary["rows"] = run.total
         replace_file(folder / "summary.json", orjson.dumps(summary, option=orjson.OPT_INDENT_2))

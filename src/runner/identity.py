@@ -59,7 +59,7 @@ def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> s
             "endpoint": config.endpoint.value,
             "request": {key: value for key, value in asks.items() if key not in OUTPUT_LIMITS},
             "response_format": config.response_format,
-            "task": config.task.kind.value,
+            "task": [config.task.kind.value, config.task.image],
         }
     return _digest([asked, dict(swept or {})], size=6).hex()
 
@@ -70,6 +70,8 @@ def model_identity(config: RunnerConfig) -> str:
     if "simulated/" in name:
         simulator = config.simulator
         name += f"#{simulator.seed},{simulator.accuracy},{simulator.output_tokens},{simulator.answers}"
+        if config.task.kind is TaskKind.embed:
+            name += f",{simulator.embedding_size}"
     return name
 
 

@@ -61,6 +61,7 @@ class Limited:
         finally:
             sent = time.perf_counter()
             trace.queue_wait_s += sent - queued
+        trace.sent_at = sent
         trace.on_the_wire = True  # and stays so where this is cancelled
         try:
             response = await self._client.send(request)

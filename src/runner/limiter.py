@@ -9,8 +9,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 from runner.bucket import DAY_S, MINUTE_S, Buckets, Charge, Limit
@@ -29,8 +30,40 @@ _LONG_PAUSE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What those take who wait."""
+
+    need: Sequence[float]  # the first in line
+    all: Sequence[float]
+
+
+class Drawer(Protocol):
+    """For whom a quota draws what it does not have at hand. Its methods may be called from any thread."""
+
+    def demand(self) -> Demand | None:
+        """Who waits; None: nobody does."""
+        ...
+
+    def wake(self) -> None:
+        """There is something to take, or it is known when there will be."""
+        ...
+
+    def pause_heard(self, seconds: float, reason: str) -> None:
+        """Somebody else who shares the quota was told to pause."""
+        ...
+
+    def trouble(self, reason: str) -> None:
+        """Why nothing can be taken for now; empty: that is over."""
+        ...
+
+
 class Quota(Protocol):
     """Where a `RateLimiter` takes from. It is called under the limiter's lock, and never waits."""
+
+    def attach(self, drawer: Drawer) -> None:
+        """Work for this limiter."""
+        ...
 
     def wait_s(self, costs: Sequence[float], now: float) -> float:
         """Seconds until ``costs`` can be taken, as far as one can tell; infinity: the limiter will be woken."""
@@ -119,6 +152,7 @@ class RateLimiter:
         self._reads_headers = reads_headers
         self._own = quota is None
         self._quota: Quota = Buckets(self._limits, least_burst_s=2 * GRANT_INTERVAL_S) if quota is None else quota
+        self._quota.attach(self)
         self._configured = len(self._limits)
         self._index = {limit.name: index for index, limit in enumerate(self._limits)}
         self.counts_tokens = self._knows_tokens()
@@ -127,6 +161,7 @@ class RateLimiter:
         self._waiting: deque[_Waiter] = deque()
         self._paused_until = -math.inf
         self._pause_reason = ""
+        self._trouble = ""
         self._last_grants = -math.inf
         self._timer: _Timer | None = None
         self._poked: asyncio.AbstractEventLoop | None = None
@@ -275,13 +310,30 @@ class RateLimiter:
 
     @property
     def pause_reason(self) -> str:
-        """Why it pauses, in the provider's words; empty where it does not."""
-        return self._pause_reason if self.paused_s > 0 else ""
+        """Why nothing is granted, in the provider's words; empty where nothing is in the way."""
+        return self._trouble or (self._pause_reason if self.paused_s > 0 else "")
+
+    # For the quota
+
+    def demand(self) -> Demand | None:
+        with self._lock:
+            if time.monotonic() < self._paused_until:
+                return None
+            waiting = [waiter.costs for waiter in islice(self._waiting, _MOST_AT_ONCE) if not waiter.gone]
+            return Demand(need=waiting[0], all=list(map(sum, zip(*waiting, strict=True)))) if waiting else None
 
     def wake(self) -> None:
-        """See whether more can be granted: the quota has changed. May be called from any thread."""
         with self._lock:
             self._grant(time.monotonic())
+
+    def pause_heard(self, seconds: float, reason: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._pause(seconds, reason, now)
+            self._grant(now)
+
+    def trouble(self, reason: str) -> None:
+        self._trouble = reason
 
     # Reserving
 
@@ -379,10 +431,11 @@ class RateLimiter:
 
     def _pause(self, seconds: float, reason: str, now: float) -> None:
         if now + seconds > self._paused_until:
+            if now >= self._paused_until and seconds > _LONG_PAUSE_S:
+                level = logging.WARNING if seconds > _LONGEST_SLEEP_S else logging.INFO
+                _log.log(level, "no request goes out for %.0f s%s", seconds, f" ({reason})" if reason else "")
             self._paused_until = now + seconds
             self._pause_reason = reason
-            if seconds > _LONG_PAUSE_S:
-                _log.info("no request goes out for %.0f s%s", seconds, f": {reason}" if reason else "")
 
     def _grant_soon(self, now: float) -> None:
         """Grant what has become possible; where much comes back at once, not for each piece of it."""
@@ -409,7 +462,8 @@ class RateLimiter:
             if wait_s <= 0:
                 self._waiting.popleft()
                 head.charge = self._quota.take(head.costs, now)
-                head.tell(head.charge)
+                if not head.tell(head.charge):
+                    self._quota.give_back(head.charge, head.costs, now, sent=False)
                 continue
             if wait_s > _LONG_PAUSE_S and self._send_away(wait_s, paused_s):
                 continue
@@ -437,7 +491,8 @@ class RateLimiter:
         if head.thread != threading.get_ident():
             if self._poked is not head.loop:
                 self._poked = head.loop
-                head.loop.call_soon_threadsafe(self._on_poke)
+                with suppress(RuntimeError):  # closed in this moment
+                    head.loop.call_soon_threadsafe(self._on_poke)
         elif timer is None or timer.loop is not head.loop or timer.due > due:
             if timer is not None and timer.loop is head.loop:
                 timer.handle.cancel()
@@ -497,6 +552,9 @@ _NAMES: Mapping[str, tuple[str, str | None]] = {
 
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names if name is not None}
 
+_MOST_AT_ONCE = 1_000
+"""Of those who wait, so many are looked at when a shared quota is drawn from."""
+
 _LONGEST_SLEEP_S = 60.0
 """A pause may be ended, or made longer, by others: look again so often."""
 
@@ -516,11 +574,16 @@ class _Waiter:
         self.charge: Charge | None = None
         self.gone = False  # does not wait any more
 
-    def tell(self, outcome: Charge | InsufficientQuotaError | None) -> None:
+    def tell(self, outcome: Charge | InsufficientQuotaError | None) -> bool:
+        """End the wait. False: its event loop was closed in this moment, and nobody waits any more."""
         if self.thread == threading.get_ident():
             self._resolve(outcome)
-        else:
+            return True
+        try:
             self.loop.call_soon_threadsafe(self._resolve, outcome)
+        except RuntimeError:
+            return False
+        return True
 
     def _resolve(self, outcome: Charge | InsufficientQuotaError | None) -> None:
         if self.granted.done():

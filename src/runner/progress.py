@@ -365,6 +365,12 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
     ]
+    if snapshot.deployments:
+        out = sum(deployment.is_out for deployment in snapshot.deployments.values())
+        count = len(snapshot.deployments)
+        columns.append(_Column(f"servers {count - out}/{count}", 8 if out else 1, "yellow" if out else ""))
+    if snapshot.window_why:
+        columns.append(_Column(f"auto: {snapshot.window_why}", 0))
     if closing:
         columns.append(_Column(f"in {figures.duration(snapshot.elapsed_s)}", 7))
     elif snapshot.total is not None:
@@ -414,6 +420,10 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
     if summary.get("retries") is not None:
         yield _Fact("retries", f"{summary['retries']:,}")
+    deployments: Mapping[str, Any] = summary.get("deployments") or {}
+    if len(deployments) > 1:
+        for label, deployment in deployments.items():
+            yield _Fact(f"  {printable(label)}", _deployment(deployment))
     scores: Mapping[str, Any] = summary.get("scores") or {}
     for name, score in scores.items():
         yield _Fact(f"score {printable(name)}", figures.score(score), "bold")
@@ -436,6 +446,14 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     if "cost_usd" in summary:
         bounds = summary.get("cost_usd_upper_bound"), summary.get("attempts_without_bound", 0)
         yield _Fact("cost", figures.closing_cost(summary["cost_usd"], bounds[0], without_bound=bounds[1]))
+
+
+def _deployment(deployment: Mapping[str, Any]) -> str:
+    latencies = {name: value for name, value in deployment["latency_s"].items() if value is not None}
+    parts = [f"{deployment['answered']:,} answered ({deployment['share']:.0%})"]
+    parts += [f"{name} {figures.seconds(value)}" for name, value in latencies.items()]
+    parts += [f"{deployment[key]:,} {key}" for key in ("failed", "retries") if deployment[key]]
+    return ", ".join(parts)
 
 
 def _note_lines(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,7 @@ from runner.errors import (
     InsufficientQuotaError,
     Interrupted,
     ItemError,
+    NoDeploymentError,
     NotFoundError,
     PermissionDeniedError,
     RequestError,
@@ -29,7 +30,7 @@ from runner.errors import (
     SystemicError,
 )
 from runner.identity import WorkloadHasher, dump_text
-from runner.metrics import Meter, Snapshot
+from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
@@ -83,12 +84,14 @@ class Run:
         meter: Meter,
         window: Window,
         terms: Terms | None = None,
+        deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
     ) -> None:
         self.stop = Stop()
         self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._config = config
         self._workload = workload
         self._client = client
+        self._deployments = deployments
         self._store = store
         self._meter = meter
         self._window = window
@@ -101,6 +104,7 @@ class Run:
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
+        store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
         """How many answers the store has that need not be asked for again; exact where they may be all."""
@@ -145,8 +149,20 @@ class Run:
             print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
 
-    def snapshot(self) -> Snapshot:
-        return self._meter.snapshot(total=self.total, in_flight=self._window.active, window=self._window.limit)
+    def snapshot(self, *, loop_lag_s: float | None = None) -> Snapshot:
+        window = self._window
+        return self._meter.snapshot(
+            total=self.total,
+            in_flight=window.active,
+            window=window.limit,
+            window_why=window.why,
+            loop_lag_s=loop_lag_s,
+            deployments=self._deployments() if self._deployments else None,
+        )
+
+    def in_flight(self) -> Iterator[Trace]:
+        """The traces of the requests that were begun and have not ended."""
+        return (flight.trace for flight in self._flights.values())
 
     # Taking up
 
@@ -157,16 +173,19 @@ class Run:
         """
         items = self._workload.items()
         group_size = self._workload.task.group_size
-        size = ClaimSize(self._config.limits.concurrency * group_size)
+        size = ClaimSize(self._window.limit * group_size)
         workload = WorkloadHasher()
         todo: list[Claimed] = []
         length = 0
-        while taken := list(islice(items, size.next())):
-            length = taken[-1].position + 1
-            chunk = await self._workload.identified(taken, self._digests)
+        ahead = await self._read(items, size)
+        while ahead:
+            if isinstance(ahead, DatasetError):
+                raise ahead
+            chunk, length = ahead, ahead[-1].position + 1
             for item in chunk:
                 workload.add(item.fields, item.input)
-            known = await self._store.claim(chunk, self._terms)
+            # While the store looks up what was read, in its thread, the next chunk is read.
+            known, ahead = await asyncio.gather(self._store.claim(chunk, self._terms), self._read(items, size))
             await self._score_known(chunk, known)
             todo += [
                 (item, fact.occurrence)
@@ -182,6 +201,13 @@ class Run:
             yield [todo]
         await self._store.truncate(length)
         await self._store.put_meta(workload.facts)
+
+    async def _read(self, items: Iterator[Item], size: ClaimSize) -> Sequence[Item] | DatasetError:
+        """The next chunk; the error that ends the dataset is one, as what was read before it comes first."""
+        try:
+            return await self._workload.identified(list(islice(items, size.next())), self._digests)
+        except DatasetError as error:
+            return error
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""
@@ -212,7 +238,14 @@ class Run:
         usable = [claimed for claimed in group if claimed[0].error is None]
         if not usable:
             return
-        line = _Line(usable, client=self._client, store=self._store, flights=self._flights, stop=self.stop)
+        line = _Line(
+            usable,
+            samples=self._config.samples,
+            client=self._client,
+            store=self._store,
+            flights=self._flights,
+            stop=self.stop,
+        )
         async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
             self._flights.pop(id(settled.trace), None)
             asked = [usable[place] for place in settled.places]
@@ -238,8 +271,10 @@ class Run:
         patience = None
         if isinstance(error, RequestError):
             patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
-            if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
-                patience = 1  # it says itself that it is the account's
+            if isinstance(error, NoDeploymentError) or (
+                isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1
+            ):
+                patience = 1  # it says itself that it is everybody's
         if patience is None or not isinstance(error, RequestError):
             await self._fail(asked, trace, error)
             return
@@ -298,9 +333,17 @@ class _Line:
     """
 
     def __init__(
-        self, group: Sequence[Claimed], *, client: Client, store: Store, flights: dict[int, _Flight], stop: Stop
+        self,
+        group: Sequence[Claimed],
+        *,
+        samples: int,
+        client: Client,
+        store: Store,
+        flights: dict[int, _Flight],
+        stop: Stop,
     ) -> None:
         self._group = group
+        self._samples = samples
         self._client = client
         self._store = store
         self._flights = flights
@@ -308,7 +351,10 @@ class _Line:
 
     def trace(self, places: Sequence[int]) -> Trace:
         keys = [_key(self._group[place]) for place in places]
-        trace = Trace(on_failure=lambda attempt: self._store.note_attempts(keys, attempt))
+        first, _ = self._group[places[0]]
+        trace = Trace(
+            row=first.position // self._samples, on_failure=lambda attempt: self._store.note_attempts(keys, attempt)
+        )
         self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
         return trace
 

@@ -100,14 +100,19 @@ class Trace:
             before more money is spent.
     """
 
+    row: int | None = None  # index in the dataset, of the first of a group; None: of no dataset
     started: float = field(default_factory=time.perf_counter)
     queue_wait_s: float = 0.0  # waiting for quota, slot or pause, over all attempts; backoff excluded
     service_time_s: float = 0.0  # of the last attempt
     on_the_wire: bool = False  # an attempt was sent, and nothing has come of it yet
+    sent_at: float = 0.0  # when the last attempt was, by `time.perf_counter`
     ttft_s: float | None = None  # time to first token of the last attempt, streamed answers only
     chunk_times: Sequence[float] = ()  # when each piece of a streamed answer came, seconds after the last attempt began
     deployment: str = ""
     price: TokenPrice | None = None  # of the deployment that answered
+    at_once: bool = False  # the attempt that failed last may be followed by another one without a wait
+    called_back: bool = False  # from a deployment that did not answer; once is enough
+    avoid: set[str] = field(default_factory=set)  # deployments that failed this request since it last waited
     failures: list[Attempt] = field(default_factory=list)
     on_failure: Callable[[Attempt], Awaitable[None]] | None = None
 

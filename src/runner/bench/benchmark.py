@@ -20,12 +20,13 @@ import orjson
 
 from runner.bench.ladder import first_levels, interleaved, next_level
 from runner.bench.levels import LevelFacts, Mode, Within, level_facts
-from runner.bench.load import ClosedLoop, Extent, Load, OpenLoop
+from runner.bench.load import MOST_IN_FLIGHT, ClosedLoop, Extent, Load, OpenLoop
 from runner.bench.questions import Questions
 from runner.bench.records import MEASUREMENTS, Records, Sample
 from runner.bench.table import level_line
 from runner.bench.verdict import Verdict, verdict_on
 from runner.checks import check
+from runner.concurrency import Window
 from runner.config import Resume, RunnerConfig, SloConfig, replicas
 from runner.database import RUN_DATABASE, lock_folder
 from runner.errors import FINISHED, SOME_FAILED, STOPPED, ConfigError, Interrupted, RunStopped, SystemicError
@@ -214,13 +215,14 @@ class Benchmark:
 
 
 def _open_client(config: RunnerConfig) -> Client:
-    """The stack, with requests that keep their slot while they wait: a closed loop has so many clients and no more."""
+    """The stack, beside a window that nobody waits for: a request keeps its place in the load while it waits."""
     return open_stack(
         replicas(config),
         limits=config.limits,
         retry=config.retry,
+        routing=config.routing,
         simulator=config.simulator,
-        window=None,
+        window=Window(MOST_IN_FLIGHT),
         timeout_s=config.request.get("timeout"),
     )
 

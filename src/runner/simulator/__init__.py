@@ -10,6 +10,7 @@ and fault follow from the seed and the request alone, and a client's books can b
 - A request is refused by key, form and limits, in this order, before a fault or an answer is drawn for it.
 - The limits are a sliding minute. A request is charged its prompt and its ``max_tokens``, or what will be answered
   where it sets none. A request that is refused is not counted (OpenAI does count it); one that meets a fault is.
+- ``max_in_flight`` refuses without a hint when to come back.
 - Faults are exclusive: one draw a request, by seed, body and how often that body came, so that a retry may succeed.
   The HTTP errors and ``error_200`` come at once and cost nothing. ``hang`` delays an otherwise good answer.
   ``reset``, ``truncated`` and ``invalid_json`` spoil an answer that was computed and charged.

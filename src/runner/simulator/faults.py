@@ -37,6 +37,12 @@ def rate_limited(model: str, wait_s: float) -> Refusal:
     return Refusal(message, status=429, headers=headers, type="requests", code="rate_limit_exceeded")
 
 
+def crowded(model: str, most: int) -> Refusal:
+    """A 429 of a provider that bounds what is under way at once. It cannot say when to come back."""
+    message = f"Too many concurrent requests for {model}: Limit {most}."
+    return Refusal(message, status=429, type="requests", code="rate_limit_exceeded")
+
+
 def http_fault(fault: str, model: str, *, streamed: bool) -> Refusal | None:
     """The answer of a fault that comes at once; None for those that delay or spoil the model's answer."""
     if fault not in _HTTP_FAULTS:

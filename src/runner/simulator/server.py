@@ -16,7 +16,7 @@ from runner.errors import ConfigError
 from runner.simulator.body import Body, read_json
 from runner.simulator.call import Call
 from runner.simulator.endpoints import ENDPOINTS, Reply
-from runner.simulator.faults import Refusal, http_fault, rate_limited
+from runner.simulator.faults import Refusal, crowded, http_fault, rate_limited
 from runner.simulator.ledger import Ledger
 from runner.simulator.model import AnswerKey, Model
 from runner.simulator.quota import SlidingMinute
@@ -152,6 +152,7 @@ class Simulator:
         except ValueError as error:
             raise Refusal(f"Invalid schema: {error}", code="invalid_json_schema") from None
         call.expect(call.ledger.prompts[prompt] for prompt in reply.prompts)
+        call.ledger.note_beginning(body.beginning)
         self._admit(call, body, reply)
         if fault := self._draw_fault(call):
             call.ledger.faults[fault] += 1
@@ -160,6 +161,8 @@ class Simulator:
             if fault == "hang":
                 await asyncio.sleep(call.config.hang_s)
         pace = Pace.of(call.config, body.identity, reply.steps)
+        if fault == "slow":
+            pace = pace.times(call.config.slow_factor)
         async with self._slots.hold(pace.total_s) as begun:
             call.ledger.in_service_peak = max(call.ledger.in_service_peak, self._slots.held)
             return await call.answer(reply, pace, begun, fault)
@@ -171,6 +174,9 @@ class Simulator:
             raise Refusal(f"Incorrect API key provided. {where}", status=401, code="invalid_api_key")
 
     def _admit(self, call: Call, body: Body, reply: Reply) -> None:
+        most = call.config.max_in_flight
+        if most is not None and self._in_flight > most:
+            raise crowded(body.model, most)
         rpm, tpm = call.config.rpm, call.config.tpm
         if rpm is None and tpm is None:
             return

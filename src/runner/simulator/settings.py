@@ -19,6 +19,7 @@ SETTINGS = {
     "ttft_s": "seconds to the first token; default: 40 % of the service time",
     "itl_s": "seconds between tokens; the service time is then ttft + itl x (output tokens - 1), without spread",
     "slots": "requests in service at once, the others wait in line; default: no bound",
+    "max_in_flight": "requests under way at once, waiting ones included, above which it refuses; default: no limit",
     "rpm": "requests per sliding minute; default: no limit",
     "tpm": "tokens per sliding minute; default: no limit",
     "output_tokens": "length of an answer that no key, echo or schema determines, in tokens, approximately",
@@ -33,10 +34,12 @@ SETTINGS = {
     "faults.http_529": "share that gets a 529, as Anthropic's API does when overloaded",
     "faults.reset": "share whose connection is reset (RST) in place of the answer, or halfway through a stream",
     "faults.hang": "share that is left without an answer for hang_s",
+    "faults.slow": "share that takes slow_factor times as long",
     "faults.truncated": "share whose answer breaks off in the middle",
     "faults.invalid_json": "share that gets a 200 with half a JSON document",
     "faults.error_200": "share that gets a 200 with an error in it",
     "hang_s": "how long a hanging request waits, in seconds",
+    "slow_factor": "how many times as long a slow request takes",
     "usd_per_million_prompt_tokens": "price of the ledger's cost_usd",
     "usd_per_million_completion_tokens": "price of the ledger's cost_usd",
 }
@@ -52,7 +55,7 @@ def check(config: SimulatorConfig) -> None:
         ConfigError: The first one found.
     """
     for path, _, value in options(config):
-        least = 1 if path in ("slots", "rpm", "tpm", "output_tokens", "embedding_size") else 0
+        least = 1 if path in ("slots", "max_in_flight", "rpm", "tpm", "output_tokens", "embedding_size") else 0
         most = 1 if path == "accuracy" or path.startswith("faults.") else sys.float_info.max
         if isinstance(value, int | float) and path != "seed" and not least <= value <= most:
             wanted = "a share between 0 and 1" if most == 1 else f"at least {least}"

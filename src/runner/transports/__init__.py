@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from runner.config import DeploymentConfig, SimulatorConfig, TransportKind
 from runner.errors import ConfigError
-from runner.transports.locality import warn_of_plain_http
 from runner.types import Client
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -45,8 +44,6 @@ def open_transport(
 ) -> Client:
     """The client that speaks to ``deployment``. Opens no connection yet.
 
-    Warns where prompts, answers and the key would be sent over plain HTTP to a host that is not local.
-
     Raises:
         ConfigError: The deployment cannot be served: unknown provider, no address, no key.
     """
@@ -60,8 +57,6 @@ def open_transport(
         return SimulatedTransport(
             simulator, model=model, api_key=key_of(deployment), params=deployment.extra_kwargs, timeout_s=timeout_s
         )
-    if api_base is not None:
-        warn_of_plain_http(api_base)
     if deployment.transport is TransportKind.litellm or (
         deployment.transport is TransportKind.auto and provider is None
     ):

@@ -15,6 +15,7 @@ import aiohttp
 from runner import errors
 from runner.transports import wire
 from runner.transports.deadlines import Deadlines
+from runner.transports.locality import warn_of_plain_http
 from runner.transports.stream import Stream
 from runner.types import GenerationRequest, Request, Response
 
@@ -184,6 +185,7 @@ class DirectTransport:
     def _connect(self) -> aiohttp.ClientSession:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._base)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
             read_bufsize=_READ_BUFFER,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from runner import errors
 from runner.transports import wire
 from runner.transports.form import media_type
+from runner.transports.locality import warn_of_plain_http
 from runner.transports.stream import Stream
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response, TranscriptionRequest
 
@@ -110,6 +111,7 @@ class LiteLLMTransport:
     async def send(self, request: Request) -> Response:
         if self._closed:
             raise RuntimeError("the transport is closed")
+        warn_of_plain_http(self._fixed.get("api_base", ""))
         ask, fields = self._call(request)
         params = self._params_of(request)
         timeout_s = self._timeout_s if request.timeout_s is None else request.timeout_s
@@ -121,6 +123,7 @@ class LiteLLMTransport:
 
         ours = Exchange(max_response_bytes=self._max_response_bytes, watch=stream.feed if stream else None)
         outer = sys.exception()
+        answer: Any = None
         with exchange(ours):
             try:
                 async with asyncio.timeout(timeout_s):  # LiteLLM's own limit is one per read, not for the whole answer

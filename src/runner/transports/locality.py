@@ -14,14 +14,13 @@ _warned: set[str] = set()
 
 
 def warn_of_plain_http(api_base: str) -> None:
-    """Warn, once for each host, of an ``http://`` address of a host that is not local.
+    """Warn, once for each host, of an ``http://`` address of a host that is not local, before anything is sent there.
 
     The key, where there is one, the prompts and the answers can be read and changed on the way. So the warning does
     not ask whether there is a key.
     """
-    parts = urlsplit(api_base)
-    host = parts.hostname or ""
-    if parts.scheme == "http" and host not in _warned and not is_local(host):
+    host = urlsplit(api_base).hostname or "" if api_base.startswith("http://") else ""
+    if host and host not in _warned and not is_local(host):
         _warned.add(host)
         _log.warning(
             "http://%s is not encrypted, and not on the local network: the key, prompts and answers can be read on"

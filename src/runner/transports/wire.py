@@ -400,11 +400,8 @@ def _vector(values: Any) -> list[float]:
         if sys.byteorder == "big":
             vector.byteswap()
         return vector.tolist()
-    try:
-        if isinstance(values, list) and sum(values) is not None:  # a sum tells at little cost that all are numbers
-            return values
-    except TypeError:
-        pass
+    if set(map(type, values)) == {float}:
+        return values  # type: ignore[no-any-return]
     return [float(value) for value in values]
 
 
