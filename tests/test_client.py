@@ -294,7 +294,9 @@ def test_several_deployments_share_the_requests() -> None:
         ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rpm": 0}}}}, "rpm=0"),
         ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "transport": "post"}}}, "post"),
         ({"model": "simulated/echo", "routing_strategy": "fastest"}, "fastest"),
-        ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs"),
+        ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs has 'redis_url'"),
+        ({"model": "simulated/echo", "router_kwargs": {"cooldown_time": "1"}}, "cooldown_s='1' is of type str"),
+        ({"model": "simulated/echo", "router_kwargs": {"cooldown_time": 0}}, "cooldown_s=0"),
         ({"model": "simulated/echo", "timeout": 0}, "timeout=0"),
         ({"model": "simulated/echo", "max_retries": -1}, "max_retries"),
         ({"model": "simulated/echo", "header_bucket_scope": "hour"}, "header_bucket_scope='hour'"),
@@ -305,6 +307,11 @@ def test_several_deployments_share_the_requests() -> None:
 def test_arguments_that_cannot_be_used_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LMClient(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_routers_options_may_be_given() -> None:
+    with echo(router_kwargs={"cooldown_time": 5, "failover": False}) as client:
+        assert client.generate("hello").output_text == "echo: hello"
 
 
 @pytest.mark.parametrize("arguments", [{"api_key": "k"}, {"timeout": -1}, {"endpoint": "chat"}, {"response_format": 1}])

@@ -359,6 +359,14 @@ async def test_what_is_decided_is_logged_and_noted_at_the_window(caplog: pytest.
     assert any(message.endswith(f": {seen.window.why}") for message in messages)
 
 
+@virtual_time
+async def test_the_log_tells_the_window_of_a_deployment_from_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    tuner = Tuner(Window(4), label="gpu-0")
+    with caplog.at_level(logging.INFO, logger="runner.tuner"):
+        tuner.refused(tuner.sent(), 429)
+    assert caplog.messages == ["window of gpu-0 4 -> 1: HTTP 429 with 1 in flight"]
+
+
 # From a configuration
 
 

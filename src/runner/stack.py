@@ -83,7 +83,7 @@ def open_stack(
         own = deployment.limits
         transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
         own_window = Window.of(own) if own and own.concurrency else None
-        own_tuner = Tuner.of(own, own_window) if own and own_window else None
+        own_tuner = Tuner.of(own, own_window, label=label) if own and own_window else None
         for each in (tuner, own_tuner):
             transport = Adaptive(transport, each) if each else transport
         recall = Recallable(transport) if len(deployments) > 1 else None

@@ -95,10 +95,12 @@ class Tuner:
     Args:
         window: Set to a few slots at once, and to more as soon as requests are sent.
         maximum: Slots at most.
+        label: Whose window it is, for the log; empty: the run's.
     """
 
-    def __init__(self, window: Window, *, maximum: int = 1024) -> None:
+    def __init__(self, window: Window, *, maximum: int = 1024, label: str = "") -> None:
         self._window = window
+        self._name = f"window of {label}" if label else "window"
         self._maximum = maximum
         window.limit = min(SoftStart.FIRST, maximum)
         self._soft_start: SoftStart | None = None
@@ -113,7 +115,7 @@ class Tuner:
         self._plan: _Plan | None = None
 
     @classmethod
-    def of(cls, limits: LimitsConfig, window: Window) -> Tuner | None:
+    def of(cls, limits: LimitsConfig, window: Window, *, label: str = "") -> Tuner | None:
         """The tuner that a configuration asks for; None where ``concurrency`` is a number."""
         if limits.concurrency != "auto":
             return None
@@ -121,7 +123,7 @@ class Tuner:
         maximum = max(1, min(limits.max_concurrency, (files - _SPARE_FILES) // 2))  # a simulated model's server too
         if maximum < limits.max_concurrency:
             logger.info("window at most %d: this process may open %d files (ulimit -n)", maximum, files)
-        return cls(window, maximum=maximum)
+        return cls(window, maximum=maximum, label=label)
 
     # What becomes of requests
 
@@ -261,7 +263,7 @@ class Tuner:
             change = here.change(odd)
             here = Sample(infer=self._counts_tokens)
             if change > 0:
-                logger.info("window %d: suddenly %s", self._level, self._percent(change))
+                logger.info("%s %d: suddenly %s", self._name, self._level, self._percent(change))
                 return
             if shrunk:  # the throughput may well have fallen because of it
                 agenda.hurry(_UP)
@@ -309,7 +311,7 @@ class Tuner:
         if is_better:
             self._tell(home, self._level, self._percent(gain))
             return gain
-        logger.debug("window stays %d: with %d %s", home, level, self._percent(gain))
+        logger.debug("%s stays %d: with %d %s", self._name, home, level, self._percent(gain))
         self._go(home)
         return None
 
@@ -359,7 +361,7 @@ class Tuner:
 
     def _tell(self, before: float, after: float, why: str) -> None:
         self._window.why = why
-        logger.info("window %d -> %d: %s", before, after, why)
+        logger.info("%s %d -> %d: %s", self._name, before, after, why)
 
     def _percent(self, change: float) -> str:
         return f"{100 * change:+.0f} % {'tokens' if self._counts_tokens else 'requests'}/s"
