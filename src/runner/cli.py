@@ -25,7 +25,7 @@ from runner.arguments import friendly, quoted
 from runner.complaints import explain
 from runner.composition import conf_folder, is_multirun, load_environment, sweep_folder, swept_by, swept_keys, typed
 from runner.config import DatasetKind
-from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
+from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
 from runner.sweep import Cell, Sweep
@@ -137,8 +137,13 @@ def _run(composed: DictConfig, folder: Path) -> Report:
         summary_table(report.summary, results=Path(os.path.relpath(folder / "results.jsonl")))
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
-        write(sys.stderr, f"{printable(report.message)}\nThe same command {again}.\n")
+        command = "With a larger budget, the same command" if _is_spent(report) else "The same command"
+        write(sys.stderr, f"{printable(report.message)}\n{command} {again}.\n")
     return report
+
+
+def _is_spent(report: Report) -> bool:
+    return report.summary.get("stopped") == BudgetExhausted.reason
 
 
 def _calm_garbage_collector() -> None:

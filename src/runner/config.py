@@ -122,6 +122,15 @@ class LimitsConfig:
 
 
 @dataclass(kw_only=True)
+class PriceConfig:
+    """US dollars per million tokens."""
+
+    prompt: float
+    completion: float
+    cached: float | None = None  # prompt tokens that the provider had in its cache; None: as `prompt`
+
+
+@dataclass(kw_only=True)
 class DeploymentConfig:
     """One place that answers for the logical model.
 
@@ -134,6 +143,8 @@ class DeploymentConfig:
         limits: Limits of this deployment alone.
         extra_kwargs: LiteLLM keyword arguments for every request sent here.
         transport: ``direct`` (OpenAI's wire format), ``litellm`` (everything), or ``auto``.
+        price: What its tokens cost; None: as LiteLLM lists the model.
+        max_output_tokens: The longest answer that the model can write; None: as LiteLLM lists it.
     """
 
     model: str = "???"
@@ -144,6 +155,8 @@ class DeploymentConfig:
     limits: LimitsConfig | None = None
     extra_kwargs: dict[str, Any] | None = None
     transport: TransportKind = TransportKind.auto
+    price: PriceConfig | None = None
+    max_output_tokens: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -205,6 +218,8 @@ class ScorerConfig:
 
 @dataclass(kw_only=True)
 class BudgetConfig:
+    """Where a run, or all cells of a sweep together, stop; see `runner.budget`. None: no such limit."""
+
     usd: float | None = None
     tokens: int | None = None
     requests: int | None = None
@@ -302,6 +317,7 @@ class RunnerConfig:
     dedupe: Dedupe = Dedupe.auto
     reuse: bool = False
     plan: bool = False
+    pilot: int | None = None
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     env_file: str = ".env"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from runner.budget import Budget, price_hint, shown
 from runner.checks import check
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
@@ -20,9 +23,11 @@ from runner.errors import (
     FINISHED,
     SOME_FAILED,
     STOPPED,
+    BudgetExhausted,
     Interrupted,
     StoreError,
 )
+from runner.forecast import Forecast, forecast
 from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import Progress, open_progress
@@ -34,6 +39,7 @@ from runner.stack import open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import check_addresses
+from runner.transports.prices import price_for
 from runner.tuner import Tuner
 from runner.types import Client
 from runner.watchdog import Watchdog
@@ -70,7 +76,8 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     workload = Workload(config)
     workload.check()
     window = Window.of(config.limits)
-    client = _open_client(config, window, Tuner.of(config.limits, window))
+    budget = Budget.of(config, folder)
+    client = _open_client(config, window, Tuner.of(config.limits, window), budget)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
     async with _closing(client, store), resuming(store, config, workload) as resumption:
@@ -85,10 +92,12 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             run_id=f"{config.name}-{folder.name}",
             settings=settings or {},
         )
-        async with _shown(run, config, tracker, settled, resumption.notes):
+        notes = [*resumption.notes, *_unpriced(config)]
+        async with _shown(run, config, tracker, settled, notes):
             try:
-                with handled_signals(run.on_signal):
-                    await run.until_done()
+                async with budget.opened(store, end=run.end) if budget else nullcontext():
+                    with handled_signals(run.on_signal):
+                        await run.until_done(after_pilot=partial(_judge_pilot, run, store, budget))
             except Exception:  # a bug; what was paid for is shown all the same
                 await _conclude(run, store, folder)
                 raise
@@ -113,10 +122,12 @@ def check_experiment(config: RunnerConfig) -> None:
     """
     check(config)
     Workload(config).check()
-    _open_client(config, Window.of(config.limits))
+    _open_client(config, Window.of(config.limits), budget=Budget.of(config, Path()))
 
 
-def _open_client(config: RunnerConfig, window: Window, tuner: Tuner | None = None) -> Client:
+def _open_client(
+    config: RunnerConfig, window: Window, tuner: Tuner | None = None, budget: Budget | None = None
+) -> Client:
     return open_stack(
         replicas(config),
         limits=config.limits,
@@ -124,6 +135,7 @@ def _open_client(config: RunnerConfig, window: Window, tuner: Tuner | None = Non
         simulator=config.simulator,
         window=window,
         tuner=tuner,
+        budget=budget,
         timeout_s=config.request.get("timeout"),
     )
 
@@ -185,6 +197,34 @@ def _ending_note(run: Run) -> str:
     return "stopping: waiting for what is in flight"
 
 
+def _unpriced(config: RunnerConfig) -> Iterator[str]:
+    """Deployments whose cost nobody will know."""
+    for label, deployment in replicas(config).items():
+        if price_for(deployment, config.simulator) is None:
+            where = f"deployments.{label if config.deployments else 'LABEL'}"
+            yield f"no price is known for {deployment.model}, so its cost is not counted: {price_hint(where)}"
+
+
+async def _judge_pilot(run: Run, store: Store, budget: Budget | None) -> None:
+    """Say what the rest will take, and stop where the budget has no room for it."""
+    await store.flush()
+    left = await _left(run, store)
+    logger.warning("the pilot is done: %s", left)
+    room = budget.left() if budget is not None else {}
+    for name, needed in (("usd", left.usd), ("tokens", left.tokens)):
+        if needed is not None and needed.high > room.get(name, math.inf):
+            lacks = f"the budget has room for {shown(name, room[name])} more, and the pilot says that the rest may take"
+            run.end(BudgetExhausted(f"{lacks} {shown(name, needed.high)}"))
+    if left.rows > room.get("requests", math.inf):
+        run.end(BudgetExhausted(f"the budget has room for {room['requests']:,.0f} requests more"))
+
+
+async def _left(run: Run, store: Store) -> Forecast:
+    """What is left to do."""
+    settled = await run.settled()
+    return await forecast(store, max(0, (run.total or settled) - settled))
+
+
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     """Write the projections and say how it ended."""
     reason = run.stop.reason
@@ -207,6 +247,8 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
     message = str(reason) if reason else await _first_failure(store)
+    if isinstance(reason, BudgetExhausted) and run.total is not None:
+        message = f"{reason}. {await _left(run, store)}"
     return Report(exit_code=exit_code, summary=summary, message=message)
 
 

@@ -1,6 +1,7 @@
 """The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``.
 
-Where the window is found automatically, each transport is an ``Adaptive(Transport)``.
+Where the window is found automatically, each transport is an ``Adaptive(Transport)``. Where there is a budget, it is
+``Budgeted(Limited(Transport))``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from runner.adaptive import Adaptive
+from runner.budget import Budget
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, SimulatorConfig
 from runner.estimate import Estimator
@@ -30,6 +32,7 @@ def open_stack(
     simulator: SimulatorConfig,
     window: Window,
     tuner: Tuner | None = None,
+    budget: Budget | None = None,
     timeout_s: float | None = None,
     limiters: Mapping[str, RateLimiter] | None = None,
 ) -> Client:
@@ -38,6 +41,7 @@ def open_stack(
     Args:
         window: Where requests give their slots back while they wait for a retry or the end of a pause.
         tuner: Sets the window by what comes of the requests; None: nobody does.
+        budget: What every attempt is kept to; None: no budget.
         timeout_s: How long an attempt may take where its request does not say; None: `transports.DEFAULT_TIMEOUT_S`.
         limiters: What `open_limiters` gave, for stacks that are to keep the limits together.
 
@@ -49,7 +53,7 @@ def open_stack(
     for label, deployment in deployments.items():
         own = deployment.limits or limits
         transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
-        limited[label] = Limited(
+        client: Client = Limited(
             transport if tuner is None else Adaptive(transport, tuner),
             limiters[label],
             label=label,
@@ -59,6 +63,7 @@ def open_stack(
             price=price_for(deployment, simulator),
             slot=window,
         )
+        limited[label] = client if budget is None else budget.around(label, client)
     client = next(iter(limited.values()))
     if len(limited) > 1:
         client = Router(limited, weights={label: deployment.weight for label, deployment in deployments.items()})

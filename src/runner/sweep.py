@@ -16,8 +16,8 @@ from typing import Any
 
 from runner.results import replace_file
 
-_SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "-")
-"""Beginnings of arguments that say where the cells run, and not which there are."""
+_SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "budget.", "plan=", "pilot=", "-")
+"""Beginnings of arguments that say where the cells run and how far, and not which there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
