@@ -7,7 +7,6 @@ import pytest
 
 from runner.checks import check, check_deployment, check_limits, nearest_key, unknown_key_message, unknown_keys
 from runner.config import (
-    BudgetConfig,
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,

@@ -24,6 +24,7 @@ from runner.errors import (
     SOME_FAILED,
     STOPPED,
     BudgetExhausted,
+    ConfigError,
     Interrupted,
     StoreError,
 )
@@ -72,6 +73,8 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         ConfigError: The configuration or the dataset cannot be used. Nothing was sent.
         StoreError: The run's database cannot be opened.
     """
+    if config.plan:
+        raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
     workload.check()

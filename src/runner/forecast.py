@@ -30,8 +30,8 @@ class Interval:
     def __add__(self, other: Interval) -> Interval:
         return Interval(expected=self.expected + other.expected, low=self.low + other.low, high=self.high + other.high)
 
-    def times(self, low: float, expected: float, high: float) -> Interval:
-        return Interval(expected=self.expected * expected, low=self.low * low, high=self.high * high)
+    def __mul__(self, factor: float) -> Interval:
+        return Interval(expected=self.expected * factor, low=self.low * factor, high=self.high * factor)
 
     def shown(self, name: str) -> str:
         """For people, as an amount of the budget's limit of that name."""
@@ -64,11 +64,6 @@ def total_of(rows: int, sample: Sequence[float], guesses: Sequence[float] = (), 
     student = _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
     margin = student * math.sqrt(variance)
     return Interval(expected=expected, low=max(0.0, expected - margin), high=expected + margin)
-
-
-def duration_of(rows: int, service_times_s: Sequence[float], *, slots: int) -> Interval:
-    """Seconds for ``rows`` rows, with as many ``slots`` at work."""
-    return total_of(rows, service_times_s).times(1 / slots, 1 / slots, 1 / slots) if rows else ZERO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
