@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from dataclasses import replace
@@ -101,15 +102,9 @@ async def test_a_run_that_was_killed_is_planned(tmp_path: Path, command: Command
     async with command.running(*arguments) as process:
         while not any(path.stat().st_size > 50_000 for path in command.folder.glob("runs/*/*/results.sqlite-wal")):
             assert process.returncode is None
-            await _moment()
+            await asyncio.sleep(0.02)
     done = await command(*arguments, "plan=true")
     assert (done.exit_code, "not answered yet" in done.out) == (0, True), done.out + done.err
-
-
-async def _moment() -> None:
-    import asyncio
-
-    await asyncio.sleep(0.02)
 
 
 async def test_a_damaged_run_is_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,9 @@ class Budget:
         finally:
             clock.cancel()
             await asyncio.wait([clock])
-            try:
+            with suppress(StoreError):  # what could not be given back stays reserved until the run goes on
                 self._purse.flush()
-            finally:
-                self._purse.close()
+            self._purse.close()
 
     def left(self) -> Mapping[str, float]:
         """What is neither taken nor reserved, by the names of the limits."""
@@ -143,11 +142,9 @@ class Budget:
 
     async def _change(self) -> None:
         """Until something was settled here, or may have been elsewhere."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(_POLL_S):
                 await self._changed.wait()
-        except TimeoutError:
-            pass
 
     async def _keep_time(self, end: Callable[[RunStopped], None]) -> None:
         before = time.monotonic()

@@ -107,6 +107,7 @@ def _plan(arguments: Sequence[str]) -> int:
     """Explain what each cell would do, and all of them together."""
     from runner.plan import make_plan, together
 
+    _calm_garbage_collector()
     plans = []
     for name, config, folder in planned(arguments):
         plan = asyncio.run(make_plan(config, folder))

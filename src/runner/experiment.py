@@ -95,12 +95,13 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             run_id=f"{config.name}-{folder.name}",
             settings=settings or {},
         )
+        judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
         notes = [*resumption.notes, *_unpriced(config)]
         async with _shown(run, config, tracker, settled, notes):
             try:
                 async with budget.opened(store, end=run.end) if budget else nullcontext():
                     with handled_signals(run.on_signal):
-                        await run.until_done(after_pilot=partial(_judge_pilot, run, store, budget))
+                        await run.until_done(after_pilot=judge_pilot)
             except Exception:  # a bug; what was paid for is shown all the same
                 await _conclude(run, store, folder)
                 raise
@@ -208,18 +209,22 @@ def _unpriced(config: RunnerConfig) -> Iterator[str]:
             yield f"no price is known for {deployment.model}, so its cost is not counted: {price_hint(where)}"
 
 
-async def _judge_pilot(run: Run, store: Store, budget: Budget | None) -> None:
+async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_size: int) -> None:
     """Say what the rest will take, and stop where the budget has no room for it."""
     await store.flush()
+    if run.total is None:
+        logger.warning("the pilot is done; how many rows are left is not known")
+        return
     left = await _left(run, store)
     logger.warning("the pilot is done: %s", left)
-    room = budget.left() if budget is not None else {}
-    for name, needed in (("usd", left.usd), ("tokens", left.tokens)):
-        if needed is not None and needed.high > room.get(name, math.inf):
-            lacks = f"the budget has room for {shown(name, room[name])} more, and the pilot says that the rest may take"
-            run.end(BudgetExhausted(f"{lacks} {shown(name, needed.high)}"))
-    if left.rows > room.get("requests", math.inf):
-        run.end(BudgetExhausted(f"the budget has room for {room['requests']:,.0f} requests more"))
+    forecasts = {"usd": left.usd, "tokens": left.tokens}
+    needed: dict[str, float] = {name: each.high for name, each in forecasts.items() if each is not None}
+    needed["requests"] = math.ceil(left.rows / group_size)
+    for name, room in budget.left().items() if budget is not None else ():
+        amount = needed.get(name, 0.0)
+        if amount > room:
+            said = f"the budget has room for {shown(name, room)} more, and the rest may take {shown(name, amount)}"
+            run.end(BudgetExhausted(said))
 
 
 async def _left(run: Run, store: Store) -> Forecast:

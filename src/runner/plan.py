@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ _UNLEARNT = 2.0
 
 _UNBOUNDED = 16
 """Times `limits.default_output_tokens` that an answer may be long, where nothing says so."""
+
+_OWN_TIME = Interval(expected=4e-4, low=1e-4, high=1e-3)
+"""Seconds that a request takes of this program's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +81,13 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
     workload.check()
     draft = _Draft(config)
     async with _copied(folder) as (store, is_new), resuming(store, config, workload) as resumption:
+        terms = replace(resumption.terms, cost_bound=None)
         looks_back = not is_new or config.reuse
         digests = Digests(store, max_bytes=config.task.max_bytes)
         items = workload.items()
         while taken := list(islice(items, _CHUNK)):
             chunk = await workload.identified(taken, digests)
-            known = await store.claim(chunk, resumption.terms)
+            known = await store.claim(chunk, terms)
             places = chunk[0].position, chunk[-1].position
             facts = {row["position"]: row async for row in store.query(_FACTS, places)} if looks_back else {}
             for item, fact in zip(chunk, known, strict=True):
@@ -220,6 +224,7 @@ class _Draft:
             lasting.append(total_of(rows, services) * (1 / (limits.concurrency * group)))
         if not lasting:
             return None if rows else ZERO
+        lasting.append(_OWN_TIME * rows)
         return Interval(
             expected=max(each.expected for each in lasting),
             low=max(each.low for each in lasting),
