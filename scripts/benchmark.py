@@ -3,8 +3,10 @@
     python scripts/benchmark.py                                             # the comparison
     python scripts/benchmark.py --infermesh /path/to/its/python             # with the predecessor
     python scripts/benchmark.py --rows 200000 --repeats 1 --only experiment # memory at scale
+    python scripts/benchmark.py routing --replicas 64                       # what the router adds to a request
     python scripts/benchmark.py server                                      # the server alone, until stdin ends
     python scripts/benchmark.py limits --requests 200000                    # the rate limiter alone
+    python scripts/benchmark.py auto                                        # the window that is found, see auto.py
     py-spy record -- python scripts/benchmark.py raw --server URL           # one contender, once, in this process
 
 The comparison prints a JSON line per contender, with the medians of its runs, and a line with the ratios of those
@@ -59,10 +61,14 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.what == "throughput":
         throughput(arguments)
+    elif arguments.what == "routing":
+        routing(arguments)
     elif arguments.what == "server":
         asyncio.run(serve())
     elif arguments.what == "limits":
         print(json.dumps(limits(arguments.requests)))
+    elif arguments.what == "auto":
+        import_module("auto").main([])
     else:
         with server_at(arguments.server) as server:
             job = Job(server=server, requests=arguments.requests, concurrency=arguments.concurrency)
@@ -78,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         "what",
         nargs="?",
         default="throughput",
-        choices=["throughput", "server", "limits", *IN_PROCESS],
+        choices=["throughput", "routing", "server", "limits", "auto", *IN_PROCESS],
         help="default: throughput",
     )
     parser.add_argument("--requests", "--rows", type=int, default=20_000, metavar="N", help="default: 20000")
@@ -88,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--infermesh", metavar="PYTHON", help="an interpreter that has infermesh, to compare with it")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help=" ".join(CONTENDERS))
     parser.add_argument("--all", action="store_true", help="the slow ones too")
+    parser.add_argument("--replicas", type=int, default=64, metavar="N", help="of the router; default: 64")
     return parser.parse_intermixed_args()
 
 
@@ -175,6 +182,58 @@ def rate(requests: int, elapsed_s: float) -> float | None:
 def median(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [run[key] for run in runs if run[key] is not None]
     return round(statistics.median(values), 4) if values else None
+
+
+# The router alone
+
+
+def routing(arguments: argparse.Namespace) -> None:
+    """Print, for each strategy, the CPU microseconds that the router adds to a request that is answered at once.
+
+    Both sides send through a limiter without limits, one request after the other. They take turns, and the medians of
+    their differences are given.
+    """
+    from runner.config import STRATEGIES
+    from runner.limited import Limited
+    from runner.limiter import RateLimiter
+    from runner.router import Recallable, Replica, Router, strategy_of
+    from runner.types import Client, Generation, GenerationRequest, Request, Response
+
+    answer = Response(output=Generation(text="yes"), model_id=MODEL, request_id=None, usage=None, headers={})
+
+    class Instant:
+        async def send(self, request: Request) -> Response:
+            return answer
+
+        async def aclose(self) -> None:
+            pass
+
+    def replica(number: int) -> Replica:
+        recall = Recallable(Instant())
+        return Replica(f"gpu-{number}", Limited(recall, RateLimiter(), label=f"gpu-{number}"), recall=recall)
+
+    block = " ".join(prompt(number) for number in range(40))
+    texts = [f"{block[number % 50 :]}{prompt(number)}" for number in range(arguments.requests)]
+
+    async def microseconds(client: Client) -> float:
+        requests = [GenerationRequest(input=text) for text in texts]
+        started = time.process_time()
+        for request in requests:
+            await client.send(request)
+        return 1e6 * (time.process_time() - started) / len(requests)
+
+    async def measure(name: str) -> list[float]:
+        replicas = [replica(number) for number in range(arguments.replicas)]
+        router = Router(replicas, strategy=strategy_of(name, replicas))
+        alone = Limited(Instant(), RateLimiter(), label="alone")
+        added = [await microseconds(router) - await microseconds(alone) for _ in range(arguments.repeats)]
+        await router.aclose()
+        return added
+
+    for name in STRATEGIES:
+        added = asyncio.run(measure(name))
+        line = {"strategy": name, "replicas": arguments.replicas, "added_us": round(statistics.median(added), 2)}
+        print(json.dumps(line))
 
 
 # Contenders in the process. Each opens its client, warms up, and is timed while it answers `job.prompts`.

@@ -1,21 +1,23 @@
 """Kills a run again and again, lets it finish, and checks that nothing was lost, doubled or asked in vain.
 
-    python scripts/kill.py --kills 20 --rows 5000
+    python scripts/kill.py --kills 50 --rows 5000 --seed 1
     python scripts/kill.py --kills 5 --rows 2000 --task embed --concurrency 8
 
 Each session is ended with SIGKILL once the server has seen a random number of its requests, and followed by the same
-command. Prints one JSON line; exits with 1 if a promise was broken:
+command. The server's answers meet faults of every kind. Prints one JSON line; exits with 1 if a promise was broken:
 
 - every row stands in results.jsonl once, in order, with its own answer;
 - no row that results.sqlite held as answered at a kill is asked again;
-- a kill costs no more answers than twice those in flight;
-- no prompt was asked more often than the run's books have entries for it.
+- a kill costs no more answers than were in flight or waited for their commit;
+- no prompt was asked more often than the run's books have entries for it;
+- what the server charged lies within the bounds that the books give, after every kill and at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import sqlite3
@@ -33,8 +35,16 @@ from typing import Any
 from runner.config import SimulatorConfig
 from runner.simulator.model import AnswerKey, Model
 
-FAULTS = {"http_429": 0.02, "http_500": 0.02, "reset": 0.01, "truncated": 0.01, "invalid_json": 0.01}
+FAULTS = {
+    **{"http_429": 0.02, "http_500": 0.02, "http_502": 0.01, "http_503": 0.01, "http_529": 0.01},
+    **{"reset": 0.01, "hang": 0.005, "truncated": 0.01, "invalid_json": 0.01, "error_200": 0.01},
+}
 """What the server of our own does to this share of the requests."""
+
+WAITING = 256
+"""Answers that may wait for their commit."""
+
+_ROUNDING_USD = 1e-9
 
 
 GROUP = 8
@@ -44,8 +54,9 @@ GROUP = 8
 class Generate:
     """Prompts, answered with their echo."""
 
-    arguments: tuple[str, ...] = ("dataset=jsonl", "dataset.path=rows.jsonl")
+    arguments: tuple[str, ...] = ("dataset=jsonl", "dataset.path=rows.jsonl", "request.max_tokens=16")
     group = 1
+    bounded = True  # what an attempt can cost is known
 
     def lay(self, folder: Path, prompts: Sequence[str]) -> None:
         rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts)
@@ -58,7 +69,7 @@ class Generate:
 class Embed(Generate):
     """Texts, each with the vector that is its own."""
 
-    arguments = ("task=embed", f"task.micro_batch_size={GROUP}", *Generate.arguments)
+    arguments = ("task=embed", f"task.micro_batch_size={GROUP}", "dataset=jsonl", "dataset.path=rows.jsonl")
     group = GROUP
     model = Model(SimulatorConfig(), AnswerKey({}))
 
@@ -71,6 +82,7 @@ class Transcribe:
 
     arguments = ("task=transcribe", "dataset=files", "dataset.path=recordings")
     group = 1
+    bounded = False
 
     def lay(self, folder: Path, prompts: Sequence[str]) -> None:
         (folder / "recordings").mkdir()
@@ -113,11 +125,13 @@ class Trial:
         self._prompts = [f"question {options.seed}-{number:06}.wav" for number in range(options.rows)]
         self._held: dict[str, int] = {}  # prompts with a stored answer: how often they had been asked by then
         self._lost: set[str] = set()  # prompts with an answer that was not stored
+        self._costs: list[tuple[float, float, float]] = []  # in the books at least, charged, in the books at most
         self._violations: list[str] = []
         self._command = [
-            *(sys.executable, "-m", "runner", "model=openai_like/echo", f"api_base={url}"),
+            *(sys.executable, "-m", "runner", "model=simulated/echo", f"api_base={url}"),
             *(*self._work.arguments, "name=kill", "tracker=none"),
             *(f"limits.concurrency={options.concurrency}", "retry.base_s=0.02"),
+            "request.timeout=1",
         ]
         self._work.lay(folder, self._prompts)
 
@@ -142,6 +156,7 @@ class Trial:
             "requests": sum(count["asked"] for count in asked.values()),
             "answers_lost": len(self._lost),
             "finishing_sessions": sessions,
+            "cost_usd": [round(cost, 6) for cost in self._costs[-1] if cost < math.inf],
             "seconds": round(time.monotonic() - started, 1),
             "violations": self._violations,
         }
@@ -168,7 +183,12 @@ class Trial:
         """Compare what the run has stored with what the server has seen."""
         asked = self._asked()
         booked: dict[str, int] = {}
-        for position, answers, attempts in self._stored():
+        stored, (at_least, at_most) = self._stored()
+        charged = float(self._get("/ledger")["cost_usd"])
+        self._costs.append((at_least, charged, at_most))
+        if not at_least - _ROUNDING_USD <= charged <= at_most + _ROUNDING_USD:
+            self._violations.append(f"${charged} were charged, the books say {at_least} to {at_most}")
+        for position, answers, attempts in stored:
             prompt = self._prompts[position]
             booked[prompt] = answers + attempts
             if prompt in self._held and asked[prompt]["asked"] > self._held[prompt]:
@@ -181,7 +201,7 @@ class Trial:
         for prompt in self._held.keys() - booked.keys():
             self._violations.append(f"{prompt} had an answer and lost it")
         lost = {prompt for prompt, count in asked.items() if count["answered"]} - self._held.keys()
-        if len(lost - self._lost) > 2 * self._in_flight:
+        if len(lost - self._lost) > self._in_flight + WAITING:
             self._violations.append(f"a kill cost {len(lost - self._lost)} answers")
         self._lost |= lost
 
@@ -196,8 +216,8 @@ class Trial:
             if row["error"] or not self._work.is_answer(row, self._prompts[row["_index"]]):
                 self._violations.append(f"row {row['_index']} has another row's answer, or none: {str(row)[:200]}")
 
-    def _stored(self) -> list[tuple[int, int, int]]:
-        """Position, answers and other attempts of each row, in results.sqlite as the last session left it.
+    def _stored(self) -> tuple[list[tuple[int, int, int]], tuple[float, float]]:
+        """Position, answers and other attempts of each row, and the bounds of the cost, as the last session left them.
 
         What a killed session had taken up and not answered counts as one attempt, as the next session will book it.
         """
@@ -205,7 +225,13 @@ class Trial:
             for path in self._folder.glob("runs/kill/*/results.sqlite*"):
                 shutil.copy(path, aside)
             with closing(sqlite3.connect(Path(aside, "results.sqlite"))) as database:
-                return database.execute(_STORED).fetchall() if database.execute(_LAID).fetchone() else []
+                if not database.execute(_LAID).fetchone():
+                    return [], (0.0, 0.0)
+                at_least, bounds, without_bound = database.execute(_COSTS).fetchone()
+                if without_bound and self._work.bounded:
+                    self._violations.append(f"{without_bound} attempts have no bound")
+                at_most = at_least + bounds if self._work.bounded else math.inf
+                return database.execute(_STORED).fetchall(), (at_least, at_most)
 
     def _asked(self) -> dict[str, dict[str, int]]:
         """Counts by prompt, once the server has noticed that nobody waits for it any more."""
@@ -223,7 +249,28 @@ class Trial:
 
 _LAID = "SELECT 1 FROM sqlite_master WHERE name = 'attempts'"
 
-_STORED = """
+_IN_FLIGHT = """
+    rows.session = (SELECT max(id) FROM sessions WHERE ended_at IS NULL)
+    AND rows.session = (SELECT max(id) FROM sessions)
+    AND NOT EXISTS (SELECT 1 FROM answers WHERE answers.content = rows.content)
+"""
+
+_COSTS = f"""
+    WITH attempt (cost_usd, bound_usd) AS (
+        SELECT cost_usd, cost_bound_usd FROM answers
+        UNION ALL
+        SELECT cost_usd, cost_bound_usd FROM attempts
+        UNION ALL
+        SELECT NULL, cost_bound_usd FROM rows WHERE {_IN_FLIGHT}
+    )
+    SELECT
+        total(cost_usd),
+        total(bound_usd) FILTER (WHERE cost_usd IS NULL),
+        count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL)
+    FROM attempt
+"""
+
+_STORED = f"""
     SELECT
         rows.position,
         (SELECT count(*) FROM answers
@@ -231,10 +278,7 @@ _STORED = """
         (SELECT count(*) FROM answers
             WHERE answers.content = rows.content AND answers.error_type IS NOT NULL)
         + (SELECT count(*) FROM attempts WHERE attempts.content = rows.content)
-        + (
-            rows.asked_at >= (SELECT max(started_at) FROM sessions WHERE ended_at IS NULL)
-            AND NOT EXISTS (SELECT 1 FROM answers WHERE answers.content = rows.content)
-        )
+        + ifnull({_IN_FLIGHT}, 0)
     FROM rows
 """
 

@@ -125,6 +125,9 @@ def resume(folder: Path) -> dict[str, float]:
             finally:
                 process.kill()
                 process.wait()
+    runs = list(folder.glob("runs/million/*"))
+    if len(runs) != 1:
+        raise SystemExit(f"the command began a run of its own instead of going on: {runs}")
     [peak_kib] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     cpu_s = (int(stat[11]) + int(stat[12])) / 100  # clock ticks, user and system
     return {"first_request_s": waited_s, "cpu_s": cpu_s, "peak_mib": int(peak_kib) / 1024}

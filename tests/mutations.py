@@ -16,8 +16,11 @@ JUNK: st.SearchStrategy[Any] = st.recursive(
 
 @st.composite
 def mutated_json(draw: st.DrawFn, document: bytes) -> bytes:
-    """``document`` with up to three of its values replaced, and perhaps with some bytes changed."""
-    value = json.loads(document)
+    """``document``, if it is JSON, with up to three of its values replaced, and perhaps with some bytes changed."""
+    try:
+        value = json.loads(document)
+    except ValueError:
+        return document
     for _ in range(draw(st.integers(0, 3))):
         replace_value(value, draw(st.integers(0, 40)), draw(JUNK))
     return draw(mutated_bytes(json.dumps(value).encode())) if draw(st.booleans()) else json.dumps(value).encode()

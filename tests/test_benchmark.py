@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runner.config import STRATEGIES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -76,6 +78,40 @@ def test_requests_that_fail_are_not_measured() -> None:
     assert ended.returncode != 0
     assert ended.stdout == ""
     assert "refused" in ended.stderr.lower() or "cannot connect" in ended.stderr.lower()
+
+
+def test_auto_is_held_against_the_best_fixed_window() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _SHORT_AUTO],
+        cwd=ROOT / "scripts",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    [line] = lines_of(ended)
+    assert {"case", "best_fixed", "auto", "auto/best_fixed", "last_window"} <= set(line)
+    assert line["best_fixed"]["window"] in (2, 3)
+    assert line["auto"]["tokens_per_s"] > 0
+    assert len(line["then"]) == 1
+
+
+_SHORT_AUTO = """
+import auto
+auto.WARM_UP_S = auto.FIXED_S = auto.AUTO_FROM_S = auto.FOLLOWED_S = 0.5
+auto.AUTO_S = 1.5
+change = (1.5, {"slots": 4}, (4,))
+auto.CASES = {"short": auto.Case(server={"slots": 2, "latency_s": 0.02}, fixed=(2, 3), changes=(change,))}
+auto.main([])
+"""
+
+
+def test_routing_has_a_line_for_each_strategy() -> None:
+    lines = lines_of(benchmark("routing", "--replicas", "3", "--requests", "20", "--repeats", "1"))
+
+    assert [line["strategy"] for line in lines] == list(STRATEGIES)
+    assert all(line["replicas"] == 3 and isinstance(line["added_us"], float) for line in lines)
 
 
 def test_a_contender_that_needs_another_interpreter_asks_for_it() -> None:

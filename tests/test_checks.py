@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 
 from runner.checks import check, check_deployment, check_limits, nearest_key, unknown_key_message, unknown_keys
 from runner.config import (
+    BenchConfig,
+    BudgetConfig,
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
+    DeploymentLimitsConfig,
     FaultsConfig,
     LimitsConfig,
     RetryConfig,
@@ -19,6 +23,7 @@ from runner.config import (
     ShardConfig,
     Shared,
     SimulatorConfig,
+    SloConfig,
     TaskConfig,
     TaskKind,
     TrackerConfig,
@@ -52,7 +57,13 @@ GOOD: dict[str, dict[str, Any]] = {
     "no retries": {"retry": RetryConfig(max_retries=0, base_s=0)},
     "a dataset of nothing": {"dataset": DatasetConfig(limit=0)},
     "the last shard": {"dataset": DatasetConfig(shard=ShardConfig(index=3, count=4))},
-    "a fleet": {"deployments": {"a": DeploymentConfig(model="openai/x", weight=0.5, limits=LimitsConfig(rpm=5))}},
+    "a fleet": {
+        "deployments": {
+            "a": DeploymentConfig(model="openai/x", weight=0.5, limits=DeploymentLimitsConfig(rpm=5)),
+            "b": DeploymentConfig(model="openai/x", order=2, limits=DeploymentLimitsConfig(concurrency=8)),
+        },
+        "routing": RoutingConfig(strategy="least-busy", hedge=True, failover=False, max_wait_s=0, cooldown_s=5),
+    },
     "a model that no deployment needs": {"model": "x", "deployments": {"a": DeploymentConfig(model="openai/x")}},
     "certain faults": {"simulator": SimulatorConfig(faults=FaultsConfig(http_429=0.0, hang=1.0))},
     "ordinary parameters": {"request": {"temperature": 0, "max_tokens": 5, "metadata": {"user": "x"}}},
@@ -114,8 +125,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *[({"name": name}, "becomes a folder's name") for name in ("", "a/b", ".", "..")],
     (served(model="x"), r"^deployments\.east\.model='x' has no provider"),
     (served(api_base="host:1"), r"^deployments\.east\.api_base='host:1': a URL begins"),
-    (served(limits=LimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
-    (served(limits=LimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
+    (served(limits=DeploymentLimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),
+    (served(limits=DeploymentLimitsConfig(concurrency=0)), r"^deployments\.east\.limits\.concurrency=0"),
     *[(served(weight=weight), r"^deployments\.east\.weight=") for weight in (0.0, -1.0, float("inf"), float("nan"))],
 ]
 
@@ -161,11 +172,15 @@ def test_a_password_has_no_place_in_the_address_of_redis() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+BENCH = TaskConfig(kind=TaskKind.bench)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"routing": RoutingConfig(strategy="least-busy")}, "routing.strategy=least-busy"),
-        ({"task": TaskConfig(kind=TaskKind.bench)}, "task=bench"),
+        ({"task": BENCH, "budget": BudgetConfig(usd=1.0)}, "budget with task=bench"),
+        ({"task": BENCH, "plan": True}, "plan=true with task=bench"),
+        ({"task": BENCH, "pilot": 5}, "pilot with task=bench"),
     ],
 )
 def test_a_key_that_would_have_no_effect_is_rejected(values: dict[str, Any], key: str) -> None:
@@ -316,3 +331,38 @@ def test_a_misspelt_parameter_is_refused_with_the_right_one_and_the_way_round() 
         check(RunnerConfig(prompt="x", request={"temprature": 0}))
 
     check(RunnerConfig(prompt="x", request={"extra_body": {"temprature": 0}, "guided_json": {}, "top_a": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"levels": [1, 0]}, "bench.levels=[1, 0]: a number of at least 1"),
+        ({"levels": [1, 1]}, "each once"),
+        ({"levels": "many"}, "bench.levels='many'"),
+        ({"levels": []}, "bench.levels=[]"),
+        ({"rate": -1}, "bench.rate=-1: requests per second above 0"),
+        ({"requests": None}, "bench.requests and bench.duration are both null"),
+        ({"requests": 0}, "bench.requests=0: at least 1"),
+        ({"duration": 0.0}, "bench.duration=0.0"),
+        ({"plateau": 2.0}, "bench.plateau=2.0"),
+        ({"task": TaskKind.bench}, "bench.task=bench"),
+        ({"task": TaskKind.transcribe}, "generate or embed"),
+        ({"slo": SloConfig(latency_p95_s=1.0), "requests": 50}, "p95 takes 72 requests a level"),
+        ({"slo": SloConfig(latency_p95_s=-1.0)}, "bench.slo.latency_p95_s=-1.0: seconds above 0"),
+        ({"slo": SloConfig(ttft_p95_s=1.0)}, "request.stream=true"),
+        ({"slo": SloConfig(error_rate=2.0)}, "bench.slo.error_rate=2.0"),
+    ],
+)
+def test_a_benchmark_that_cannot_show_what_it_is_asked_for_is_rejected(changes: dict[str, Any], message: str) -> None:
+    config = RunnerConfig(task=TaskConfig(kind=TaskKind.bench), bench=BenchConfig(**changes))
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"levels": "auto"}, {"levels": 4}, {"levels": None}, {"rate": [0.5, 2]}, {"requests": None, "duration": 9}],
+)
+def test_a_benchmark_may_name_its_levels_in_several_ways(changes: dict[str, Any]) -> None:
+    check(RunnerConfig(task=TaskConfig(kind=TaskKind.bench), bench=BenchConfig(**changes)))

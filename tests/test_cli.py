@@ -118,6 +118,8 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
     quantiles = {key: summary.pop(key) for key in ("latency_s", "queue_wait_s")}
     assert all(value > 0 for value in measured.values())
     assert all(set(values) == {"p50", "p95", "p99"} for values in quantiles.values())
+    [(label, deployment)] = summary.pop("deployments").items()
+    assert (label, deployment["answered"], deployment["share"]) == ("hosted_vllm/m", 60, 1.0)
     assert summary == {
         "rows": 60,
         "succeeded": 60,

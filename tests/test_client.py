@@ -247,6 +247,25 @@ def test_a_wrong_key_is_an_error_of_the_request() -> None:
     assert "wrong-key-of-mine" not in str(caught.value)
 
 
+def test_a_request_that_hangs_ends_at_the_default_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.transports.DEFAULT_TIMEOUT_S", 0.1)
+    hanging = SimulatorConfig(faults=FaultsConfig(hang=1.0))
+    with LMClient(model="simulated/echo", simulator=hanging, max_retries=0) as client:
+        batch = client.generate_batch(["hello"])
+
+    assert type(batch.errors[0]).__name__ == "Timeout"
+
+
+def test_the_number_of_requests_at_once_can_be_found_out() -> None:
+    slotted = SimulatorConfig(latency_s=0.02, slots=16)
+    with LMClient(model="simulated/echo", simulator=slotted, max_parallel_requests="auto") as client:
+        batch = client.generate_batch(f"prompt {n}" for n in range(200))
+        single = client.generate("hello")
+
+    assert batch.errors == [None] * 200
+    assert single.output_text == "echo: hello"
+
+
 def test_a_timeout_of_the_call_is_obeyed() -> None:
     with echo(simulator=SimulatorConfig(latency_s=5.0), max_retries=0) as client:
         batch = client.generate_batch(["hello"], timeout=0.05)
@@ -271,8 +290,13 @@ def test_several_deployments_share_the_requests() -> None:
         ({"model": "simulated/echo", "max_parallel_requests": 0}, "concurrency"),
         ({"model": "simulated/echo", "endpoint": "chat"}, "endpoint='chat'"),
         ({"model": "simulated/echo", "deployments": {"a": {"modle": "x"}}}, "modle"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rmp": 1}}}}, "rmp"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rpm": 0}}}}, "rpm=0"),
+        ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "transport": "post"}}}, "post"),
         ({"model": "simulated/echo", "routing_strategy": "fastest"}, "fastest"),
-        ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs"),
+        ({"model": "simulated/echo", "router_kwargs": {"redis_url": "x"}}, "router_kwargs has 'redis_url'"),
+        ({"model": "simulated/echo", "router_kwargs": {"cooldown_time": "1"}}, "cooldown_s='1' is of type str"),
+        ({"model": "simulated/echo", "router_kwargs": {"cooldown_time": 0}}, "cooldown_s=0"),
         ({"model": "simulated/echo", "timeout": 0}, "timeout=0"),
         ({"model": "simulated/echo", "max_retries": -1}, "max_retries"),
         ({"model": "simulated/echo", "header_bucket_scope": "hour"}, "header_bucket_scope='hour'"),
@@ -283,6 +307,11 @@ def test_several_deployments_share_the_requests() -> None:
 def test_arguments_that_cannot_be_used_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LMClient(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_routers_options_may_be_given() -> None:
+    with echo(router_kwargs={"cooldown_time": 5, "failover": False}) as client:
+        assert client.generate("hello").output_text == "echo: hello"
 
 
 @pytest.mark.parametrize("arguments", [{"api_key": "k"}, {"timeout": -1}, {"endpoint": "chat"}, {"response_format": 1}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from runner.config import (
     RetryConfig,
     ScorerConfig,
     SimulatorConfig,
+    TrackerConfig,
+    TrackerKind,
 )
 from runner.simulator import Simulator
 from runner.types import Endpoint
@@ -361,3 +364,59 @@ async def test_what_was_spent_is_not_forgotten_when_the_dataset_shrinks(tmp_path
 
     assert part.summary["rows"] == 2
     assert part.summary["cost_usd"] == pytest.approx(whole.summary["cost_usd"])
+
+
+# How many at once, and how long
+
+
+async def test_the_window_that_is_found_is_in_the_log_the_series_and_the_summary(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulated = SimulatorConfig(latency_s=0.05, slots=16)
+    experiment = Experiment(
+        tmp_path,
+        model="simulated/echo",
+        simulator=simulated,
+        limits=LimitsConfig(concurrency="auto"),
+        tracker=TrackerConfig(kind=TrackerKind.none, log_every_s=0.1),
+    )
+    with caplog.at_level(logging.INFO, logger="runner.tuner"):
+        report = await experiment(numbered(400))
+
+    assert report.exit_code == 0
+    concurrency = report.summary["concurrency"]
+    assert 4 < concurrency["window"] <= 64
+    assert any(record.getMessage().endswith(f": {concurrency['why']}") for record in caplog.records)
+    series = [json.loads(line) for line in (experiment.folder / "metrics.jsonl").read_text().splitlines()]
+    windows = [point["ts/window"] for point in series if "ts/window" in point]
+    assert len(set(windows)) > 1
+    assert any("ts/loop_lag_s" in point for point in series)
+
+
+async def test_a_wrong_key_meets_a_handful_of_requests_on_auto_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "wrong-key-1234")
+    async with Simulator(SimulatorConfig(latency_s=0.05, api_key="right-key-1234")) as simulator:
+        experiment = Experiment(tmp_path, api_base=simulator.url, limits=LimitsConfig(concurrency="auto"))
+        stopped = await experiment(numbered(500))
+        requests = await asked_of(simulator)
+
+    assert stopped.exit_code == 4
+    assert requests <= 12
+
+
+async def test_a_request_that_hangs_is_named_by_its_row_and_ends_at_the_default_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("runner.transports.DEFAULT_TIMEOUT_S", 1.5)
+    monkeypatch.setattr("runner.watchdog.SLOW_S", 0.5)
+    async with serving(lambda asked: 60.0 if asked.text == "row 7" else shout(asked)) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, retry=RetryConfig(max_retries=0))
+        report = await experiment(numbered(100))
+
+    assert report.exit_code == 3
+    assert report.summary["errors"] == {"Timeout": 1}
+    named = [record.getMessage() for record in caplog.records if "has been waiting" in record.getMessage()]
+    assert len(named) == 1
+    assert named[0].startswith("row 7 has been waiting for openai_like/m for ")

@@ -6,7 +6,7 @@ from statistics import quantiles
 
 import pytest
 
-from runner.metrics import RECENT_ANSWERS, Meter, percentile
+from runner.metrics import RECENT_ANSWERS, DeploymentSnapshot, Meter, percentile
 from runner.types import TokenUsage
 
 
@@ -237,3 +237,26 @@ def test_the_series_holds_numbers_under_ts_and_leaves_out_what_is_unknown(meter:
     }
     assert expected.items() <= series.items()
     assert all(type(value) in (int, float) for value in series.values())
+
+
+def test_deployments_have_a_series_each(meter: Meter) -> None:
+    east = DeploymentSnapshot(
+        state="out",
+        answered=30,
+        failed=2,
+        share=0.75,
+        in_flight=1,
+        requests_per_s=1.5,
+        latency_p50_s=0.1,
+        latency_p95_s=None,
+        errors={"Timeout": 2},
+    )
+    series = meter.snapshot(deployments={"east": east}).as_series()
+    assert {name: value for name, value in series.items() if "/east/" in name} == {
+        "ts/deployment/east/up": 0.0,
+        "ts/deployment/east/share": 0.75,
+        "ts/deployment/east/in_flight": 1,
+        "ts/deployment/east/requests_per_s": 1.5,
+        "ts/deployment/east/latency_p50_s": 0.1,
+        "ts/deployment/east/failed": 2,
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runner.metrics import Snapshot
+from runner.metrics import DeploymentSnapshot, Snapshot
 from runner.progress import open_progress, printable, summary_table
 
 HALF_WAY = Snapshot(
@@ -467,3 +467,45 @@ def test_names_in_the_summary_are_data(terminal: Terminal) -> None:
 def test_rich_is_not_imported_before_it_is_needed() -> None:
     code = "import sys, runner.progress; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Deployments
+
+
+def deployment(state: str) -> DeploymentSnapshot:
+    return DeploymentSnapshot(
+        state=state,
+        answered=10,
+        failed=0,
+        share=0.5,
+        in_flight=1,
+        requests_per_s=1.0,
+        latency_p50_s=0.1,
+        latency_p95_s=0.2,
+        errors={},
+    )
+
+
+def test_several_deployments_are_counted_and_those_that_are_out_missed() -> None:
+    stream = io.StringIO()
+    fleet = {"a": deployment("up"), "b": deployment("out"), "c": deployment("probing")}
+    open_progress("fleet", stream=stream).update(replace(HALF_WAY, deployments=fleet))
+    assert "servers 2/3" in stream.getvalue()
+
+
+def test_the_summary_shows_what_each_of_several_deployments_did() -> None:
+    latency_s = {"p50": 0.05, "p95": None}
+    east = {"answered": 1_200, "failed": 0, "share": 0.75, "latency_s": latency_s, "retries": 3}
+    west = {"answered": 400, "failed": 1, "share": 0.25, "latency_s": {"p50": None, "p95": None}, "retries": 0}
+    stream = io.StringIO()
+    summary_table({**SUMMARY, "deployments": {"east": east, "west": west}}, stream=stream)
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    assert "east 1,200 answered (75%), p50 50 ms, 3 retries" in lines
+    assert "west 400 answered (25%), 1 failed" in lines
+
+
+def test_a_single_deployment_needs_no_line_of_its_own() -> None:
+    stream = io.StringIO()
+    alone = {"answered": 1, "failed": 0, "share": 1.0, "latency_s": {}, "retries": 0}
+    summary_table({**SUMMARY, "deployments": {"east": alone}}, stream=stream)
+    assert "east" not in stream.getvalue()

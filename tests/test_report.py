@@ -150,3 +150,32 @@ def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.Captur
 def test_a_report_that_cannot_be_written_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_evil(here)), "--output", "nowhere/out.html"]) == 2
     assert "nowhere/out.html cannot be written" in capsys.readouterr().err
+
+
+def test_a_benchmark_s_page_shows_its_levels_and_what_follows(here: Path) -> None:
+    run(["name=b", "task=bench", "prompt=hi", "bench.levels=[1,2]", "bench.requests=12", "tracker=none"])
+
+    page = written(*here.glob("runs/b/*"))
+
+    assert "recommended_max_parallel_requests=" in page
+    assert "Throughput over load" in page
+    assert "Latency over load" in page
+    assert "<h2>Rows" not in page
+
+
+def test_a_sweep_s_page_shows_the_differences_of_its_cells(here: Path) -> None:
+    page = written(run_sweep(here, "simulator.accuracy=0.2,1.0"))
+
+    assert "<h2>Differences" in page
+    assert "score accuracy" in page
+    assert "higher" in page
+
+
+def test_benchmarks_of_a_sweep_are_one_table_for_each_model(here: Path) -> None:
+    options = ("bench.levels=[2]", "bench.requests=12", "bench.repeats=1", "simulator.latency_s=0.01", "tracker=none")
+    run(["-m", "+experiment=bench_fleet", "model=simulated/a,simulated/b", *options])
+
+    page = written(*here.glob("runs/bench_fleet/sweep-*"))
+
+    assert page.count("<h3>model=simulated/") >= 3  # two tables, and their differences
+    assert "model=simulated/b − model=simulated/a at 2" in page

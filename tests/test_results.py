@@ -56,6 +56,48 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+# Deployments
+
+
+async def test_the_summary_says_what_each_deployment_did(store: Store) -> None:
+    for position in range(10):
+        await settle(store, position, output_text="x", deployment="east", service_time_s=1.0 + position)
+    await settle(store, 10, output_text="x", deployment="west", service_time_s=5.0)
+    await settle(store, 11, **failed(deployment="west", service_time_s=99.0))
+    lost = Attempt(
+        number=1,
+        deployment="north",
+        started_at=0.0,
+        service_time_s=1.0,
+        error="Timeout",
+        message="",
+        status=None,
+        cost_usd=None,
+    )
+    await store.note_attempt((content(0), 0), lost)
+    await store.note_attempt((content(1), 0), lost)
+
+    deployments = (await summarize(store))["deployments"]
+
+    assert deployments == {
+        "east": {
+            "answered": 10,
+            "failed": 0,
+            "share": pytest.approx(10 / 11),
+            "latency_s": {"p50": pytest.approx(5.5, abs=0.6), "p95": pytest.approx(9.6, abs=0.7)},
+            "retries": 0,
+        },
+        "north": {"answered": 0, "failed": 0, "share": 0, "latency_s": {"p50": None, "p95": None}, "retries": 2},
+        "west": {
+            "answered": 1,
+            "failed": 1,
+            "share": pytest.approx(1 / 11),
+            "latency_s": {"p50": 5.0, "p95": 5.0},
+            "retries": 0,
+        },
+    }
+
+
 # Rows
 
 
@@ -299,6 +341,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "retries": 0,
         "unparsed": 0,
         "errors": {},
+        "deployments": {},
         "scores": {},
     }
 

@@ -15,7 +15,6 @@ import pytest
 
 from harness import Command, read_rows
 from runner import LMClient
-from runner.errors import ConfigError
 
 ANSWERS = {
     "What is the capital of France?": "Paris.",
@@ -23,8 +22,6 @@ ANSWERS = {
     "Say hello in one sentence.": "Hello to you.",
     "Hello": "Hello.",
 }
-
-NOT_YET = pytest.mark.xfail(raises=ConfigError, reason="requests are spread by simple-shuffle alone")
 
 Example: TypeAlias = Callable[..., list[str]]
 
@@ -241,14 +238,7 @@ client.close()
     assert printed == ["Hello."]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        "simple-shuffle",
-        pytest.param("least-busy", marks=NOT_YET),
-        pytest.param("latency-based-routing", marks=NOT_YET),
-    ],
-)
+@pytest.mark.parametrize("strategy", ["simple-shuffle", "least-busy", "latency-based-routing"])
 def test_multi_replica_routing(run: Example, strategy: str) -> None:
     [deployment] = run(
         """
@@ -280,6 +270,28 @@ client.close()
     )
 
     assert deployment in ("gpu-0", "gpu-1", "gpu-2")
+
+
+@pytest.mark.parametrize("form", ["keys", "mapping", "file"])
+async def test_multi_replica_routing_on_the_command_line(form: str, server_url: str, tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    model = "hosted_vllm/meta-llama/Meta-Llama-3-8B-Instruct"
+    fleet = {label: {"model": model, "api_base": server_url} for label in ("gpu-0", "gpu-1", "gpu-2")}
+    arguments = [f"deployments.{label}.{key}={value}" for label in fleet for key, value in fleet[label].items()]
+    if form == "mapping":
+        entries = (f"{label}: {{model: {model}, api_base: '{server_url}'}}" for label in fleet)
+        arguments = [f"deployments={{{', '.join(entries)}}}"]
+    elif form == "file":
+        command.write("conf/deployments/mine.yaml", json.dumps(fleet))
+        arguments = ["deployments=mine"]
+    rows = command.write_rows("rows.jsonl", [{"prompt": f"Hello {number}"} for number in range(30)])
+
+    ended = await command(
+        "name=hello", *arguments, "routing.strategy=least-busy", "dataset=jsonl", f"dataset.path={rows}", "tracker=none"
+    )
+
+    assert ended.exit_code == 0, ended.err
+    assert {row["metrics"]["deployment"] for row in read_rows(command.run())} == set(fleet)
 
 
 def test_async_api(run: Example) -> None:

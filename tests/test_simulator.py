@@ -1009,6 +1009,14 @@ async def test_a_hanging_request_is_answered_after_its_time() -> None:
     assert answer.status == 200
 
 
+async def test_a_slow_request_takes_so_many_times_as_long() -> None:
+    async with serving(latency_s=0.01, slow_factor=5.0, faults=FaultsConfig(slow=1.0)) as client:
+        started = time.perf_counter()
+        answer = await client.chat()
+        assert time.perf_counter() - started >= 0.05
+    assert answer.status == 200
+
+
 async def test_a_hanging_request_holds_no_slot_and_does_not_delay_the_end() -> None:
     async with serving(slots=1, faults=FaultsConfig(hang=1.0)) as client:
         hanging = asyncio.create_task(client.chat())
@@ -1075,6 +1083,18 @@ async def test_the_ledger_adds_up_tokens_and_cost() -> None:
     assert ledger["tokens"] == {"prompt": 4, "completion": 8}
     assert ledger["cost_usd"] == pytest.approx(4 * 2 + 8 * 3)
     assert (ledger["requests"], ledger["answered"], ledger["by_status"]) == (2, 2, {"200": 2})
+
+
+async def test_the_ledger_counts_prompts_whose_beginning_was_there_before() -> None:
+    beginnings = ["a" * 300, "b" * 300]
+    async with serving() as client:
+        for number in range(5):
+            for beginning in beginnings:
+                await client.chat(f"{beginning} {number}")
+            await client.chat("short")
+        ledger = await client.ledger()
+    assert ledger["prefixes"] == {"hits": 8, "misses": 2}
+    assert "beginnings" not in ledger
 
 
 async def test_the_ledger_counts_refused_requests() -> None:

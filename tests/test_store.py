@@ -58,7 +58,7 @@ async def claim(store: Store, *names: object, first: int = 0, **options: Any) ->
     return await store.claim(claims(*names, first=first), Terms(**options))
 
 
-async def answered(store: Store, *names: object, **options: bool) -> list[bool]:
+async def answered(store: Store, *names: object, **options: Any) -> list[bool]:
     return [known.answered for known in await claim(store, *names, **options)]
 
 
@@ -253,6 +253,156 @@ async def test_many_rows_go_through_in_chunks_of_any_size(path: Path) -> None:
         assert await table(store, "SELECT count(*) FROM rows JOIN answers USING (content, occurrence)") == [(1_500,)]
 
 
+async def test_from_the_first_row_that_changed_on_the_dataset_is_another_one(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "a", "c", "a")
+        for position, (name, occurrence) in enumerate([("a", 0), ("b", 0), ("a", 1), ("c", 0), ("a", 2)]):
+            await store.save(position, answer(name, occurrence, output_text=f"{name}{occurrence}"))
+    async with await Store.open(path) as store:
+        known = await claim(store, "b", "b")
+        assert [(each.occurrence, each.answered) for each in known] == [(0, True), (1, False)]
+        assert await table(store, "SELECT position FROM rows") == [(0,), (1,)]
+        known = await claim(store, "a", "c", "a", first=2)
+        assert [(each.occurrence, each.answered) for each in known] == [(0, True), (0, True), (1, True)]
+
+
+async def test_the_end_of_an_interrupted_pass_over_a_changed_dataset_is_not_mixed_with_the_old_one(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "x", "a", "b", "x")
+    async with await Store.open(path) as store:
+        await claim(store, "y", "a")  # and interrupted
+    async with await Store.open(path) as store:
+        known = await claim(store, "y", "a", "b", "x")
+        assert [each.occurrence for each in known] == [0, 0, 0, 0]
+
+
+# Sharing
+
+
+async def test_rows_that_ask_the_same_may_share_one_answer(path: Path) -> None:
+    async with await Store.open(path) as store:
+        known = await claim(store, "a", "b", "a", dedupe=True)
+        assert [(each.occurrence, each.answered, each.shared) for each in known] == [
+            (0, False, False),
+            (0, False, False),
+            (0, False, True),
+        ]
+        [known] = [await claim(store, "b", "c", first=3, dedupe=True)]
+        assert [each.shared for each in known] == [True, False]
+        await store.save(0, answer("a"))
+        await store.flush()
+        assert [each.answered for each in await claim(store, "a", first=5, dedupe=True)] == [True]
+    async with await Store.open(path) as store:
+        known = await claim(store, "a", "b", "a", "b", "c", "a", dedupe=True)
+        assert [each.answered for each in known] == [True, False, True, False, False, True]
+        assert [each.shared for each in known] == [False, False, False, True, False, False]
+
+
+async def test_a_shared_failure_is_given_up_once_and_not_again_in_the_same_session(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "a", dedupe=True)
+        await store.save(0, failure("a"))
+    async with await Store.open(path) as store:
+        known = await claim(store, "a", dedupe=True)
+        assert not known[0].answered
+        await store.save(0, failure("a"))
+        await store.flush()
+        known = await claim(store, "a", first=1, dedupe=True)
+        assert (known[0].answered, known[0].shared) == (False, True)
+        assert await attempts(store) == [("a", 0, "Timeout")]
+        assert await table(store, "SELECT count(*) FROM answers") == [(1,)]
+
+
+async def test_of_rows_that_share_a_request_one_is_lost_by_a_kill(path: Path, tmp_path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "a", "a", dedupe=True)
+        killed = as_killed(path, tmp_path / "killed")
+    async with await Store.open(killed) as store:
+        assert await attempts(store) == [("a", 0, "Lost")]
+
+
+# Answers from elsewhere
+
+
+async def test_what_is_found_elsewhere_is_kept_and_not_asked_for(path: Path) -> None:
+    looked: list[list[tuple[int, int]]] = []
+
+    async def elsewhere(asked: Sequence[tuple[Claim, int]]) -> list[Outcome]:
+        looked.append([(row.position, occurrence) for row, occurrence in asked])
+        return [answer("b", cost_usd=0.0, reused_from="other/run")]
+
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await store.save(0, answer("a"))
+        await store.flush()
+        known = await claim(store, "a", "b", "a", "c", elsewhere=elsewhere, scored=True)
+        assert [each.answered for each in known] == [True, True, False, False]
+        assert [each.unscored_text for each in known] == ["answer to a", "answer to b", None, None]
+        assert looked == [[(1, 0), (2, 1), (3, 0)]]
+        assert await table(store, "SELECT position FROM rows WHERE session IS NOT NULL") == [(0,), (2,), (3,)]
+
+
+async def test_a_failure_for_which_there_is_an_answer_elsewhere_moves_to_the_ledger(path: Path) -> None:
+    async def elsewhere(asked: Sequence[tuple[Claim, int]]) -> list[Outcome]:
+        return [answer("a", reused_from="other/run")]
+
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await store.save(0, failure("a"))
+        await store.flush()
+        assert await answered(store, "a", elsewhere=elsewhere) == [True]
+        assert await attempts(store) == [("a", 0, "Timeout")]
+        assert await answers(store) == {("a", 0): "answer to a"}
+
+
+# Starting over
+
+
+async def test_a_store_that_starts_over_keeps_the_books_of_what_this_run_paid(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "c", scored=True)
+        await store.save(0, answer("a", cost_usd=0.5, retries=1), '{"exact":1}')
+        await store.save(1, failure("b", cost_bound_usd=0.25))
+        await store.save(2, answer("c", cost_usd=0.0, reused_from="other/run"))
+    async with await Store.open(path) as store:
+        await store.start_over()
+        assert await answers(store) == {}
+        entries = await table(store, "SELECT error_type, number, cost_usd, cost_bound_usd FROM attempts ORDER BY id")
+        assert entries == [("GivenUp", 2, 0.5, None), ("Timeout", 1, None, 0.25)]
+        assert await table(store, "SELECT count(scores) FROM rows") == [(0,)]
+        assert await answered(store, "a", "b", "c") == [False, False, False]
+
+
+# What attempts can have cost
+
+
+async def test_what_a_killed_session_had_taken_up_is_bounded_in_the_ledger(path: Path, tmp_path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "c", cost_bound=lambda row: None if row.position == 2 else row.position + 0.5)
+        await store.note_attempt((content("a"), 0), replace(ATTEMPT, cost_usd=None))
+        await store.save(1, answer("b", cost_usd=0.125))
+        await store.flush()
+        killed = as_killed(path, tmp_path / "killed")
+    async with await Store.open(killed) as store:
+        entries = await table(store, "SELECT content, error_type, cost_usd, cost_bound_usd FROM attempts ORDER BY id")
+    assert entries == [
+        (content("a"), "RateLimitError", None, 0.5),
+        (content("a"), "Lost", None, 0.5),
+        (content("c"), "Lost", None, None),
+    ]
+
+
+async def test_a_clock_that_is_set_back_hides_nothing_that_was_lost(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with await Store.open(path) as store:
+        monkeypatch.setattr("time.time", lambda: 1.0)
+        await claim(store, "a")
+        killed = as_killed(path, tmp_path / "killed")
+    async with await Store.open(killed) as store:
+        assert await attempts(store) == [("a", 0, "Lost")]
+
+
 # Scores
 
 
@@ -405,7 +555,7 @@ async def test_savers_wait_while_too_much_is_waiting_to_be_written(path: Path) -
         for n in range(5_000):
             await store.save(n, answer(n))
             waiting = max(waiting, n + 1 - len(reported))
-    assert waiting <= 2_100
+    assert waiting <= 256
     async with await Store.open_readonly(path) as store:
         assert len(await answers(store)) == 5_000
 
@@ -904,23 +1054,36 @@ class Model:
     ledger: Counter[tuple[str, int, str]] = field(default_factory=Counter)
 
     def claim(
-        self, session: int, dataset: list[tuple[str, int]], position: int, *, retry_failed: bool, scored: bool
+        self,
+        session: int,
+        dataset: list[tuple[str, int]],
+        position: int,
+        *,
+        retry_failed: bool,
+        scored: bool,
+        dedupe: bool,
     ) -> Known:
         name, metadata = dataset[position]
-        key = name, [other for other, _ in dataset[:position]].count(name)
-        if retry_failed and self.answers.get(key) is False:
+        before = [other for other, _ in dataset[:position]].count(name)
+        key = name, 0 if dedupe else before
+        answered = self.answers.get(key, False) or (key in self.answers and not retry_failed)
+        shared = dedupe and before > 0 and not answered
+        if not answered and not shared and key in self.answers:
             self.ledger[(*key, "Timeout")] += 1
             del self.answers[key]
         row = self.rows.get(position)
         if row is not None and row[0] != name:
             self.truncate(position)  # from here on it is another dataset
             row = None
-        if row is None or row[:3] != (*key, metadata) or key not in self.answers:
+        if row is None or row[:3] != (*key, metadata) or not (answered or shared):
             self.rows[position] = (*key, metadata, None)
-            self.asked[position] = session if key not in self.answers else -1
+            self.asked[position] = session if not (answered or shared) else -1
         unscored = scored and self.answers.get(key) is True and not self.rows[position][3]
         return Known(
-            occurrence=key[1], answered=key in self.answers, unscored_text=f"answer to {name}" if unscored else None
+            occurrence=key[1],
+            answered=answered,
+            unscored_text=f"answer to {name}" if unscored else None,
+            shared=shared,
         )
 
     def save(self, position: int, *, success: bool, scores: str | None) -> None:
@@ -949,6 +1112,7 @@ class Session:
     settles: list[bool | None]  # by position, cyclic: answered, failed, or not at all
     retry_failed: bool
     scored: bool
+    dedupe: bool
     forgets_scores: bool
     crashes: bool
 
@@ -962,6 +1126,7 @@ SESSIONS = st.lists(
         settles=st.lists(st.sampled_from([True, True, False, None]), min_size=1, max_size=5),
         retry_failed=st.booleans(),
         scored=st.booleans(),
+        dedupe=st.sampled_from([False, False, True]),
         forgets_scores=st.sampled_from([False, False, True]),
         crashes=st.booleans(),
     ),
@@ -983,6 +1148,9 @@ async def play(sessions: list[Session], folder: Path) -> None:
     for number, session in enumerate(sessions):
         store = await Store.open(path)
         assert Counter(await attempts(store)) == model.ledger
+        if number and session.dedupe != sessions[number - 1].dedupe:
+            await store.truncate(0)
+            model.truncate(0)
         if session.forgets_scores:
             await store.forget_scores()
             model.rows = {position: (*row[:3], None) for position, row in model.rows.items()}
@@ -995,9 +1163,14 @@ async def play(sessions: list[Session], folder: Path) -> None:
 
 
 async def run_session(store: Store, model: Model, session: Session, number: int) -> None:
-    options: dict[str, Any] = {"retry_failed": session.retry_failed, "scored": session.scored}
+    options: dict[str, Any] = {
+        "retry_failed": session.retry_failed,
+        "scored": session.scored,
+        "dedupe": session.dedupe,
+    }
     for first in range(0, min(len(session.dataset), session.stops_after), session.chunk):
         part = session.dataset[first : first + session.chunk]
+        await store.flush()  # so that it is certain what a row that shares an answer finds
         known = await store.claim(
             [
                 Claim(position=first + n, content=content(name), metadata=str(metadata))
@@ -1013,7 +1186,7 @@ async def run_session(store: Store, model: Model, session: Session, number: int)
                 await store.put_scores([(position, '{"late":1}')])
                 model.rows[position] = (*model.rows[position][:3], '{"late":1}')
             success = session.settles[position % len(session.settles)]
-            if fact.answered or success is None:
+            if fact.answered or fact.shared or success is None:
                 continue
             scores = '{"exact":1}' if success and session.scored else None
             outcome = answer(name, fact.occurrence) if success else failure(name, fact.occurrence)

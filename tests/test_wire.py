@@ -251,11 +251,9 @@ def test_a_vector_is_numbers_or_base64(vector: Any, values: list[float]) -> None
     body = {"data": [{"index": "0", "embedding": vector}]}
     output = wire.response_from(EmbeddingRequest(texts=["a"]), body, {}).output
     assert output == Embeddings(vectors=(values,))
-    assert isinstance(output, Embeddings)
-    assert all(type(value) is float for value in output.vectors[0])
 
 
-@pytest.mark.parametrize("vector", ["AAA", "AAAA", "ü", None, ["x"], [None], 3])
+@pytest.mark.parametrize("vector", ["AAA", "ü", None, ["x"], [None], 3, [10**400], [0.5, 10**400]])
 def test_a_vector_that_is_none_is_no_answer(vector: Any) -> None:
     with pytest.raises(errors.APIResponseError):
         wire.response_from(EmbeddingRequest(texts=["a"]), {"data": [{"embedding": vector}]}, {})

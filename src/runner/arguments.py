@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
@@ -25,7 +26,8 @@ _TEXTS = ("prompt", "system")
 def friendly(arguments: Sequence[str]) -> Iterator[str]:
     """The arguments as Hydra wants them, so that nobody has to know its grammar.
 
-    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes.
+    Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes. ``deployments={…}``,
+    whose name is a group's, becomes a key for each entry.
     """
     multirun = "-m" in arguments or "--multirun" in arguments
     parser = OverridesParser.create()
@@ -35,6 +37,11 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
             raise ConfigError(f"{argument}: keys have no dashes, write {argument[2:].partition('=')[0]}=…")
         if argument.startswith("-") or not equals:
             yield argument
+            continue
+        fleet = parser.parse_override(argument).value() if key == "deployments" and _parses(parser, argument) else None
+        if isinstance(fleet, Mapping):
+            for label, entry in fleet.items():
+                yield f"++deployments.{label}={_written(entry)}"
             continue
         if key.startswith(_OPEN_MAPPINGS):
             key = f"++{key}"
@@ -51,6 +58,17 @@ def quoted(value: str) -> str:
     """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"'{escaped}'"
+
+
+def _written(value: Any) -> str:
+    """Plain data in Hydra's grammar."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_written(entry)}' for key, entry in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value).lower()
 
 
 def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:

@@ -17,8 +17,11 @@ from runner.identity import dump_json
 from runner.transports.prices import longest_answer_of, price_for
 from runner.types import OUTPUT_LIMITS, TokenPrice
 
-_TEMPLATE_TOKENS = 1024
-"""What a provider's template adds to a prompt, generously: roles, a date, a preamble for tools (Anthropic's: 530)."""
+_TEMPLATE_TOKENS = 256
+"""What a provider's template adds to a prompt, generously: roles, a date, a line about the model."""
+
+_PREAMBLE_TOKENS = 1024
+"""What it adds where there are tools, generously: Anthropic's preamble has up to 530."""
 
 _BEYOND_THE_PROMPT = frozenset(
     {
@@ -78,6 +81,7 @@ def _bound(deployment: DeploymentConfig, config: RunnerConfig) -> _Bound | None:
     if output_tokens is None or _asks_beyond(params):
         return None
     prompt_tokens = _TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
+    prompt_tokens += _PREAMBLE_TOKENS if params.get("tools") or params.get("functions") else 0
     price = price_for(deployment, config.simulator)
     return _Bound(prompt_tokens=prompt_tokens, output_tokens=output_tokens, price=price)
 

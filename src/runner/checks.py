@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from runner.config import (
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     Resume,
     RetryConfig,
@@ -22,10 +23,13 @@ from runner.config import (
     RunnerConfig,
     ScorerConfig,
     Shared,
+    SloConfig,
     TaskKind,
+    asked_kind,
     replicas,
 )
 from runner.errors import ConfigError
+from runner.intervals import samples_for
 from runner.types import Endpoint
 
 
@@ -45,6 +49,8 @@ def check(config: RunnerConfig) -> None:
     check_routing(config.routing)
     _check_dataset(config.dataset)
     _check_task(config)
+    if config.task.kind is TaskKind.bench:
+        check_bench_settings(config)
     check_retry(config.retry)
     _at_least("samples", config.samples, 1)
     _at_least("tracker.log_every_s", config.tracker.log_every_s, 0.1)
@@ -59,8 +65,6 @@ def check(config: RunnerConfig) -> None:
         if amount is not None and not amount > 0:
             raise ConfigError(f"budget.{key}={amount}: a number above 0, or null for no limit")
     _at_least("pilot", config.pilot, 1)
-    if config.pilot and config.task.kind is TaskKind.bench:
-        raise ConfigError("pilot with task=bench: a benchmark is measured as a whole")
     _check_reuse(config)
     _reject_unavailable(config)
 
@@ -98,6 +102,7 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
     for key, price in (vars(deployment.price) if deployment.price else {}).items():
         _at_least(f"{prefix}price.{key}", price, 0)
     _at_least(f"{prefix}max_output_tokens", deployment.max_output_tokens, 1)
+    _at_least(f"{prefix}order", deployment.order, 0)
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
 
@@ -105,8 +110,9 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
 def check_limits(where: str, limits: LimitsConfig) -> None:
     """Check limits whose keys are below ``where``."""
     concurrency = limits.concurrency
+    unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
     is_number = isinstance(concurrency, int) and not isinstance(concurrency, bool)
-    if concurrency != "auto" and not (is_number and concurrency >= 1):
+    if not unbounded and concurrency != "auto" and not (is_number and concurrency >= 1):
         raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1, or auto")
     _at_least(f"{where}.max_concurrency", limits.max_concurrency, 1)
     for key in (*LIMIT_KEYS, "max_request_burst", "max_token_burst"):
@@ -133,14 +139,15 @@ def check_retry(retry: RetryConfig) -> None:
     _at_least("retry.max_retries", retry.max_retries, 0)
     _at_least("retry.base_s", retry.base_s, 0)
     _at_least("retry.cap_s", retry.cap_s, 0)
+    _at_least("retry.budget", retry.budget, 0)
 
 
 def check_routing(routing: RoutingConfig) -> None:
-    """Check the strategy."""
+    """Check the strategy and the times."""
     if routing.strategy not in STRATEGIES:
         raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
-    if routing.strategy != "simple-shuffle":
-        raise ConfigError(f"routing.strategy={routing.strategy} {_NOT_AVAILABLE}: use simple-shuffle")
+    _at_least("routing.max_wait_s", routing.max_wait_s, 0)
+    _at_least("routing.cooldown_s", routing.cooldown_s, 0.1)
 
 
 _NOT_AVAILABLE = "is not available in this version"
@@ -148,8 +155,11 @@ _NOT_AVAILABLE = "is not available in this version"
 
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
+    is_bench = config.task.kind is TaskKind.bench
     wanted = {
-        f"task={config.task.kind.value}": config.task.kind is TaskKind.bench,
+        "budget with task=bench": is_bench and any(value is not None for value in vars(config.budget).values()),
+        "plan=true with task=bench": is_bench and config.plan,
+        "pilot with task=bench": is_bench and config.pilot is not None,
     }
     for key, is_wanted in wanted.items():
         if is_wanted:
@@ -206,9 +216,11 @@ _GENERATE_ONLY = {"system": None, "response_format": None, "endpoint": Endpoint.
 
 
 def _check_task(config: RunnerConfig) -> None:
-    task, kind = config.task, config.task.kind
+    task, kind = config.task, asked_kind(config)
     _at_least("task.micro_batch_size", task.micro_batch_size, 1)
     _at_least("task.max_bytes", task.max_bytes, 1)
+    if kind is TaskKind.bench:
+        raise ConfigError("bench.task=bench: say what is to be measured: generate or embed")
     if kind is TaskKind.generate:
         if task.image is not None and config.endpoint is Endpoint.text_completion:
             raise ConfigError("task.image: endpoint=text_completion takes no images: use chat_completion or responses")
@@ -221,6 +233,64 @@ def _check_task(config: RunnerConfig) -> None:
             raise ConfigError(f"{key} is for task=generate, and the task here is {kind.value}: leave it out{hint}")
     if config.scorers and kind is TaskKind.embed:
         raise ConfigError("scorers score texts, and task=embed answers with vectors: leave them out")
+
+
+def check_bench_settings(config: RunnerConfig) -> None:
+    """Check what a benchmark measures, and whether that is enough to know what it is asked for."""
+    bench, slo = config.bench, config.bench.slo
+    if bench.task not in (TaskKind.generate, TaskKind.embed) or config.task.image is not None:
+        raise ConfigError(f"bench.task={bench.task.value}: texts are measured, with generate or embed, and no files")
+    if bench.levels is None and bench.rate is None and config.limits.concurrency == "auto":
+        raise ConfigError("bench.levels=null measures limits.concurrency: give it a number, or use bench.levels=auto")
+    if bench.levels not in (None, "auto"):
+        _check_levels("bench.levels", bench.levels, "a number of at least 1, a list of them, auto, or null", whole=True)
+    if bench.rate is not None:
+        _check_levels("bench.rate", bench.rate, "requests per second above 0, a list of them, or null")
+    if bench.requests is None and bench.duration is None:
+        raise ConfigError("bench.requests and bench.duration are both null: set one, or a level never ends")
+    for key, least in (("requests", 1), ("max_level", 1), ("warmup", 0), ("repeats", 1)):
+        _at_least(f"bench.{key}", getattr(bench, key), least)
+    if bench.duration is not None and not bench.duration > 0:
+        raise ConfigError(f"bench.duration={bench.duration}: seconds above 0")
+    if not 0 < bench.plateau <= 1:
+        raise ConfigError(f"bench.plateau={bench.plateau}: a share of the best throughput, above 0 and at most 1")
+    _check_slo(config, slo)
+
+
+def _check_levels(key: str, given: Any, wanted: str, *, whole: bool = False) -> None:
+    levels = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for level in levels:
+        if (
+            isinstance(level, bool)
+            or not isinstance(level, int if whole else int | float)
+            or level < whole
+            or level <= 0
+        ):
+            raise ConfigError(f"{key}={given!r}: {wanted}")
+    if not levels or len(set(levels)) < len(levels):
+        raise ConfigError(f"{key}={given!r}: {wanted}, each once")
+
+
+def _check_slo(config: RunnerConfig, slo: SloConfig) -> None:
+    bench = config.bench
+    for key, limit in vars(slo).items():
+        if key == "error_rate":
+            if not 0 <= limit <= 1:
+                raise ConfigError(f"bench.slo.{key}={limit}: a share between 0 and 1")
+            continue
+        if limit is None:
+            continue
+        if not limit > 0:
+            raise ConfigError(f"bench.slo.{key}={limit}: seconds above 0")
+        if not key.startswith("latency") and not config.request.get("stream"):
+            raise ConfigError(f"bench.slo.{key} is known of streamed answers only: set request.stream=true")
+        percent = int(key.rpartition("_p")[2].removesuffix("_s"))
+        needed = samples_for(percent / 100)
+        if bench.requests is not None and bench.requests * bench.repeats < needed:
+            raise ConfigError(
+                f"bench.slo.{key}: p{percent} takes {needed} requests a level, and bench.requests ×"
+                f" bench.repeats is {bench.requests * bench.repeats}: raise bench.requests"
+            )
 
 
 _DATASET_KEYS = {

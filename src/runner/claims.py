@@ -6,7 +6,6 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
@@ -72,10 +71,9 @@ async def take_up(
     The stored rows are always the beginning of one dataset. So a row that stands unchanged among them is known with
     its occurrence; from the first one that has changed on, they are forgotten and laid down anew.
     """
-    first, last = claims[0].position, claims[-1].position
-    stored = await database.fetch(_STORED, (terms.retry_failed, terms.scored, first, last))
-    if sum(map(_is_settled, claims, stored)) == len(claims):
-        return [_settled(row["occurrence"]) for row in stored]
+    if await _all_settled(database, claims, terms):
+        return [_SETTLED] * len(claims)
+    stored = await database.fetch(_STORED, (claims[0].position, claims[-1].position))
     same = _unchanged(claims, stored)
     if same < len(stored):
         await database.execute("DELETE FROM rows WHERE position >= ?", (stored[same]["position"],))
@@ -97,35 +95,37 @@ async def take_up(
     if terms.cost_bound is not None:
         bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
     await _lay_down(database, claims, keys, stored[:same], taken, bounds=bounds, session=session)
-    unscored = [
-        key
-        for n, key in enumerate(keys)
-        if terms.scored
-        and n not in taken
-        and errors.get(key, "") is None
-        and (n >= same or not stored[n]["scored"] or stored[n]["metadata"] != claims[n].metadata)
-    ]
-    texts = {(each.content, each.occurrence): each.output_text for each in await read_answers(database, unscored)}
+    scored = {n for n, (claim, row) in enumerate(zip(claims, stored[:same], strict=False)) if _has_scores(claim, row)}
+    unscored = {n for n, key in enumerate(keys) if terms.scored and n not in scored and errors.get(key, "") is None}
+    answers = await read_answers(database, [keys[n] for n in unscored])
+    texts = {(answer.content, answer.occurrence): answer.output_text for answer in answers}
     return [
         Known(
             occurrence=key[1],
             answered=n not in taken and n not in shared,
-            unscored_text=texts.get(key),
+            unscored_text=texts[key] if n in unscored else None,
             shared=n in shared,
         )
         for n, key in enumerate(keys)
     ]
 
 
-def _is_settled(claim: Claimed, row: sqlite3.Row) -> bool:
-    """Whether there is nothing to do about a row: most rows of a run that goes on."""
-    position, content, _, metadata, _, _, _, settled = row
-    return bool(settled and content == claim.content and metadata == claim.metadata and position == claim.position)
+async def _all_settled(database: Database, claims: Sequence[Claimed], terms: Terms) -> bool:
+    """Whether there is nothing to do about any of the rows: so it is with most chunks of a run that goes on.
+
+    Compared as a whole, in one step of SQLite, which needs no Python and leaves its lock to others.
+    """
+    parameters = (terms.retry_failed, terms.scored, claims[0].position, claims[-1].position)
+    [(positions, contents, metadata, occurrences)] = await database.fetch(_SETTLED_CHUNK, parameters)
+    return (
+        not occurrences
+        and contents == b"".join([claim.content for claim in claims])
+        and metadata == "\0".join([claim.metadata or "" for claim in claims])
+        and positions == ",".join([str(claim.position) for claim in claims])
+    )
 
 
-@cache
-def _settled(occurrence: int) -> Known:
-    return Known(occurrence=occurrence, answered=True)
+_SETTLED = Known(occurrence=0, answered=True)
 
 
 def _unchanged(claims: Sequence[Claimed], stored: Sequence[sqlite3.Row]) -> int:
@@ -134,6 +134,11 @@ def _unchanged(claims: Sequence[Claimed], stored: Sequence[sqlite3.Row]) -> int:
         if claim.position != row["position"] or claim.content != row["content"]:
             return n
     return min(len(claims), len(stored))
+
+
+def _has_scores(claim: Claimed, row: sqlite3.Row) -> bool:
+    """Whether the scores of an unchanged row are those of what it is now."""
+    return bool(row["scored"]) and row["metadata"] == claim.metadata
 
 
 async def _new_keys(database: Database, claims: Sequence[Claimed], *, dedupe: bool) -> list[Key]:
@@ -213,15 +218,26 @@ _STORED = """
         rows.position, rows.content, rows.occurrence, rows.metadata,
         rows.scores IS NOT NULL AS scored,
         answers.id IS NOT NULL AS answered,
-        answers.error_type,
-        answers.id IS NOT NULL AND CASE
-            WHEN answers.error_type IS NOT NULL THEN NOT ?1
-            ELSE rows.scores IS NOT NULL OR NOT ?2
-        END AS settled
+        answers.error_type
     FROM rows
     LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
-    WHERE rows.position BETWEEN ?3 AND ?4
+    WHERE rows.position BETWEEN ? AND ?
     ORDER BY rows.position
+"""
+
+# CROSS JOIN has the rows in their order. The retry of failures is ?1, the want of scores ?2.
+_SETTLED_CHUNK = """
+    SELECT
+        group_concat(rows.position),
+        CAST(group_concat(rows.content, '') AS BLOB),
+        group_concat(ifnull(rows.metadata, ''), char(0)),
+        total(rows.occurrence)
+    FROM rows
+    CROSS JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE rows.position BETWEEN ?3 AND ?4 AND CASE
+        WHEN answers.error_type IS NOT NULL THEN NOT ?1
+        ELSE rows.scores IS NOT NULL OR NOT ?2
+    END
 """
 
 _ROWS = "INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at, session, cost_bound_usd)"

@@ -33,7 +33,7 @@ from runner.composition import (
     swept_keys,
     typed,
 )
-from runner.config import DatasetKind
+from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
@@ -157,23 +157,44 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
 
 
 def _run(composed: DictConfig, folder: Path) -> Report:
-    """Run the experiment and show what came of it."""
+    """Run the experiment, or the benchmark, and show what came of it."""
     from runner.experiment import run_experiment
 
     load_environment(composed.env_file)
     config = typed(composed)
     _calm_garbage_collector()
+    if config.task.kind is TaskKind.bench:
+        return _run_bench(config, folder)
     report = asyncio.run(run_experiment(config, folder, settings=asdict(config)))
     if report.summary:
         shown = config.dataset.kind in (DatasetKind.single, DatasetKind.files)
         if shown and report.summary["rows"] <= _SHOWN_ANSWERS:
             _show_answers(folder / "results.jsonl")
         summary_table(report.summary, results=Path(os.path.relpath(folder / "results.jsonl")))
+    _say_why(report, config)
+    return report
+
+
+def _run_bench(config: RunnerConfig, folder: Path) -> Report:
+    from runner.bench import run_bench
+    from runner.bench.sweeps import gather
+    from runner.bench.table import show_levels
+
+    report = asyncio.run(run_bench(config, folder, settings=asdict(config)))
+    for found in gather([Cell(number=0, name="", folder=str(folder), summary=report.summary)]):
+        show_levels(found.levels, found.verdict, stream=sys.stdout)
+    write(sys.stdout, f"results  {os.path.relpath(folder / 'bench.json')}\n")
+    _say_why(report, config)
+    return report
+
+
+def _say_why(report: Report, config: RunnerConfig) -> None:
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
-        command = "With a larger budget, the same command" if _is_spent(report) else "The same command"
+        conditions = {"resume=auto": config.resume is Resume.fresh, "a larger budget": _is_spent(report)}
+        needed = " and ".join(condition for condition, holds in conditions.items() if holds)
+        command = f"With {needed}, the same command" if needed else "The same command"
         write(sys.stderr, f"{printable(report.message)}\n{command} {again}.\n")
-    return report
 
 
 def _is_spent(report: Report) -> bool:
@@ -207,10 +228,39 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     if not cells:
         return exit_code
     sweep_table([asdict(cell) for cell in cells])
+    _show_benchmarks(sweep, cells)
+    _show_differences(cells)
     exit_codes: set[int | None] = {exit_code, *(cell.exit_code for cell in cells)}
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
     return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else FINISHED
+
+
+def _show_benchmarks(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Gather the levels of the cells into one table for each model, prompt and so on."""
+    from runner.bench.sweeps import compare_benchmarks, gather, write_gathered
+    from runner.bench.table import show_levels
+    from runner.comparison import show_comparisons
+
+    if found := gather(cells):
+        for each in found:
+            write(sys.stdout, f"\n{printable(each.name)}\n" if each.name else "\n")
+            show_levels(each.levels, each.verdict, stream=sys.stdout)
+        show_comparisons(compare_benchmarks(found), stream=sys.stdout)
+        write_gathered(found, sweep.folder / "bench.json")
+        write(sys.stdout, f"results  {os.path.relpath(sweep.folder / 'bench.json')}\n")
+
+
+def _show_differences(cells: Sequence[Cell]) -> None:
+    """Compare the cells with the first one, row by row."""
+    from runner.comparison import compare, is_run, show_comparisons
+
+    ended = [(cell.name, Path(cell.folder)) for cell in cells if cell.exit_code in (FINISHED, SOME_FAILED)]
+    if len(runs := [run for run in ended if is_run(run[1])]) > 1:
+        try:
+            show_comparisons(asyncio.run(compare(runs)), stream=sys.stdout)
+        except StoreError as error:
+            logger.warning(error)
 
 
 def _complain(message: str) -> int:

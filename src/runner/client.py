@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -17,19 +18,20 @@ from runner.collector import Collector, OnProgress, OnResult
 from runner.concurrency import Window
 from runner.config import (
     DeploymentConfig,
+    DeploymentLimitsConfig,
     LimitsConfig,
     RetryConfig,
     RoutingConfig,
     Scope,
     SimulatorConfig,
+    TransportKind,
 )
 from runner.embedding import MICRO_BATCH_SIZE
 from runner.engine import Engine, Engines
 from runner.errors import ConfigError, ItemError, RowError
-from runner.limiter import RateLimiter
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
-from runner.stack import open_limiters, open_stack
+from runner.stack import Limiters, open_limiters, open_stack
 from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
@@ -78,7 +80,8 @@ class LMClient:
         max_retries: How often a request that failed for a passing reason is sent again.
         default_request_kwargs: LiteLLM keyword arguments for every request, under those of the call.
         routing_strategy: How requests spread over ``deployments``.
-        router_kwargs: Nothing: there is no LiteLLM router behind this client to take them.
+        router_kwargs: More on that: the fields of `RoutingConfig` (``failover``, ``max_wait_s``, ``cooldown_s``,
+            ``hedge``), and LiteLLM's ``cooldown_time``.
         simulator: Settings of ``simulated/…`` models.
 
     Raises:
@@ -125,14 +128,10 @@ class LMClient:
         retry = RetryConfig(max_retries=max_retries)
         check_limits("limits", limits)
         check_retry(retry)
-        check_routing(RoutingConfig(strategy=routing_strategy))
+        routing = _routing(routing_strategy, router_kwargs or {})
+        check_routing(routing)
         check_request("", {"timeout": timeout})
         _check_params("default_request_kwargs", self._defaults)
-        if router_kwargs:
-            raise ConfigError(
-                f"router_kwargs={dict(router_kwargs)!r}: there is no LiteLLM router here to take them; max_retries,"
-                " timeout, routing_strategy, and each deployment's weight and limits say how requests are routed"
-            )
         self.background = BackgroundLoop()
         replicas = _deployments(model, api_base, api_key, deployments)
         self._engines = Engines(
@@ -142,6 +141,7 @@ class LMClient:
                 limiters=open_limiters(replicas, limits),
                 limits=limits,
                 retry=retry,
+                routing=routing,
                 simulator=simulator or SimulatorConfig(),
                 timeout_s=timeout,
             )
@@ -427,9 +427,10 @@ class LMClient:
 def _open_engine(
     deployments: Mapping[str, DeploymentConfig],
     *,
-    limiters: Mapping[str, RateLimiter],
+    limiters: Limiters,
     limits: LimitsConfig,
     retry: RetryConfig,
+    routing: RoutingConfig,
     simulator: SimulatorConfig,
     timeout_s: float | None,
 ) -> Engine:
@@ -438,6 +439,7 @@ def _open_engine(
         deployments,
         limits=limits,
         retry=retry,
+        routing=routing,
         simulator=simulator,
         window=window,
         tuner=Tuner.of(limits, window),
@@ -467,11 +469,19 @@ def _deployments(
     built: dict[str, DeploymentConfig] = {}
     for label, entry in deployments.items():
         try:
-            built[label] = entry if isinstance(entry, DeploymentConfig) else DeploymentConfig(**entry)
-        except TypeError as error:
+            built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(**entry)
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"deployments[{label!r}]: {error}") from None
         check_deployment(f"deployments[{label!r}]", built[label])
     return built
+
+
+def _deployment(
+    *, limits: Mapping[str, Any] | None = None, transport: str = TransportKind.auto, **entry: Any
+) -> DeploymentConfig:
+    """A deployment of plain data."""
+    own = DeploymentLimitsConfig(**limits) if isinstance(limits, Mapping) else limits
+    return DeploymentConfig(limits=own, transport=TransportKind(transport), **entry)
 
 
 def _endpoint(name: str) -> Endpoint:
@@ -486,6 +496,17 @@ def _scope(name: str) -> Scope:
         return Scope(name)
     except ValueError:
         raise ConfigError(f"header_bucket_scope={name!r}: choose one of {', '.join(Scope)}") from None
+
+
+def _routing(strategy: str, options: Mapping[str, Any]) -> RoutingConfig:
+    named = {"cooldown_s" if key == "cooldown_time" else key: value for key, value in options.items()}
+    kinds = {field.name: type(field.default) for field in fields(RoutingConfig) if field.name != "strategy"}
+    for key, value in named.items():
+        if key not in kinds:
+            raise ConfigError(f"router_kwargs has {key!r}, and this router takes {', '.join(kinds)}")
+        if not isinstance(value, bool if kinds[key] is bool else int | float):
+            raise ConfigError(f"router_kwargs: {key}={value!r} is of type {type(value).__name__}")
+    return RoutingConfig(strategy=strategy, **named)
 
 
 def _check_params(where: str, params: Mapping[str, Any]) -> None:

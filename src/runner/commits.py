@@ -9,11 +9,12 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_GROUP_SIZE = 1024
-"""Entries that may wait for their commit before those who hand in have to wait too."""
+_GROUP_SIZE = 256
+"""Entries that may wait for their commit before those who hand in have to wait too: beside what is in flight, what a
+kill can cost at most."""
 
 _GROUP_DELAY_S = 0.01
-"""How long a group gathers before it is committed: what a kill can cost, and what a commit is shared by."""
+"""How long a group gathers before it is committed: what a kill costs mostly, and what a commit is shared by."""
 
 
 class GroupCommit(Generic[T]):

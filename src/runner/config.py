@@ -61,6 +61,20 @@ class TaskKind(StrEnum):
     bench = "bench"
 
 
+class CacheMode(StrEnum):
+    """Whether the requests of a benchmark may be answered from what the server remembers of others."""
+
+    unique = "unique"
+    same = "same"
+
+
+class Arrivals(StrEnum):
+    """When the requests of an open-loop benchmark are sent."""
+
+    poisson = "poisson"
+    constant = "constant"
+
+
 class Resume(StrEnum):
     auto = "auto"
     fresh = "fresh"
@@ -131,6 +145,13 @@ class PriceConfig:
 
 
 @dataclass(kw_only=True)
+class DeploymentLimitsConfig(LimitsConfig):
+    """Limits of one deployment alone. Those of the root hold above them, for all deployments together."""
+
+    concurrency: Any = None  # None: as many as the root allows
+
+
+@dataclass(kw_only=True)
 class DeploymentConfig:
     """One place that answers for the logical model.
 
@@ -139,8 +160,9 @@ class DeploymentConfig:
         api_base: Base URL up to and including ``/v1``; None for a hosted provider's own.
         api_key_env: Name of the environment variable with the key; None: the provider's usual one.
         api_key: The key itself, from code only. A configuration file is stored, so it names the variable.
-        weight: Share of the requests under ``simple-shuffle``, relative to the others.
-        limits: Limits of this deployment alone.
+        weight: Share of the requests, relative to the others.
+        order: Deployments of a higher order are asked only while all of lower ones are out.
+        limits: Limits of this deployment alone, beside those that all share.
         extra_kwargs: LiteLLM keyword arguments for every request sent here.
         transport: ``direct`` (OpenAI's wire format), ``litellm`` (everything), or ``auto``.
         price: What its tokens cost; None: as LiteLLM lists the model.
@@ -152,7 +174,8 @@ class DeploymentConfig:
     api_key_env: str | None = None
     api_key: str | None = field(default=None, repr=False)
     weight: float = 1.0
-    limits: LimitsConfig | None = None
+    order: int = 0
+    limits: DeploymentLimitsConfig | None = None
     extra_kwargs: dict[str, Any] | None = None
     transport: TransportKind = TransportKind.auto
     price: PriceConfig | None = None
@@ -161,7 +184,13 @@ class DeploymentConfig:
 
 @dataclass(kw_only=True)
 class RoutingConfig:
+    """How requests find a deployment; see `runner.router`."""
+
     strategy: str = "simple-shuffle"
+    failover: bool = True
+    max_wait_s: float = 600.0
+    cooldown_s: float = 2.0
+    hedge: bool = False
 
 
 @dataclass(kw_only=True)
@@ -169,6 +198,7 @@ class RetryConfig:
     max_retries: int = 3
     base_s: float = 1.0
     cap_s: float = 60.0
+    budget: float = 500.0
 
 
 @dataclass(kw_only=True)
@@ -204,6 +234,45 @@ class TaskConfig:
     image: str | None = None
     micro_batch_size: int = 32
     max_bytes: int | None = 25 * 2**20
+
+
+@dataclass(kw_only=True)
+class SloConfig:
+    """What a level has to keep to be recommended. None: no such demand. Seconds, but for the last."""
+
+    latency_p50_s: float | None = None
+    latency_p95_s: float | None = None
+    latency_p99_s: float | None = None
+    ttft_p50_s: float | None = None
+    ttft_p95_s: float | None = None
+    itl_p50_s: float | None = None
+    itl_p95_s: float | None = None
+    error_rate: float = 0.01
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """How ``task=bench`` measures; see `runner.bench`.
+
+    Args:
+        task: What is asked: ``generate`` or ``embed``.
+        levels: Requests in flight, level by level; ``auto`` looks for them; None: the one level ``limits.concurrency``.
+        rate: Requests per second instead of a number in flight, or a list of them.
+    """
+
+    task: TaskKind = TaskKind.generate
+    levels: Any = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    max_level: int = 256
+    rate: Any = None
+    arrivals: Arrivals = Arrivals.poisson
+    requests: int | None = 100
+    duration: float | None = None
+    warmup: int = 5
+    repeats: int = 1
+    cache: CacheMode = CacheMode.unique
+    plateau: float = 0.9
+    slo: SloConfig = field(default_factory=SloConfig)
+    take_turns: bool = True
 
 
 @dataclass(kw_only=True)
@@ -250,6 +319,7 @@ class FaultsConfig:
     http_529: float = 0.0
     reset: float = 0.0
     hang: float = 0.0
+    slow: float = 0.0
     truncated: float = 0.0
     invalid_json: float = 0.0
     error_200: float = 0.0
@@ -275,6 +345,7 @@ class SimulatorConfig:
     api_key: str | None = None
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     hang_s: float = 3600.0
+    slow_factor: float = 20.0
     usd_per_million_prompt_tokens: float = 0.15
     usd_per_million_completion_tokens: float = 0.60
 
@@ -309,6 +380,7 @@ class RunnerConfig:
     response_format: Any = None
     samples: int = 1
     task: TaskConfig = field(default_factory=TaskConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
     scorers: dict[str, ScorerConfig] = field(default_factory=dict)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     resume: Resume = Resume.auto
@@ -331,3 +403,8 @@ def replicas(config: RunnerConfig) -> dict[str, DeploymentConfig]:
     return {
         config.model: DeploymentConfig(model=config.model, api_base=config.api_base, api_key_env=config.api_key_env)
     }
+
+
+def asked_kind(config: RunnerConfig) -> TaskKind:
+    """What is asked of the model: by the task itself, or by what a benchmark measures."""
+    return config.bench.task if config.task.kind is TaskKind.bench else config.task.kind

@@ -8,7 +8,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -50,9 +50,9 @@ def lock_folder(path: Path) -> IO[str]:
             f"{held} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
             " or give this run another name=…"
         ) from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()}")
-    file.flush()
+    with suppress(OSError):  # on a full disk, the holder stays unnamed
+        os.ftruncate(file.fileno(), 0)
+        os.pwrite(file.fileno(), f"pid {os.getpid()}".encode(), 0)
     return file
 
 
@@ -77,7 +77,7 @@ class Database:
         if not readonly:
             _make(path)
         async with translated(path):
-            uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+            uri = f"{path.absolute().as_uri()}?{_mode(path) if readonly else 'mode=rwc'}"
             # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
             opened = sqlite3.connect(
                 uri, uri=True, timeout=patience_s, isolation_level="IMMEDIATE", check_same_thread=False
@@ -152,6 +152,12 @@ def _look_at(path: Path, *, readonly: bool) -> None:
         raise StoreError(f"{path} cannot be opened{'' if readonly else ' for writing'}: {_OTHER_FOLDER}")
     if 0 < path.stat().st_size < _HEADER_SIZE:  # SQLite would take it for an empty database
         raise StoreError(f"{path} is no database: move it away to start anew")
+
+
+def _mode(path: Path) -> str:
+    """How to open a file to read it. Where nothing can be laid beside it, nobody can be writing it either."""
+    is_still = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
+    return "mode=ro&immutable=1" if is_still else "mode=ro"
 
 
 def _make(path: Path) -> None:

@@ -27,6 +27,7 @@ RunnerError
         │   └── InsufficientQuotaError  429 that no waiting heals: the account is out of quota or money
         ├── InternalServerError    5xx
         │   └── ServiceUnavailableError  503, 529: this replica is overloaded
+        ├── NoDeploymentError      no deployment has answered for so long that waiting ended; nothing was sent
         ├── APIResponseError       an answer came and is no answer: truncated, no JSON, an error behind a 200
         └── WorkerError            the caller's own function, asked in a provider's place, raised or gave no text
 
@@ -127,6 +128,9 @@ class RequestError(ItemError):
     billing: ClassVar[str] = "free"
     """``free`` if a request that ends so is not charged, ``unknown`` if it may have been."""
 
+    turned_away: ClassVar[bool] = False
+    """Whether the deployment did not take the request at all, so that another attempt costs nothing but time."""
+
     pauses: ClassVar[bool] = False
     """Whether everyone who shares the quota should wait too."""
 
@@ -164,6 +168,7 @@ class APIConnectionError(RequestError):
 
 class ConnectError(APIConnectionError):
     billing = "free"
+    turned_away = True
 
 
 class Timeout(RequestError):
@@ -207,6 +212,7 @@ class NotFoundError(RequestError):
 
 class RateLimitError(RequestError):
     retryable = True
+    turned_away = True
     pauses = True
 
 
@@ -222,6 +228,11 @@ class InternalServerError(RequestError):
 
 class ServiceUnavailableError(InternalServerError):
     billing = "free"
+    turned_away = True
+
+
+class NoDeploymentError(RequestError):
+    systemic = True
 
 
 class APIResponseError(RequestError):

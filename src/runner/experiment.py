@@ -36,7 +36,7 @@ from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.resume import resuming
 from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
-from runner.stack import open_stack
+from runner.stack import Stack, open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import check_addresses
@@ -84,7 +84,16 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
     async with _closing(client, store), resuming(store, config, workload) as resumption:
-        run = Run(config, workload, client=client, store=store, meter=meter, window=window, terms=resumption.terms)
+        run = Run(
+            config,
+            workload,
+            client=client,
+            store=store,
+            meter=meter,
+            window=window,
+            terms=resumption.terms,
+            deployments=client.deployments if len(replicas(config)) > 1 else None,
+        )
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
@@ -131,11 +140,12 @@ def check_experiment(config: RunnerConfig) -> None:
 
 def _open_client(
     config: RunnerConfig, window: Window, tuner: Tuner | None = None, budget: Budget | None = None
-) -> Client:
+) -> Stack:
     return open_stack(
         replicas(config),
         limits=config.limits,
         retry=config.retry,
+        routing=config.routing,
         simulator=config.simulator,
         window=window,
         tuner=tuner,

@@ -11,12 +11,23 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from runner.config import DatasetConfig, DatasetKind, DeploymentConfig, RunnerConfig, TaskKind, replicas
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    DeploymentConfig,
+    Resume,
+    RunnerConfig,
+    SweepConfig,
+    TaskKind,
+    TrackerConfig,
+    replicas,
+)
 from runner.types import OUTPUT_LIMITS
 
 _NOT_ASKED = frozenset({"timeout", "num_retries", "max_retries", "extra_headers", "stream", "stream_options"})
@@ -30,7 +41,7 @@ def run_id(config: RunnerConfig, *, swept: Mapping[str, Any] | None = None) -> s
         swept: In a multirun, the cell's own overrides: cells are always runs of their own.
     """
     if config.task.kind is TaskKind.bench:
-        asked: Any = config
+        asked: Any = replace(config, resume=Resume.auto, tracker=TrackerConfig(), sweep=SweepConfig())
     else:
         dataset, asks = config.dataset, _asked_parameters(config.request)
         asked = {
@@ -100,6 +111,24 @@ class ContentHasher:
         digest = self._common.copy()
         digest.update(dump_json([asked, sample]))
         return digest.digest()
+
+
+class WorkloadHasher:
+    """Hashes the rows of a dataset as they come, and what is asked about them, whoever is asked."""
+
+    def __init__(self) -> None:
+        self._rows = hashlib.blake2b(digest_size=8)
+        self._inputs = hashlib.blake2b(digest_size=8)
+
+    def add(self, fields: Any, asked: Any) -> None:
+        """The next row: its fields, and the input that was made of them (JSON-like)."""
+        self._rows.update(dump_json(fields))
+        self._inputs.update(dump_json(asked))
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Both hashes, as a store's meta has them."""
+        return {"rows": self._rows.hexdigest(), "inputs": self._inputs.hexdigest()}
 
 
 def _place(dataset: DatasetConfig) -> str | None:

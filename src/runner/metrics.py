@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runner.types import TokenUsage
 
@@ -20,6 +20,25 @@ RECENT_ANSWERS = 2_000
 
 _TICKS = 20  # in RECENT_S
 _TICK_S = RECENT_S / _TICKS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentSnapshot:
+    """One deployment at one moment. Totals count attempts of this process; percentiles are recent."""
+
+    state: str  # up, slow, paused, probing (coming back) or out
+    answered: int
+    failed: int  # attempts, retried or not
+    share: float  # of all answers
+    in_flight: int
+    requests_per_s: float  # answered
+    latency_p50_s: float | None  # service time; None: no answer yet
+    latency_p95_s: float | None
+    errors: dict[str, int]  # failed attempts by error class
+
+    @property
+    def is_out(self) -> bool:
+        return self.state == "out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +70,7 @@ class Snapshot:
     errors: dict[str, int]  # failed rows by error class
     eta_s: float | None  # until the last row; None: unknown
     scores: dict[str, float]  # means so far
+    deployments: Mapping[str, DeploymentSnapshot] = field(default_factory=dict)  # by label, where there are several
 
     def as_series(self) -> dict[str, float]:
         """One point of the tracker's time series, under ``ts/``. What is unknown is left out."""
@@ -76,6 +96,16 @@ class Snapshot:
             "retries": self.retries,
             **{f"score/{name}": mean for name, mean in self.scores.items()},
         }
+        for label, deployment in self.deployments.items():
+            point |= {
+                f"deployment/{label}/up": float(not deployment.is_out),
+                f"deployment/{label}/share": deployment.share,
+                f"deployment/{label}/in_flight": deployment.in_flight,
+                f"deployment/{label}/requests_per_s": deployment.requests_per_s,
+                f"deployment/{label}/latency_p50_s": deployment.latency_p50_s,
+                f"deployment/{label}/latency_p95_s": deployment.latency_p95_s,
+                f"deployment/{label}/failed": deployment.failed,
+            }
         return {f"ts/{key}": value for key, value in point.items() if value is not None}
 
 
@@ -172,6 +202,7 @@ class Meter:
         window: int = 0,
         window_why: str = "",
         loop_lag_s: float | None = None,
+        deployments: Mapping[str, DeploymentSnapshot] | None = None,
     ) -> Snapshot:
         """The run at ``now`` (the clock's time; None: this moment). The meter does not know the rest: pass it.
 
@@ -207,6 +238,7 @@ class Meter:
             errors=dict(self._errors),
             eta_s=None if total is None else self._eta_s(max(0, total - done), requests_per_s, elapsed_s),
             scores={name: mean.total / mean.count for name, mean in self._scores.items()},
+            deployments=deployments or {},
         )
 
     def _settled(self, tokens: int) -> None:

@@ -113,6 +113,24 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
     header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
     lines = [_cell_line(cell, scores) for cell in cells]
+    styles = {"0": "", "3": "yellow"}
+    show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
+
+
+def show_table(
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    *,
+    styles: Sequence[str] | None = None,
+    stream: TextIO | None = None,
+) -> None:
+    """Print lines of cells below a header: a table where ``stream`` is a terminal, otherwise aligned text.
+
+    Args:
+        styles: Of each line, as rich knows them.
+        stream: Where to; ``sys.stdout`` by default.
+    """
+    stream = sys.stdout if stream is None else stream
     console = _terminal(stream)
     if console is None:
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
@@ -127,8 +145,8 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     from rich.text import Text
 
     table = Table(*header, box=ROUNDED, border_style="dim")
-    for line in lines:
-        style = "" if line[1] == "0" else "yellow" if line[1] == "3" else "red"
+    for number, line in enumerate(lines):
+        style = styles[number] if styles else ""
         table.add_row(*(Text(text, style=style) for text in line))
     with suppress(OSError):
         console.print(table)
@@ -347,6 +365,10 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
     ]
+    if snapshot.deployments:
+        out = sum(deployment.is_out for deployment in snapshot.deployments.values())
+        count = len(snapshot.deployments)
+        columns.append(_Column(f"servers {count - out}/{count}", 8 if out else 1, "yellow" if out else ""))
     if snapshot.window_why:
         columns.append(_Column(f"auto: {snapshot.window_why}", 0))
     if closing:
@@ -398,6 +420,10 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
     if summary.get("retries") is not None:
         yield _Fact("retries", f"{summary['retries']:,}")
+    deployments: Mapping[str, Any] = summary.get("deployments") or {}
+    if len(deployments) > 1:
+        for label, deployment in deployments.items():
+            yield _Fact(f"  {printable(label)}", _deployment(deployment))
     scores: Mapping[str, Any] = summary.get("scores") or {}
     for name, score in scores.items():
         yield _Fact(f"score {printable(name)}", figures.score(score), "bold")
@@ -420,6 +446,14 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     if "cost_usd" in summary:
         bounds = summary.get("cost_usd_upper_bound"), summary.get("attempts_without_bound", 0)
         yield _Fact("cost", figures.closing_cost(summary["cost_usd"], bounds[0], without_bound=bounds[1]))
+
+
+def _deployment(deployment: Mapping[str, Any]) -> str:
+    latencies = {name: value for name, value in deployment["latency_s"].items() if value is not None}
+    parts = [f"{deployment['answered']:,} answered ({deployment['share']:.0%})"]
+    parts += [f"{name} {figures.seconds(value)}" for name, value in latencies.items()]
+    parts += [f"{deployment[key]:,} {key}" for key in ("failed", "retries") if deployment[key]]
+    return ", ".join(parts)
 
 
 def _note_lines(text: str) -> list[str]:

@@ -123,6 +123,7 @@ async def summarize(store: Store) -> dict[str, Any]:
         "retries": used["retries"],
         "unparsed": totals["unparsed"],
         "errors": {row["error_type"]: row["n"] async for row in store.query(_ERRORS)},
+        "deployments": await _deployments(store, totals["succeeded"]),
         "scores": await _scores(store),
     }
 
@@ -244,6 +245,48 @@ async def _quantiles(store: Store, column: str, count: int) -> dict[str, float |
         else None
         for percent in (50, 95, 99)
     }
+
+
+async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
+    """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
+    retries = {row["deployment"]: row["n"] async for row in store.query(_RETRIES)}
+    rows = {row["deployment"]: row async for row in store.query(_DEPLOYMENTS)}
+    deployments: dict[str, dict[str, Any]] = {}
+    for label in sorted(rows.keys() | retries.keys()):
+        row = rows.get(label)
+        answered = row["answered"] if row else 0
+        deployments[label] = {
+            "answered": answered,
+            "failed": row["failed"] if row else 0,
+            "share": answered / answers if answers else 0.0,
+            "latency_s": {"p50": row["p50"] if row else None, "p95": row["p95"] if row else None},
+            "retries": retries.get(label, 0),
+        }
+    return deployments
+
+
+_RETRIES = "SELECT deployment, count(*) AS n FROM attempts WHERE deployment IS NOT NULL GROUP BY deployment"
+
+_DEPLOYMENTS = f"""
+    WITH ranked AS (
+        SELECT
+            deployment,
+            error_type,
+            service_time_s,
+            row_number() OVER (PARTITION BY deployment, error_type IS NULL ORDER BY service_time_s) AS place,
+            count(*) OVER (PARTITION BY deployment, error_type IS NULL) AS n
+        {_CURRENT}
+        WHERE deployment IS NOT NULL
+    )
+    SELECT
+        deployment,
+        count(*) FILTER (WHERE error_type IS NULL) AS answered,
+        count(error_type) AS failed,
+        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.5)) AS p50,
+        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.95)) AS p95
+    FROM ranked
+    GROUP BY deployment
+"""
 
 
 async def _scores(store: Store) -> dict[str, dict[str, float]]:

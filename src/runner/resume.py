@@ -53,7 +53,8 @@ async def resuming(store: Store, config: RunnerConfig, workload: Workload) -> As
     asked: dict[str, Any] = json.loads(meta.get("asks", "{}"))
     earlier = {asks: limits for asks, limits in asked.items() if asks != workload.asks}
     now = output_limits(config)
-    await store.put_meta({**facts, "asks": json.dumps({**earlier, workload.asks: now})})
+    unseen = {"rows": "", "inputs": ""}  # what the dataset holds now is known when all of it has been seen
+    await store.put_meta({**facts, **unseen, "asks": json.dumps({**earlier, workload.asks: now})})
 
     notes: list[str] = []
     finders: list[Elsewhere] = []

@@ -7,18 +7,13 @@ import time
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
 from runner.config import RetryConfig
-from runner.errors import ConnectError, RequestError
+from runner.errors import RequestError
 from runner.types import Attempt, Client, Request, Response, Trace
-
-UNREACHABLE_S = 30.0
-"""How long a request is tried again while nobody listens at the address, however often that is."""
-
-_RECONNECT_CAP_S = 5.0
 
 
 class Slot(Protocol):
@@ -30,25 +25,35 @@ class Slot(Protocol):
 class Retrying:
     """A `Client` that sends a request again where its error class says that this can help.
 
+    408, 409, every 5xx, timeouts, lost connections and garbage count: after ``max_retries`` of them the last one is
+    raised. Where the deployment turned the request away (429, 503, 529, nobody listening) nothing was done or charged:
+    that does not count, and goes on for ``max_wait_s``. Refusals of the request itself are raised at once. With
+    ``max_retries=0``, everything is.
+
     Between attempts the request holds no slot and no reservation: each attempt goes through the whole stack below.
+    Where that has another deployment at hand (``trace.at_once``), there is no wait.
 
     Args:
         client: The stack below.
         config: How often, and how long to wait.
         slot: What to give back while waiting; None where the caller holds nothing.
+        max_wait_s: How long a request is tried again that is only turned away.
     """
 
-    def __init__(self, client: Client, config: RetryConfig, *, slot: Slot | None = None) -> None:
+    def __init__(
+        self, client: Client, config: RetryConfig, *, slot: Slot | None = None, max_wait_s: float = 600.0
+    ) -> None:
         self._client = client
         self._config = config
         self._slot = slot
+        self._max_wait_s = max_wait_s
 
     async def send(self, request: Request) -> Response:
         started = time.time()
         try:
             return await self._client.send(request)
         except RequestError as error:
-            if not error.retryable or self._config.max_retries == 0:
+            if self._config.max_retries == 0 or not _may_help(request.trace, error):
                 raise
             failed = error
         return await self._retry(request, failed, started)
@@ -59,6 +64,7 @@ class Retrying:
     async def _retry(self, request: Request, first: RequestError, started: float) -> Response:
         """Go on after a first failure. The policies are tenacity's; success without a failure never comes here."""
         failures = [first]
+        trace = request.trace
 
         async def attempt() -> Response:
             nonlocal started
@@ -71,15 +77,16 @@ class Retrying:
             """Enter the failure in the trace, and in the ledger before the next attempt costs money."""
             error = state.outcome.exception() if state.outcome else None
             assert isinstance(error, RequestError)
-            failed = failed_attempt(request.trace, error, started_at=started)
-            request.trace.failures.append(failed)
-            if request.trace.on_failure is not None:
-                await request.trace.on_failure(failed)
+            failed = failed_attempt(trace, error, started_at=started)
+            trace.failures.append(failed)
+            if trace.on_failure is not None:
+                await trace.on_failure(failed)
 
+        backoff = HintThenJitter(base_s=self._config.base_s, cap_s=self._config.cap_s)
         policy = AsyncRetrying(
-            retry=retry_if_exception(_is_retryable),
-            stop=_EnoughAttempts(1 + self._config.max_retries),
-            wait=HintThenJitter(base_s=self._config.base_s, cap_s=self._config.cap_s),
+            retry=retry_if_exception(lambda error: isinstance(error, RequestError) and _may_help(trace, error)),
+            stop=_Enough(trace, max_retries=self._config.max_retries, max_wait_s=self._max_wait_s),
+            wait=lambda state: 0.0 if trace.at_once else backoff(state),
             before_sleep=note,
             sleep=self._rest,
             reraise=True,
@@ -87,8 +94,9 @@ class Retrying:
         return await policy(attempt)
 
     async def _rest(self, seconds: float) -> None:
-        async with self._slot.aside() if self._slot else nullcontext():
-            await asyncio.sleep(seconds)
+        if seconds > 0:
+            async with self._slot.aside() if self._slot else nullcontext():
+                await asyncio.sleep(seconds)
 
 
 class HintThenJitter(wait_base):
@@ -103,28 +111,32 @@ class HintThenJitter(wait_base):
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome else None
-        jitter = float(self._jitter(retry_state))
-        if isinstance(error, ConnectError):
-            return min(jitter, _RECONNECT_CAP_S)
         hint = error.retry_after_s if isinstance(error, RequestError) else None
-        return (hint or 0.0) + jitter
+        return (hint or 0.0) + float(self._jitter(retry_state))
 
 
-class _EnoughAttempts(stop_base):
-    """Stop after so many attempts; a server that nobody reaches is given some time instead, as it may be restarting."""
+class _Enough(stop_base):
+    """Stop after so many failures that count, or where being turned away has lasted, or would last, for too long.
 
-    def __init__(self, attempts: int) -> None:
-        self._attempts = stop_after_attempt(attempts)
+    One request's; while all deployments are out, it is the router that says when to stop waiting.
+    """
+
+    def __init__(self, trace: Trace, *, max_retries: int, max_wait_s: float) -> None:
+        self._trace = trace
+        self._left = max_retries
+        self._max_wait_s = max_wait_s
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         error = retry_state.outcome.exception() if retry_state.outcome else None
-        if isinstance(error, ConnectError):
-            return (retry_state.seconds_since_start or 0.0) >= UNREACHABLE_S
-        return self._attempts(retry_state)
+        if isinstance(error, RequestError) and error.turned_away:
+            waited_s = (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
+            return not self._trace.at_once and waited_s >= self._max_wait_s
+        self._left -= 1
+        return self._left < 0
 
 
-def _is_retryable(error: BaseException) -> bool:
-    return isinstance(error, RequestError) and error.retryable
+def _may_help(trace: Trace, error: RequestError) -> bool:
+    return error.retryable or trace.at_once
 
 
 def failed_attempt(trace: Trace, error: RequestError, *, started_at: float | None = None) -> Attempt:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,6 +24,7 @@ from runner.errors import (
     InsufficientQuotaError,
     Interrupted,
     ItemError,
+    NoDeploymentError,
     NotFoundError,
     PermissionDeniedError,
     RequestError,
@@ -31,8 +32,8 @@ from runner.errors import (
     StoreError,
     SystemicError,
 )
-from runner.identity import dump_text
-from runner.metrics import Meter, Snapshot
+from runner.identity import WorkloadHasher, dump_text
+from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
@@ -86,12 +87,14 @@ class Run:
         meter: Meter,
         window: Window,
         terms: Terms | None = None,
+        deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
     ) -> None:
         self.stop = Stop()
         self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._config = config
         self._workload = workload
         self._client = client
+        self._deployments = deployments
         self._store = store
         self._meter = meter
         self._window = window
@@ -105,6 +108,7 @@ class Run:
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
+        store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
         """How many answers the store has that need not be asked for again; exact where they may be all."""
@@ -171,6 +175,7 @@ class Run:
             window=window.limit,
             window_why=window.why,
             loop_lag_s=loop_lag_s,
+            deployments=self._deployments() if self._deployments else None,
         )
 
     def in_flight(self) -> Iterator[Trace]:
@@ -192,12 +197,18 @@ class Run:
         items = self._workload.items()
         group_size = self._workload.task.group_size
         size = ClaimSize(self._window.limit * group_size)
+        workload = WorkloadHasher()
         todo: list[Claimed] = []
         length = 0
-        while taken := list(islice(items, size.next())):
-            length = taken[-1].position + 1
-            chunk = await self._workload.identified(taken, self._digests)
-            known = await self._store.claim(chunk, terms)
+        ahead = await self._read(items, size)
+        while ahead:
+            if isinstance(ahead, DatasetError):
+                raise ahead
+            chunk, length = ahead, ahead[-1].position + 1
+            for item in chunk:
+                workload.add(item.fields, item.input)
+            # While the store looks up what was read, in its thread, the next chunk is read.
+            known, ahead = await asyncio.gather(self._store.claim(chunk, terms), self._read(items, size))
             await self._score_known(chunk, known)
             asked = [
                 (item, fact.occurrence)
@@ -217,6 +228,14 @@ class Run:
         if todo:
             yield [todo]
         await self._store.truncate(length)
+        await self._store.put_meta(workload.facts)
+
+    async def _read(self, items: Iterator[Item], size: ClaimSize) -> Sequence[Item] | DatasetError:
+        """The next chunk; the error that ends the dataset is one, as what was read before it comes first."""
+        try:
+            return await self._workload.identified(list(islice(items, size.next())), self._digests)
+        except DatasetError as error:
+            return error
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""
@@ -283,8 +302,10 @@ class Run:
         patience = None
         if isinstance(error, RequestError):
             patience = _UNREACHED if isinstance(error, ConnectError) else _SUSPECTS if error.systemic else None
-            if isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1:
-                patience = 1  # it says itself that it is the account's
+            if isinstance(error, NoDeploymentError) or (
+                isinstance(error, InsufficientQuotaError) and len(replicas(self._config)) == 1
+            ):
+                patience = 1  # it says itself that it is everybody's
         if patience is None or not isinstance(error, RequestError):
             await self._fail(asked, trace, error)
             return
@@ -297,9 +318,9 @@ class Run:
         await self._store.save_all(saved)
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
-        way_out = _way_out(error, replicas(self._config).get(trace.deployment))
+        advice = way_out(error, replicas(self._config).get(trace.deployment))
         where = " on one row after the other" if len(self._suspects) > 1 else ""
-        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {way_out}."))
+        self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {advice}."))
 
     async def _clear_suspects(self) -> None:
         """Rows are answered: what looked systemic was the suspects' own failure."""
@@ -400,7 +421,7 @@ def _spread(size: int, total: int | None) -> Set[int]:
     return {draw.randrange(part * total // size, (part + 1) * total // size) for part in range(size)}
 
 
-def _way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
+def way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
     """What to do about an error that every row meets."""
     match error:
         case AuthenticationError() | PermissionDeniedError() if deployment is not None:

@@ -1,4 +1,4 @@
-"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``.
+"""The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``, and what may stand between these.
 
 Where the window is found automatically, each transport is an ``Adaptive(Transport)``. Where there is a budget, it is
 ``Budgeted(Limited(Transport))``.
@@ -7,21 +7,50 @@ Where the window is found automatically, each transport is an ``Adaptive(Transpo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from runner.account import Account
 from runner.adaptive import Adaptive
 from runner.budget import Budget
 from runner.concurrency import Window
-from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, SimulatorConfig
+from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RoutingConfig, SimulatorConfig
 from runner.estimate import Estimator
 from runner.limited import Limited
 from runner.limiter import RateLimiter, limits_of
+from runner.metrics import DeploymentSnapshot
 from runner.retry import Retrying
-from runner.router import Router
+from runner.router import Circuit, Hedged, Recallable, Replica, Router, strategy_of
 from runner.sharing import open_shared
 from runner.transports import open_transport
 from runner.transports.prices import price_for
 from runner.tuner import Tuner
-from runner.types import Client
+from runner.types import Client, Request, Response
+
+
+class Stack:
+    """A `Client` with all its layers, and what is to be known of the deployments below. Made by `open_stack`."""
+
+    def __init__(self, client: Client, router: Router) -> None:
+        self._client = client
+        self._router = router
+
+    async def send(self, request: Request) -> Response:
+        return await self._client.send(request)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    def deployments(self) -> Mapping[str, DeploymentSnapshot]:
+        """How each of them does, by label."""
+        return self._router.snapshot()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limiters:
+    """What keeps a stack to its limits."""
+
+    of: Mapping[str, RateLimiter]  # each deployment's own, by label
+    account: RateLimiter | None = None  # what holds for all of them together
 
 
 def open_stack(
@@ -31,14 +60,17 @@ def open_stack(
     retry: RetryConfig,
     simulator: SimulatorConfig,
     window: Window,
+    routing: RoutingConfig | None = None,
     tuner: Tuner | None = None,
     budget: Budget | None = None,
     timeout_s: float | None = None,
-    limiters: Mapping[str, RateLimiter] | None = None,
-) -> Client:
+    limiters: Limiters | None = None,
+) -> Stack:
     """A client over ``deployments`` with limits, routing and retries. Opens no connection yet.
 
     Args:
+        deployments: By label.
+        limits: The account's, which hold for all deployments together; a deployment may have its own beside them.
         window: Where requests give their slots back while they wait for a retry or the end of a pause.
         tuner: Sets the window by what comes of the requests; None: nobody does.
         budget: What every attempt is kept to; None: no budget.
@@ -48,40 +80,73 @@ def open_stack(
     Raises:
         ConfigError: A deployment cannot be served.
     """
-    limiters = open_limiters(deployments, limits) if limiters is None else limiters
-    limited: dict[str, Client] = {}
-    for label, deployment in deployments.items():
-        own = deployment.limits or limits
+    routing = routing or RoutingConfig()
+    limiters = limiters or open_limiters(deployments, limits)
+
+    def replica_of(label: str, deployment: DeploymentConfig) -> Replica:
+        own = deployment.limits
         transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
-        client: Client = Limited(
-            transport if tuner is None else Adaptive(transport, tuner),
-            limiters[label],
-            label=label,
-            estimator=Estimator.of(
-                own.token_estimates, model=deployment.model, default_output_tokens=own.default_output_tokens
-            ),
-            price=price_for(deployment, simulator),
-            slot=window,
+        own_window = Window.of(own) if own and own.concurrency else None
+        own_tuner = Tuner.of(own, own_window, label=label) if own and own_window else None
+        for each in (tuner, own_tuner):
+            transport = Adaptive(transport, each) if each else transport
+        recall = Recallable(transport) if len(deployments) > 1 else None
+        price = price_for(deployment, simulator)
+        estimator = Estimator.of(
+            (own or limits).token_estimates,
+            model=deployment.model,
+            default_output_tokens=(own or limits).default_output_tokens,
         )
-        limited[label] = client if budget is None else budget.around(label, client)
-    client = next(iter(limited.values()))
-    if len(limited) > 1:
-        client = Router(limited, weights={label: deployment.weight for label, deployment in deployments.items()})
-    return Retrying(client, retry, slot=window)
+        client: Client = Limited(
+            recall or transport, limiters.of[label], label=label, estimator=estimator, price=price, slot=window
+        )
+        if limiters.account is not None:
+            client = Account(client, limiters.account, estimator=estimator, slot=window)
+        if budget is not None:
+            client = budget.around(label, client)
+        return Replica(
+            label,
+            client,
+            weight=deployment.weight,
+            order=deployment.order,
+            price=price,
+            limits=own,
+            window=own_window,
+            circuit=Circuit(budget=retry.budget, cooldown_s=routing.cooldown_s),
+            recall=recall,
+        )
+
+    replicas = [replica_of(label, deployment) for label, deployment in deployments.items()]
+    router = Router(
+        replicas,
+        strategy=strategy_of(routing.strategy, replicas),
+        failover=routing.failover,
+        max_wait_s=routing.max_wait_s,
+        is_full=lambda: window.active >= window.limit,
+    )
+    client: Client = Hedged(router) if routing.hedge and len(replicas) > 1 else router
+    return Stack(Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s), router)
 
 
-def open_limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> dict[str, RateLimiter]:
-    """The limiter of each deployment: its own, or one for all that have no limits of their own, but those of the run.
+def open_limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> Limiters:
+    """The limiter of each deployment, and the account's above them.
 
-    One that several share reads no headers, since they speak of several quotas.
+    Where there is one deployment without limits of its own, the account's are its own. The account's limiter reads no
+    headers, since they speak of one deployment.
     """
-    limiters: dict[str, RateLimiter] = {}
-    of_the_run = {label: deployment for label, deployment in deployments.items() if deployment.limits is None}
-    if len(of_the_run) > 1 and limits_of(limits):
-        account = RateLimiter.of(limits, reads_headers=False, quota=open_shared(limits, of_the_run))
-        limiters = dict.fromkeys(of_the_run, account)
-    for label, deployment in deployments.items():
-        if label not in limiters:
-            own = deployment.limits or limits
-            limiters[label] = RateLimiter.of(own, quota=open_shared(own, {label: deployment}))
-    return limiters
+    alone = len(deployments) == 1 and not any(deployment.limits for deployment in deployments.values())
+    if alone:
+        only = RateLimiter.of(limits, quota=open_shared(limits, deployments))
+        return Limiters(of=dict.fromkeys(deployments, only))
+    account = None
+    if limits_of(limits):
+        account = RateLimiter.of(limits, reads_headers=False, quota=open_shared(limits, deployments))
+    unlimited = LimitsConfig(header_bucket_scope=limits.header_bucket_scope)
+    own = {label: deployment.limits or unlimited for label, deployment in deployments.items()}
+    return Limiters(
+        of={
+            label: RateLimiter.of(own[label], quota=open_shared(own[label], {label: deployment}))
+            for label, deployment in deployments.items()
+        },
+        account=account,
+    )

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from runner.answers import (
     Entry,
@@ -30,9 +30,12 @@ from runner.claims import Claim, Claimed, Known, Terms, take_up
 from runner.commits import GroupCommit
 from runner.database import PATIENCE_S, Database, lock_folder
 from runner.errors import StoreError
+from runner.reserve import Reserve
 from runner.types import Attempt
 
 __all__ = ["Claim", "FileMark", "Key", "Known", "Outcome", "Store", "Terms"]
+
+T = TypeVar("T")
 
 _FILES = 1000
 """Files looked up at a time."""
@@ -55,16 +58,21 @@ class Store:
     """
 
     def __init__(
-        self, database: Database, *, lock: IO[str] | None = None, on_commit: Callable[[Sequence[Outcome]], None] | None
+        self,
+        database: Database,
+        *,
+        lock: IO[str] | None = None,
+        reserve: Reserve | None = None,
+        on_commit: Callable[[Sequence[Outcome]], None] | None = None,
     ) -> None:
         self.path = database.path
         self._database = database
         self._lock = lock
+        self._reserve = reserve
         self._on_commit = on_commit
         self._commits: GroupCommit[_Settled | Entry] = GroupCommit(self._commit, self._committed)
-        self._bounds: dict[
-            Key, float | None
-        ] = {}  # the most that an attempt costs, of what is taken up and not settled
+        self._bounds: dict[Key, float | None] = {}  # the most that an attempt costs, of what is at work
+        self._listeners: list[Callable[[StoreError], None]] = []
         self._session: int | None = None
 
     @classmethod
@@ -84,7 +92,7 @@ class Store:
         except BaseException:
             lock.close()
             raise
-        store = cls(database, lock=lock, on_commit=on_commit)
+        store = cls(database, lock=lock, reserve=Reserve(path.with_name(f".{path.name}.reserve")), on_commit=on_commit)
         try:
             await store._begin_session()
         except BaseException:
@@ -104,7 +112,7 @@ class Store:
         """
         if not path.is_file():
             raise StoreError(f"{path}: no such file")
-        return cls(await Database.open(path, readonly=True, patience_s=patience_s), on_commit=None)
+        return cls(await Database.open(path, readonly=True, patience_s=patience_s))
 
     async def __aenter__(self) -> Store:
         return self
@@ -122,8 +130,14 @@ class Store:
                 await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (time.time(), self._session))
         finally:
             await self._database.aclose()
+            if self._reserve is not None:
+                self._reserve.release()
             if self._lock is not None:
                 self._lock.close()
+
+    def listen(self, listener: Callable[[StoreError], None]) -> None:
+        """Have ``listener`` called when the disk is full, and there is just enough room left for what is in flight."""
+        self._listeners.append(listener)
 
     # Asking
 
@@ -132,9 +146,14 @@ class Store:
 
         All in one transaction. Chunks come in the dataset's order, from position 0 on.
         """
-        assert self._session is not None
-        async with self._database.transaction():
-            return await take_up(self._database, claims, terms, session=self._session, bounds=self._bounds)
+        session = self._session
+        assert session is not None
+
+        async def claim() -> list[Known]:
+            async with self._database.transaction():
+                return await take_up(self._database, claims, terms, session=session, bounds=self._bounds)
+
+        return await self._with_reserve(claim)
 
     async def find(self, keys: Sequence[Key]) -> list[Outcome]:
         """The successful answers to those of ``keys`` that have one."""
@@ -257,13 +276,29 @@ class Store:
                 "INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (time.time(),)
             )
 
+    async def _with_reserve(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do a transaction's work; where it fails, once more in the room that was held back, and have it known."""
+        try:
+            return await work()
+        except StoreError as error:
+            if self._reserve is None or not self._reserve.give_up():
+                raise
+            done = await work()
+            for listener in self._listeners:
+                listener(error)
+            return done
+
     async def _commit(self, group: Sequence[_Settled | Entry]) -> None:
         settled = [each for each in group if isinstance(each, _Settled)]
-        async with self._database.transaction():
-            await put_answers(self._database, [each.outcome for each in settled])
-            await put_attempts(self._database, [each for each in group if isinstance(each, Entry)])
-            await self._put_scores((each.position, each.scores) for each in settled if each.scores is not None)
-            await self._database.execute(_SEEN, (time.time(), self._session))
+
+        async def commit() -> None:
+            async with self._database.transaction():
+                await put_answers(self._database, [each.outcome for each in settled])
+                await put_attempts(self._database, [each for each in group if isinstance(each, Entry)])
+                await self._put_scores((each.position, each.scores) for each in settled if each.scores is not None)
+                await self._database.execute(_SEEN, (time.time(), self._session))
+
+        await self._with_reserve(commit)
 
     async def _put_scores(self, scores: Iterable[tuple[int, str]]) -> None:
         rows = [(text, position) for position, text in scores]

@@ -6,10 +6,13 @@ sweep's folder, ``runs_dir/name/sweep-ID``, and the process that started them re
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from runner.results import replace_file
 
 _SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "budget.", "plan=", "pilot=", "-")
 """Beginnings of arguments that say where the cells run and how far, and not which there are."""
+
+_TURN_S = 0.2
+"""Seconds between two looks at whether it is one's turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,19 @@ class Sweep:
         """The cells that have begun, in their order."""
         notes = (json.loads(path.read_bytes()) for path in self._cells.glob("*.json"))
         return sorted((Cell(**note) for note in notes), key=lambda cell: cell.number)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait until no other cell is in its turn. A turn ends with its process, however that ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".turn").open("a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(_TURN_S)
+            yield
 
     @property
     def _cells(self) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from runner.config import RunnerConfig, TaskKind
+from runner.config import RunnerConfig, TaskKind, asked_kind
 from runner.dataset import Row, media_folder
 from runner.digests import read_unchanged
 from runner.embedding import embed
@@ -98,7 +98,7 @@ def task_of(config: RunnerConfig, response_format: ResponseFormat | None) -> Tas
     Raises:
         ConfigError: Its templates or its mapper cannot be used.
     """
-    match config.task.kind:
+    match asked_kind(config):
         case TaskKind.embed:
             return Embed(config)
         case TaskKind.transcribe:

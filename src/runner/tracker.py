@@ -433,6 +433,9 @@ def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
             for name, score in value.items():
                 known = score if isinstance(score, Mapping) else {"mean": score}
                 flat |= {f"scores/{name}": known.get("mean"), f"scores/{name}/n": known.get("n")}
+        elif key == "deployments":
+            for label, deployment in value.items():
+                flat |= _flat({f"{key}/{label}/{name}": entry for name, entry in deployment.items()})
         elif isinstance(value, Mapping):
             flat |= {f"{key.removesuffix('_s')}/{part}": entry for part, entry in value.items()}
         else:

@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeAlias
 from runner.concurrency import SoftStart, Window
 from runner.config import LimitsConfig
 from runner.throughput import Round, Sample
+from runner.wall import Wall
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +55,6 @@ _TROUBLE = 0.25
 _MEMORY = 32
 """Requests that this share is taken over, at least."""
 
-_SAME_WALL = 0.9
-_SMALL_WALL = 10
-"""A refusal below so much of a wall refutes it. Just below may be a matter of who counts, unless the wall is small."""
-
-_WALL_S = 5.0, 3.0, 120.0
-"""How long a wall is not tried again: at first, by which factor longer if it is still there, and at most."""
-
-_NO_WALLS_S = 60.0
-"""How long refusals are not taken for a wall after one was refuted."""
-
 _SPARE_FILES = 128
 
 
@@ -75,6 +66,13 @@ class _Direction:
     bar: float  # relative change of the throughput that it must exceed
     rounds: int  # after which it is given up, undecided
     patience_s: tuple[float, float]  # until the next trial: at first, and after many that failed
+
+    def verdict(self, gain: float, error: float, *, rounds: int) -> bool | None:
+        """Whether it has succeeded after so many rounds; None: not to be said yet."""
+        if rounds >= self.rounds:
+            return gain > self.bar + error
+        is_clear = rounds >= 2 and abs(gain - self.bar) > 2 * error
+        return gain > self.bar if is_clear else None
 
 
 _UP = _Direction(factor=1.5, bar=0.05, rounds=12, patience_s=(2.0, 10.0))
@@ -97,10 +95,12 @@ class Tuner:
     Args:
         window: Set to a few slots at once, and to more as soon as requests are sent.
         maximum: Slots at most.
+        label: Whose window it is, for the log; empty: the run's.
     """
 
-    def __init__(self, window: Window, *, maximum: int = 1024) -> None:
+    def __init__(self, window: Window, *, maximum: int = 1024, label: str = "") -> None:
         self._window = window
+        self._name = f"window of {label}" if label else "window"
         self._maximum = maximum
         window.limit = min(SoftStart.FIRST, maximum)
         self._soft_start: SoftStart | None = None
@@ -110,13 +110,12 @@ class Tuner:
         self._in_flight = 0
         self._epoch = 0
         self._trouble = 0.0  # recent share of refusals and timeouts
-        self._wall = _Wall(level=math.inf, until=-math.inf)
-        self._no_walls_until = -math.inf
+        self._wall = Wall()
         self._counts_tokens = True
         self._plan: _Plan | None = None
 
     @classmethod
-    def of(cls, limits: LimitsConfig, window: Window) -> Tuner | None:
+    def of(cls, limits: LimitsConfig, window: Window, *, label: str = "") -> Tuner | None:
         """The tuner that a configuration asks for; None where ``concurrency`` is a number."""
         if limits.concurrency != "auto":
             return None
@@ -124,7 +123,7 @@ class Tuner:
         maximum = max(1, min(limits.max_concurrency, (files - _SPARE_FILES) // 2))  # a simulated model's server too
         if maximum < limits.max_concurrency:
             logger.info("window at most %d: this process may open %d files (ulimit -n)", maximum, files)
-        return cls(window, maximum=maximum)
+        return cls(window, maximum=maximum, label=label)
 
     # What becomes of requests
 
@@ -160,7 +159,7 @@ class Tuner:
         self._in_flight -= 1
         if ticket.epoch != self._epoch:
             return
-        if self._is_wall(ticket.in_flight):
+        if self._wall.stands(ticket.in_flight, time.perf_counter()):
             self._cut(ticket.in_flight, f"HTTP {status} with {ticket.in_flight} in flight")
         else:
             self._suffer(ticket, f"many a request ended in HTTP {status}")
@@ -196,7 +195,7 @@ class Tuner:
     def _go(self, level: float) -> None:
         """Move the window: at once, or an answer at a time where a provider refuses."""
         self._target = max(1.0, min(level, self._top))
-        if self._target < self._level or self._wall.level == math.inf:
+        if self._target < self._level or not self._wall.is_known:
             self._set(self._target)
         self._slope = 1.0
 
@@ -208,7 +207,7 @@ class Tuner:
 
     @property
     def _top(self) -> float:
-        return self._wall.level if time.perf_counter() < self._wall.until else self._maximum
+        return min(self._maximum, self._wall.top(time.perf_counter()))
 
     @property
     def _here(self) -> _Look:
@@ -264,7 +263,7 @@ class Tuner:
             change = here.change(odd)
             here = Sample(infer=self._counts_tokens)
             if change > 0:
-                logger.info("window %d: suddenly %s", self._level, self._percent(change))
+                logger.info("%s %d: suddenly %s", self._name, self._level, self._percent(change))
                 return
             if shrunk:  # the throughput may well have fallen because of it
                 agenda.hurry(_UP)
@@ -290,39 +289,39 @@ class Tuner:
     def _try(self, direction: _Direction, here: Sample) -> Generator[_Look, Round, float | None]:
         """Try another window and stay there if it is better: what it brings, or None where it is not."""
         home = self._level
-        wanted = direction.factor * home
-        level = min(math.ceil(wanted), self._top) if direction is _UP else max(1, math.floor(wanted))
+        if direction is _UP:
+            level = max(home, min(math.ceil(_UP.factor * home), self._top))
+        else:  # what a provider lets in, it serves
+            level = home if self._wall.holds(home) else max(1, math.floor(_DOWN.factor * home))
         if level == home:
             return None
         self._home = home
         self._go(level)
         there = Sample(infer=self._counts_tokens)
-        collapses = 0
-        while True:
+        gain, collapses, is_better = 0.0, 0, None
+        while is_better is None:
             round_ = yield self._here
             there.add(round_)
             gain, error = there.against(here)
+            is_better = direction.verdict(gain, error, rounds=len(there))
             collapses = collapses + 1 if here.change(round_) < _COLLAPSE else 0
-            if collapses == 2 or len(there) == direction.rounds:
-                is_better = gain > direction.bar + error
-                break
-            if len(there) >= 2 and abs(gain - direction.bar) > 2 * error:
-                is_better = gain > direction.bar
-                break
+            if collapses == 2:
+                is_better = False
         self._home = None
-        if is_better and collapses < 2:
+        if is_better:
             self._tell(home, self._level, self._percent(gain))
             return gain
-        logger.debug("window stays %d: with %d %s ± %.0f", home, level, self._percent(gain), 100 * error)
+        logger.debug("%s stays %d: with %d %s", self._name, home, level, self._percent(gain))
         self._go(home)
         return None
 
     def _shrink(self, change: float, odd: Round) -> Generator[_Look, Round, bool]:
         """Follow a server that has become slower, if it was the number of its slots that changed."""
-        home = self._home = self._level
+        home = self._level
         level = math.ceil(_HEADROOM * (1 + change) * home)
         if level >= home:
             return False
+        self._home = home
         self._go(level)
         round_ = yield self._here
         self._home = None
@@ -334,26 +333,10 @@ class Tuner:
 
     # Refusals
 
-    def _is_wall(self, in_flight: int) -> bool:
-        """Whether a refusal is a matter of how many were in flight; remembers the wall."""
-        now = time.perf_counter()
-        wall = self._wall
-        first_s, factor, most_s = _WALL_S
-        refuted = in_flight <= max(1, wall.level if wall.level < _SMALL_WALL else _SAME_WALL * wall.level)
-        if refuted and now < wall.until:
-            self._wall = _Wall(level=math.inf, until=-math.inf)
-            self._no_walls_until = now + _NO_WALLS_S
-        if now < self._no_walls_until:
-            return False
-        known = wall.level < math.inf and in_flight >= _SAME_WALL * wall.level
-        hold_s = min(factor * wall.hold_s, most_s) if known else first_s
-        self._wall = _Wall(level=max(1, in_flight - 1), hold_s=hold_s, until=now + hold_s)
-        return True
-
     def _suffer(self, ticket: Ticket, why: str) -> None:
         self._trouble += (1 - self._trouble) / max(_MEMORY, self._level)
         if self._trouble > _TROUBLE:
-            self._no_walls_until = -math.inf
+            self._wall.reconsider()
             self._cut(ticket.in_flight, why)
 
     def _cut(self, in_flight: int, why: str) -> None:
@@ -378,7 +361,7 @@ class Tuner:
 
     def _tell(self, before: float, after: float, why: str) -> None:
         self._window.why = why
-        logger.info("window %d -> %d: %s", before, after, why)
+        logger.info("%s %d -> %d: %s", self._name, before, after, why)
 
     def _percent(self, change: float) -> str:
         return f"{100 * change:+.0f} % {'tokens' if self._counts_tokens else 'requests'}/s"
@@ -443,12 +426,3 @@ class _Agenda:
 
     def hurry(self, direction: _Direction) -> None:
         self._due[direction] = -math.inf
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wall:
-    """The number of requests in flight above which a provider refuses."""
-
-    level: float
-    until: float  # when it may be tried again
-    hold_s: float = 0.0

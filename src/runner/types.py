@@ -110,6 +110,9 @@ class Trace:
     chunk_times: Sequence[float] = ()  # when each piece of a streamed answer came, seconds after the last attempt began
     deployment: str = ""
     price: TokenPrice | None = None  # of the deployment that answered
+    at_once: bool = False  # the attempt that failed last may be followed by another one without a wait
+    called_back: bool = False  # from a deployment that did not answer; once is enough
+    avoid: set[str] = field(default_factory=set)  # deployments that failed this request since it last waited
     failures: list[Attempt] = field(default_factory=list)
     on_failure: Callable[[Attempt], Awaitable[None]] | None = None
 

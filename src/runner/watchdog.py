@@ -18,7 +18,7 @@ _WHILE_S = 10.0
 _SILENCE_S = 60.0
 
 _SLOW = 5.0
-_SLOW_S = 10.0
+SLOW_S = 10.0
 """A request is far past the p99 where it takes this many times as long, and at least so many seconds."""
 
 _ANSWERS = 50
@@ -76,7 +76,7 @@ class Watchdog:
         p99_s = snapshot.latency_p99_s
         if p99_s is None or snapshot.done - snapshot.failed - snapshot.reused < _ANSWERS:
             return
-        bound_s = max(_SLOW_S, _SLOW * p99_s)
+        bound_s = max(SLOW_S, _SLOW * p99_s)
         slow = {id(trace): trace for trace in in_flight if trace.on_the_wire and now - trace.sent_at > bound_s}
         new = sorted((slow[key] for key in slow.keys() - self._named.keys()), key=lambda trace: trace.sent_at)
         self._named = slow

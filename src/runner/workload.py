@@ -93,24 +93,24 @@ class Workload:
             return 0.0
         return None if item.files else self._ceiling.usd(item.input)
 
-    def _items_of(self, row: Row) -> Iterator[Item]:
+    def _items_of(self, row: Row) -> Sequence[Item]:
+        """A row's item, or one for each repeat."""
         error: ItemError | None = row.error
-        ask = Ask(input=None, metadata={})
+        ask = _NOTHING
         if error is None:
             try:
                 ask = self.task.ask(row)
             except ItemError as failure:
-                error = failure
-                ask = Ask(input=None, metadata=row.fields)
+                error, ask = failure, replace(_NOTHING, metadata=row.fields)
         try:
             text = dump_text(ask.metadata)
             contents = [self._hash(ask.input, sample) for sample in range(self.samples)]
         except ValueError as failure:
-            error, ask, text = RowError(f"{row.source}: {failure}"), Ask(input=None, metadata={}), "{}"
+            error, ask, text = RowError(f"{row.source}: {failure}"), _NOTHING, "{}"
         if error is not None:
             contents = [self._unusable(error, sample) for sample in range(self.samples)]
-        for sample, content in enumerate(contents):
-            yield Item(
+        return [
+            Item(
                 position=row.index * self.samples + sample,
                 fields=row.fields,
                 content=content,
@@ -119,6 +119,8 @@ class Workload:
                 files=ask.files,
                 error=error,
             )
+            for sample, content in enumerate(contents)
+        ]
 
     def _with_files(self, item: Item, found: Mapping[str, bytes | ItemError]) -> Item:
         sample = item.position % self.samples
@@ -133,6 +135,9 @@ class Workload:
 
     def _unusable(self, error: ItemError, sample: int) -> bytes:
         return self._hash(["unusable", str(error)], sample)
+
+
+_NOTHING = Ask(input=None, metadata={})
 
 
 def _asked(item: Item) -> Any:

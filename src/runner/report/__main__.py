@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.errors import BAD_CONFIG, FINISHED, RunnerError
-from runner.report import read_runs, render
+from runner.report import read_comparisons, read_runs, render
 from runner.results import replace_file
 
 
@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     title = given.title or ", ".join(f"{path.absolute().parent.name}/{path.absolute().name}" for path in given.paths)
     try:
-        page = render(asyncio.run(read_runs(given.paths)), title=title)
+        runs = asyncio.run(read_runs(given.paths))
+        page = render(runs, title=title, comparisons=asyncio.run(read_comparisons(runs)))
         replace_file(given.output, page.encode("utf-8", "backslashreplace"))
     except RunnerError as error:
         print(f"report: {error}", file=sys.stderr)

@@ -12,7 +12,11 @@ from typing import Any
 import orjson
 import yaml
 
+from runner.bench.sweeps import BENCHMARK, Gathered, compare_benchmarks, gather
+from runner.comparison import Comparison, compare, is_run
+from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
+from runner.intervals import mean_interval, share_interval
 from runner.results import result_rows, summarize
 from runner.store import Store
 from runner.sweep import Cell, Sweep
@@ -23,7 +27,6 @@ SAMPLES = 20
 
 _QUANTILES = 200
 _BUCKETS = 120
-_Z = 1.96  # of a 95 % interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +86,29 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
     return runs
 
 
+async def read_comparisons(runs: Sequence[RunFacts]) -> list[Comparison]:
+    """The runs against the first one, row by row, and the benchmarks likewise, level by level.
+
+    Raises:
+        StoreError: A run's database cannot be read.
+    """
+    named = [(run.label, run.folder) for run in runs if is_run(run.folder)]
+    return [*(await compare(named) if len(named) > 1 else []), *compare_benchmarks(read_benchmarks(runs))]
+
+
+def read_benchmarks(runs: Sequence[RunFacts]) -> list[Gathered]:
+    """The benchmarks among the runs; those that differ in their level alone are one."""
+    return gather([Cell(number=0, name=run.label, folder=str(run.folder), summary=run.summary) for run in runs])
+
+
 def _run_folders(path: Path) -> Iterator[Path]:
-    for pattern in ("results.sqlite", "*/results.sqlite", "*/*/results.sqlite"):
-        found = [database.parent for database in path.glob(pattern)]
+    for pattern in (".", "*", "*/*"):
+        found = {
+            file.parent
+            for name in (RUN_DATABASE, BENCHMARK)
+            for file in path.glob(f"{pattern}/{name}")
+            if not Sweep(file.parent).cells()
+        }
         if found:
             yield from found
             return
@@ -93,13 +116,23 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 async def _read_cell(cell: Cell) -> RunFacts:
     folder = Path(cell.folder)
-    if not (folder / "results.sqlite").is_file():
+    if not is_run(folder) and not (folder / BENCHMARK).is_file():
         return RunFacts(label=cell.name, folder=folder, state=cell.message or "it did not begin")
     return await _read_run(folder, cell.name)
 
 
 async def _read_run(folder: Path, label: str) -> RunFacts:
-    async with await Store.open_readonly(folder / "results.sqlite") as store:
+    if not is_run(folder):
+        measured = _last_summary(folder) or {}
+        return RunFacts(
+            label=label,
+            folder=folder,
+            state=str(measured.get("stopped") or "finished"),
+            summary=measured,
+            settings=_settings(folder),
+            overrides=_overrides(folder),
+        )
+    async with await Store.open_readonly(folder / RUN_DATABASE) as store:
         ended = await _ended(store)
         summary = _last_summary(folder) if ended else None
         if summary is None:
@@ -175,23 +208,20 @@ async def _scores(store: Store) -> dict[str, Score]:
     scores = {}
     async for row in store.query(sql):
         mean, n = row["mean"], row["n"]
-        low, high = _normal(mean, row["square"], n) if row["graded"] else _wilson(mean, n)
+        low, high = _of_mean(mean, row["square"], n) if row["graded"] else _of_share(mean, n)
         scores[row["name"]] = Score(mean=mean, n=n, low=low, high=high)
     return scores
 
 
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share: right for few rows and near 0 and 1, where the normal one is not."""
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def _of_share(share: float, n: int) -> tuple[float, float]:
+    interval = share_interval(share * n, n)
+    return interval.low, interval.high
 
 
-def _normal(mean: float, square: float, n: int) -> tuple[float, float]:
-    if n < 2:
-        return -math.inf, math.inf
-    half = _Z * math.sqrt(max(0.0, square - mean**2) / (n - 1))
-    return mean - half, mean + half
+def _of_mean(mean: float, square: float, n: int) -> tuple[float, float]:
+    deviation = math.sqrt(max(0.0, square - mean**2) * n / (n - 1)) if n > 1 else 0.0
+    interval = mean_interval(mean, deviation, n)
+    return (-math.inf, math.inf) if interval is None else (interval.low, interval.high)
 
 
 async def _latencies(store: Store) -> list[float]:

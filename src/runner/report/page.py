@@ -12,7 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from runner import figures
-from runner.report.facts import RunFacts
+from runner.bench.levels import Mode
+from runner.bench.sweeps import Gathered
+from runner.bench.table import evidence, verdict_line, wanted_columns
+from runner.comparison import HEADER, Comparison, difference_cells
+from runner.report.facts import RunFacts, read_benchmarks
 from runner.report.plots import Bar, Series, bars, lines
 
 _LONGEST_TEXT = 2_000
@@ -29,8 +33,9 @@ class Plot:
     drawing: Markup
 
 
-def render(runs: Sequence[RunFacts], *, title: str) -> str:
+def render(runs: Sequence[RunFacts], *, title: str, comparisons: Sequence[Comparison] = ()) -> str:
     """The page for one run, or the comparison of several."""
+    benchmarks = read_benchmarks(runs)
     environment = Environment(
         loader=PackageLoader("runner.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -41,7 +46,10 @@ def render(runs: Sequence[RunFacts], *, title: str) -> str:
         runs=runs,
         header=_header(runs),
         table=[_line(run, runs) for run in runs],
-        plots=[plot for plot in _plots(runs) if plot.drawing],
+        plots=[plot for plot in (*_over_levels(benchmarks), *_plots(runs, benchmarks)) if plot.drawing],
+        benchmarks=[_benchmark(each) for each in benchmarks],
+        comparisons=[(each, [difference_cells(one) for one in each.differences]) for each in comparisons],
+        difference_header=HEADER,
         facts_of=_facts,
         answer=_answer,
         settings={run.label: json.dumps(run.settings, indent=2, ensure_ascii=False) for run in runs},
@@ -129,7 +137,49 @@ def _count(value: Any) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _plots(runs: Sequence[RunFacts]) -> Iterator[Plot]:
+def _benchmark(benchmark: Gathered) -> dict[str, Any]:
+    header, table = wanted_columns(benchmark.levels)
+    verdict = benchmark.verdict
+    conclusion = [verdict_line(verdict), *evidence(verdict)] if len(benchmark.levels) > 1 else []
+    return {"name": benchmark.name, "header": header, "table": table, "conclusion": conclusion}
+
+
+def _over_levels(benchmarks: Sequence[Gathered]) -> Iterator[Plot]:
+    """Throughput and latency of benchmarks over their levels."""
+    if not benchmarks:
+        return
+    unit = "requests in flight" if benchmarks[0].verdict.mode is Mode.closed else "requests sent per second"
+    shown = benchmarks[:_SERIES]
+    rates = [
+        Series(name=each.name, points=[(facts.level, facts.requests_per_s.value) for facts in each.levels])
+        for each in shown
+    ]
+    yield Plot(
+        title="Throughput over load",
+        note="Where it no longer rises, more load only makes requests wait.",
+        drawing=lines(rates, x=unit, y="requests per second", logarithmic=True, dots=True),
+    )
+    percents = (50, 95, 99) if len(benchmarks) == 1 else (95,)
+    latencies = [
+        Series(
+            name=f"p{percent}" if len(benchmarks) == 1 else f"{each.name} p{percent}",
+            points=[
+                (facts.level, figure.value)
+                for facts in each.levels
+                if (figure := facts.percentile("latency_s", percent)) is not None
+            ],
+        )
+        for each in shown
+        for percent in percents
+    ]
+    yield Plot(
+        title="Latency over load",
+        note="Of answered requests, everything included. What so few requests do not tell is left out.",
+        drawing=lines([each for each in latencies if each.points], x=unit, y="seconds", logarithmic=True, dots=True),
+    )
+
+
+def _plots(runs: Sequence[RunFacts], benchmarks: Sequence[Gathered]) -> Iterator[Plot]:
     for name in _score_names(runs):
         yield Plot(
             title=f"Score: {name}",
@@ -145,7 +195,8 @@ def _plots(runs: Sequence[RunFacts]) -> Iterator[Plot]:
                 x=f"{name}, mean",
             ),
         )
-    yield from _over_a_number(runs)
+    if not benchmarks:
+        yield from _over_a_number(runs)
     yield Plot(
         title="Latency",
         note="Service time of answered requests: which share of them took so long at most.",

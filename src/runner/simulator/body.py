@@ -13,6 +13,8 @@ from runner.simulator.text import tokens_in
 
 TOKENS_PER_ATTACHMENT = 85
 
+PREFIX_BYTES = 256
+
 T = TypeVar("T")
 
 
@@ -57,6 +59,13 @@ class Body:
             if wanted in (None, function.get("name")):
                 return str(function.get("name")), function.get("parameters") or {"type": "object"}
         raise Refusal(f"Tool choice {wanted or 'required'!r} is not among the tools.", param="tool_choice")
+
+    @property
+    def beginning(self) -> bytes:
+        """How the prompt begins, as a prefix cache would see it; empty where it is short."""
+        asked = next((self.fields[name] for name in ("messages", "prompt", "input") if name in self.fields), None)
+        begins = orjson.dumps(asked, default=str)[:PREFIX_BYTES]
+        return begins if len(begins) == PREFIX_BYTES else b""
 
     def required(self, name: str, kind: type[T]) -> T:
         value = self.fields.get(name)

@@ -32,9 +32,20 @@ class Ledger:
     faults: Counter[str] = field(default_factory=Counter)
     bodies: defaultdict[str, Count] = field(default_factory=lambda: defaultdict(Count))  # by hash
     prompts: defaultdict[str, Count] = field(default_factory=lambda: defaultdict(Count))
+    prefixes: Counter[str] = field(
+        default_factory=lambda: Counter(hits=0, misses=0)
+    )  # of prompts of 256 bytes at least
+    beginnings: set[bytes] = field(default_factory=set)
 
     def totals(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("bodies", "prompts")}
+        details = ("bodies", "prompts", "beginnings")
+        return {name: value for name, value in vars(self).items() if name not in details}
+
+    def note_beginning(self, beginning: bytes) -> None:
+        """Count whether a prompt that begins so is the first one."""
+        if beginning:
+            self.prefixes["hits" if beginning in self.beginnings else "misses"] += 1
+            self.beginnings.add(beginning)
 
     def charge(self, prompt_tokens: int, completion_tokens: int, config: SimulatorConfig) -> None:
         self.tokens["prompt"] += prompt_tokens

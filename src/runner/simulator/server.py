@@ -152,6 +152,7 @@ class Simulator:
         except ValueError as error:
             raise Refusal(f"Invalid schema: {error}", code="invalid_json_schema") from None
         call.expect(call.ledger.prompts[prompt] for prompt in reply.prompts)
+        call.ledger.note_beginning(body.beginning)
         self._admit(call, body, reply)
         if fault := self._draw_fault(call):
             call.ledger.faults[fault] += 1
@@ -160,6 +161,8 @@ class Simulator:
             if fault == "hang":
                 await asyncio.sleep(call.config.hang_s)
         pace = Pace.of(call.config, body.identity, reply.steps)
+        if fault == "slow":
+            pace = pace.times(call.config.slow_factor)
         async with self._slots.hold(pace.total_s) as begun:
             call.ledger.in_service_peak = max(call.ledger.in_service_peak, self._slots.held)
             return await call.answer(reply, pace, begun, fault)

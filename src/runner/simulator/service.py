@@ -38,6 +38,9 @@ class Pace:
         total_s = max(latency_s, ttft_s)
         return cls(ttft_s, (total_s - ttft_s) / max(1, steps - 1), total_s)
 
+    def times(self, factor: float) -> Pace:
+        return Pace(self.ttft_s * factor, self.gap_s * factor, self.total_s * factor)
+
     def at_s(self, step: int) -> float:
         return min(self.ttft_s + self.gap_s * step, self.total_s)
 

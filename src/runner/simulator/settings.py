@@ -34,10 +34,12 @@ SETTINGS = {
     "faults.http_529": "share that gets a 529, as Anthropic's API does when overloaded",
     "faults.reset": "share whose connection is reset (RST) in place of the answer, or halfway through a stream",
     "faults.hang": "share that is left without an answer for hang_s",
+    "faults.slow": "share that takes slow_factor times as long",
     "faults.truncated": "share whose answer breaks off in the middle",
     "faults.invalid_json": "share that gets a 200 with half a JSON document",
     "faults.error_200": "share that gets a 200 with an error in it",
     "hang_s": "how long a hanging request waits, in seconds",
+    "slow_factor": "how many times as long a slow request takes",
     "usd_per_million_prompt_tokens": "price of the ledger's cost_usd",
     "usd_per_million_completion_tokens": "price of the ledger's cost_usd",
 }

@@ -1,0 +1,59 @@
+"""The account: limits that hold for all deployments together."""
+
+from __future__ import annotations
+
+import time
+
+from runner.errors import ConnectError, RequestError
+from runner.estimate import NOTHING, Estimator
+from runner.limiter import RateLimiter, Slot
+from runner.types import Client, Request, Response
+
+
+class Account:
+    """A `Client` that also reserves from a quota that several deployments share.
+
+    It stands around a deployment's own `Limited`, which keeps the books of the attempt and obeys the deployment's
+    pauses: a refusal there is no reason to pause the others.
+
+    Args:
+        client: One deployment, under its own limits.
+        limiter: The account's quota.
+        estimator: What a request is expected to take.
+        slot: What a request gives back while a long pause lasts.
+    """
+
+    def __init__(
+        self, client: Client, limiter: RateLimiter, *, estimator: Estimator | None = None, slot: Slot | None = None
+    ) -> None:
+        self._client = client
+        self._limiter = limiter
+        self._estimator = estimator or Estimator()
+        self._slot = slot
+
+    async def send(self, request: Request) -> Response:
+        queued = time.perf_counter()
+        estimate = self._estimator.estimate(request) if self._limiter.counts_tokens else NOTHING
+        try:
+            handle = await self._limiter.acquire(estimate, slot=self._slot)
+        finally:
+            request.trace.queue_wait_s += time.perf_counter() - queued
+        try:
+            response = await self._client.send(request)
+        except ConnectError:
+            handle.refund()
+            raise
+        except RequestError as error:
+            if error.billing == "free":
+                handle.settle(NOTHING)
+            raise
+        except BaseException:
+            if not request.trace.on_the_wire:
+                handle.refund()
+            raise
+        if response.usage is not None:
+            handle.settle(self._estimator.counted(estimate, response.usage))
+        return response
+
+    async def aclose(self) -> None:
+        await self._client.aclose()

@@ -1,0 +1,309 @@
+"""Comparisons: two runs over the same rows, row by row, so that what the rows have in common cancels out.
+
+    comparisons = await compare([("model=a", folder_a), ("model=b", folder_b)])
+
+Differences are of the second run to the first, each with an interval of 95 %. Where the interval holds zero, the rows
+do not tell the two apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TextIO
+
+import orjson
+
+from runner import figures
+from runner.database import RUN_DATABASE
+from runner.intervals import Interval, mean_interval, paired_shares_interval
+from runner.progress import printable, show_table, write
+from runner.store import Store
+
+_SHOWN = 10
+"""Comparisons that are printed."""
+
+_POWER = ((1.96 + 0.8416) / 1.96) ** 2
+"""How many times the rows of an interval that just excludes zero it takes to exclude it four times in five."""
+
+SCORE = "score "
+"""What the name of a scorer's figure begins with."""
+
+FAILED = "failed"
+"""The figure that is 1 for a row that failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far the second run is from the first in one figure, over the rows for which both have it."""
+
+    figure: str  # `SCORE` and a scorer's name, `FAILED`, latency_s, ttft_s, prompt_tokens, completion_tokens, cost_usd
+    pairs: int
+    first: float  # mean
+    second: float
+    interval: Interval | None  # of second - first; None: too few pairs for one
+    is_share: bool  # each row has 0 or 1
+
+    @property
+    def value(self) -> float:
+        return self.second - self.first
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the rows tell the two apart."""
+        return self.interval is not None and 0.0 not in self.interval
+
+    @property
+    def pairs_wanted(self) -> int | None:
+        """Rows that would tell a difference of this size, four times in five; None: it is told, or there is none."""
+        if self.interval is None or self.is_told or self.value == 0:
+            return None
+        half = (self.interval.high - self.interval.low) / 2
+        return math.ceil(self.pairs * _POWER * (half / self.value) ** 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two runs side by side."""
+
+    first: str  # their names
+    second: str
+    differences: Sequence[Difference] = ()
+    same_prompts: bool = True  # False: what was asked about the rows differs, so that it is prompts that are compared
+    refusal: str | None = None  # why they cannot be compared
+
+
+async def compare(runs: Sequence[tuple[str, Path]]) -> list[Comparison]:
+    """Each run, a name and a folder, against the first one.
+
+    Runs over other rows are refused. A run that has not seen its whole dataset is compared over the rows that it has,
+    if their metadata agree. Samples of a row are averaged first, as they are not independent of each other. Memory does
+    not grow with the rows.
+
+    Raises:
+        StoreError: A run's database cannot be read.
+    """
+    first, others = runs[0], runs[1:]
+    return [await _compare(first, other) for other in others]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether there is a run to compare in a folder; a benchmark keeps no rows."""
+    return (folder / RUN_DATABASE).is_file()
+
+
+async def _compare(first: tuple[str, Path], second: tuple[str, Path]) -> Comparison:
+    names = Comparison(first=first[0], second=second[0])
+    async with await _open(first[1]) as one, await _open(second[1]) as two:
+        facts = [await store.meta() for store in (one, two)]
+        known = all(each.get("rows") for each in facts)  # both have seen their whole dataset
+        if known and facts[0]["rows"] != facts[1]["rows"]:
+            return replace(names, refusal="their rows differ: compare runs over the same dataset")
+        tally = Pairs()
+        async with aclosing(_pairs(one, two)) as pairs:
+            async for index, here, there in pairs:
+                if not known and here.metadata != there.metadata:
+                    return replace(names, refusal=f"their rows differ, for example row {index}")
+                tally.add(here.values, there.values)
+        if not tally.count:
+            return replace(names, refusal="no row has been asked in both")
+    same_prompts = not known or facts[0]["inputs"] == facts[1]["inputs"]
+    return replace(names, differences=tally.differences(), same_prompts=same_prompts)
+
+
+async def _open(folder: Path) -> Store:
+    return await Store.open_readonly(folder / RUN_DATABASE)
+
+
+@dataclass(slots=True)
+class _Row:
+    """What came of one row: the values of each figure, one a sample."""
+
+    metadata: str | None
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, record: Any) -> None:
+        self._put(FAILED, float(record["error_type"] is not None))
+        if record["error_type"] is not None:
+            return
+        for name in _COLUMNS:
+            self._put(name, record[name])
+        for name, score in orjson.loads(record["scores"] or b"{}").items():
+            self._put(f"{SCORE}{name}", score)
+
+    def _put(self, name: str, value: float | None) -> None:
+        if value is not None:
+            self.values.setdefault(name, []).append(float(value))
+
+
+async def _rows(store: Store) -> AsyncGenerator[tuple[int, _Row], None]:
+    """The settled rows in the dataset's order, samples together."""
+    samples = int((await store.meta()).get("samples", "1"))
+    index, row = -1, _Row(None)
+    async with aclosing(store.query(_SETTLED)) as records:
+        async for record in records:
+            if record["position"] // samples != index:
+                if index >= 0:
+                    yield index, row
+                index, row = record["position"] // samples, _Row(record["metadata"])
+            row.add(record)
+    if index >= 0:
+        yield index, row
+
+
+async def _pairs(one: Store, two: Store) -> AsyncGenerator[tuple[int, _Row, _Row], None]:
+    """The rows that both have."""
+    async with aclosing(_rows(one)) as here, aclosing(_rows(two)) as there:
+        left, right = await anext(here, None), await anext(there, None)
+        while left is not None and right is not None:
+            if left[0] == right[0]:
+                yield left[0], left[1], right[1]
+                left, right = await anext(here, None), await anext(there, None)
+            elif left[0] < right[0]:
+                left = await anext(here, None)
+            else:
+                right = await anext(there, None)
+
+
+_COLUMNS = {
+    "latency_s": "service_time_s",
+    "ttft_s": "ttft_s",
+    "prompt_tokens": "prompt_tokens",
+    "completion_tokens": "completion_tokens",
+    "cost_usd": "cost_usd",
+}
+"""Figures of an answer, and the columns that hold them."""
+
+_SETTLED = f"""
+    SELECT rows.position, rows.metadata, rows.scores, error_type,
+        {", ".join(f"{column} AS {name}" for name, column in _COLUMNS.items())}
+    FROM rows
+    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    ORDER BY rows.position
+"""
+
+
+class Pairs:
+    """Sums over pairs of rows, in constant memory."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, _Sums] = {}
+
+    def add(self, here: Mapping[str, Sequence[float]], there: Mapping[str, Sequence[float]]) -> None:
+        """A row of the first run and the same of the second: the values of each figure, one a sample."""
+        self.count += 1
+        for name, first in here.items():
+            second = there.get(name)
+            if second is not None:
+                self._sums.setdefault(name, _Sums()).add(first, second)
+
+    def differences(self) -> list[Difference]:
+        """Scores first, then failures, then what it took. What neither run ever has is left out."""
+        order = [*(name for name in self._sums if name.startswith(SCORE)), FAILED, *_COLUMNS, "itl_s"]
+        return [self._sums[name].difference(name) for name in order if name in self._sums]
+
+
+class _Sums:
+    """One figure over pairs: the means, how the differences spread, and for shares who succeeded where."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._first = self._second = 0.0
+        self._mean = self._squares = 0.0  # of the differences, by Welford's method
+        self._is_share = True
+        self._outcomes = Counter[tuple[float, float]]()
+
+    def add(self, first: Sequence[float], second: Sequence[float]) -> None:
+        here, there = fmean(first), fmean(second)
+        self._n += 1
+        self._first += here
+        self._second += there
+        step = there - here - self._mean
+        self._mean += step / self._n
+        self._squares += step * (there - here - self._mean)
+        self._is_share = self._is_share and here in (0.0, 1.0) and there in (0.0, 1.0)
+        if self._is_share:
+            self._outcomes[here, there] += 1
+
+    def difference(self, name: str) -> Difference:
+        return Difference(
+            figure=name,
+            pairs=self._n,
+            first=self._first / self._n,
+            second=self._second / self._n,
+            interval=self._interval(),
+            is_share=self._is_share,
+        )
+
+    def _interval(self) -> Interval | None:
+        if self._is_share:
+            return paired_shares_interval(
+                both=self._outcomes[1.0, 1.0],
+                first=self._outcomes[1.0, 0.0],
+                second=self._outcomes[0.0, 1.0],
+                neither=self._outcomes[0.0, 0.0],
+            )
+        if self._n < 2:
+            return None
+        return mean_interval(self._mean, math.sqrt(max(0.0, self._squares) / (self._n - 1)), self._n)
+
+
+def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> None:
+    """Print the differences of runs to the first one."""
+    for each in comparisons[:_SHOWN]:
+        title = f"{each.second} - {each.first}"
+        if each.refusal is not None:
+            write(stream, f"\nnot compared: {printable(title)}: {each.refusal}\n")
+            continue
+        note = "" if each.same_prompts else ", with other prompts"
+        write(stream, f"\ndifferences over the same rows{note}: {printable(title)}\n")
+        show_table(HEADER, [difference_cells(difference) for difference in each.differences], stream=stream)
+    if len(comparisons) > _SHOWN:
+        write(stream, f"\n{len(comparisons) - _SHOWN} more: python -m runner.report\n")
+
+
+HEADER = ("", "first", "second", "difference", "95 % interval", "rows", "")
+
+
+def difference_cells(difference: Difference) -> list[str]:
+    """A difference under the `HEADER`."""
+    interval = difference.interval
+    share, points = (_percent, _points) if difference.is_share else (_plain, _plain)
+    return [
+        printable(difference.figure),
+        share(difference.first),
+        share(difference.second),
+        f"{'+' if difference.value > 0 else ''}{points(difference.value)}",
+        "" if interval is None else f"[{points(interval.low)}, {points(interval.high)}]",
+        f"{difference.pairs:,}",
+        finding(difference),
+    ]
+
+
+def finding(difference: Difference) -> str:
+    """What the interval says, in words."""
+    if difference.interval is None:
+        return "too few rows"
+    if difference.is_told:
+        return "higher" if difference.value > 0 else "lower"
+    wanted = difference.pairs_wanted
+    return "no difference" if wanted is None else f"cannot tell: it would take about {figures.short(wanted)} rows"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _points(value: float) -> str:
+    """A difference of shares, in percentage points."""
+    return f"{100 * value:.1f} pp"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}"

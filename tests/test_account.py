@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from runner.account import Account
+from runner.errors import ConnectError, RequestError, ServiceUnavailableError, Timeout
+from runner.estimate import Estimator
+from runner.limiter import RateLimiter
+from virtual_fleet import Server, asking
+from virtual_time import now, virtual_time
+
+
+def account(client: Server, limiter: RateLimiter) -> Account:
+    return Account(client, limiter, estimator=Estimator(default_output_tokens=100))
+
+
+async def asked_within(client: Account, count: int) -> float:
+    """Seconds that so many requests take, whatever comes of them."""
+    began = now()
+    for _ in range(count):
+        with suppress(RequestError):
+            await client.send(asking())
+    return now() - began
+
+
+@virtual_time
+async def test_deployments_share_one_quota() -> None:
+    limiter = RateLimiter(requests_per_minute=60)
+    east, west = (account(Server(name, latency_s=0.0), limiter) for name in ("east", "west"))
+    await asyncio.gather(asked_within(east, 30), asked_within(west, 30))
+    assert now() == pytest.approx(59, abs=2)
+
+
+@virtual_time
+async def test_what_was_really_used_is_charged() -> None:
+    client = account(Server("east", latency_s=0.0), RateLimiter(tokens_per_minute=1_200))
+    assert await asked_within(client, 50) == pytest.approx(50, abs=5)  # 20 tokens each, and not 100
+
+
+@pytest.mark.parametrize(
+    ("error", "is_charged"),
+    [(ConnectError("nobody"), False), (ServiceUnavailableError("busy"), False), (Timeout("slow"), True)],
+)
+@virtual_time
+async def test_a_failure_is_charged_if_it_may_have_cost_something(error: RequestError, is_charged: bool) -> None:
+    server = Server("east")
+    server.error = error
+    client = account(server, RateLimiter(tokens_per_minute=6_000))
+    assert (await asked_within(client, 100) > 30) is is_charged
+
+
+@virtual_time
+async def test_a_request_that_is_cancelled_before_it_was_sent_is_not_charged() -> None:
+    server = Server("east", latency_s=0.0)
+    limiter = RateLimiter(requests_per_minute=1)
+    client = account(server, limiter)
+    server.hanging.clear()
+    sent = asyncio.create_task(client.send(asking()))
+    await asyncio.sleep(1)
+    sent.cancel()
+    await asyncio.sleep(1)
+    server.hanging.set()
+    assert await asked_within(client, 1) < 1
+
+
+@virtual_time
+async def test_the_wait_is_queue_wait() -> None:
+    client = account(Server("east", latency_s=0.0), RateLimiter(requests_per_minute=60))
+    requests = [asking() for _ in range(5)]
+    await asyncio.gather(*map(client.send, requests))
+    assert requests[-1].trace.queue_wait_s > 1

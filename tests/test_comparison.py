@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import Command, Json
+from runner.comparison import Comparison, Difference, Pairs, compare, finding, is_run, show_comparisons
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    LimitsConfig,
+    RunnerConfig,
+    ScorerConfig,
+    SimulatorConfig,
+    TrackerConfig,
+    TrackerKind,
+)
+from runner.experiment import run_experiment
+
+
+class Runs:
+    """Runs of simulated models over questions with known answers."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self.folder = folder
+        self.questions = folder / "questions.jsonl"
+        with self.questions.open("w") as file:
+            file.writelines(
+                f'{{"question": "What is word number {number} of it all?", "answer": "word{number}"}}\n'
+                for number in range(rows)
+            )
+
+    async def run(self, name: str, accuracy: float = 1.0, *, seed: int = 0, **changes: Any) -> tuple[str, Path]:
+        settings: dict[str, Any] = {
+            "model": f"simulated/{name}",
+            "dataset": DatasetConfig(kind=DatasetKind.jsonl, path=str(self.questions)),
+            "prompt": "{{ question }}",
+            "scorers": {"accuracy": ScorerConfig(target="answer")},
+            "simulator": SimulatorConfig(
+                seed=seed, latency_s=0.0, answers=str(self.questions), accuracy=accuracy, latency_spread=0
+            ),
+            "tracker": TrackerConfig(kind=TrackerKind.none),
+            "limits": LimitsConfig(concurrency=64),
+        }
+        folder = self.folder / name
+        await run_experiment(RunnerConfig(**{**settings, **changes}), folder)
+        return name, folder
+
+
+def of(comparison: Comparison, figure: str) -> Difference:
+    [difference] = [each for each in comparison.differences if each.figure == figure]
+    return difference
+
+
+async def test_figures_are_compared_row_by_row(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, 300)
+    [comparison] = await compare([await runs.run("a", 0.6), await runs.run("b", 0.9)])
+
+    accuracy = of(comparison, "score accuracy")
+    assert (comparison.first, comparison.second, accuracy.pairs) == ("a", "b", 300)
+    assert accuracy.value == pytest.approx(0.3, abs=0.1)
+    assert accuracy.is_told
+    assert finding(accuracy) == "higher"
+    assert of(comparison, "failed").value == 0
+    assert {each.figure for each in comparison.differences} == {
+        "score accuracy",
+        "failed",
+        "latency_s",
+        "prompt_tokens",
+        "completion_tokens",
+        "cost_usd",
+    }
+
+
+async def test_few_rows_cannot_tell_and_say_how_many_could(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, 50)
+    [comparison] = await compare([await runs.run("a", 0.7), await runs.run("b", 0.75)])
+    accuracy = of(comparison, "score accuracy")
+
+    assert not accuracy.is_told
+    assert "cannot tell" in finding(accuracy)
+    assert accuracy.value == 0 or (accuracy.pairs_wanted or 0) > 50
+
+
+async def test_a_model_is_no_different_from_itself(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, 100)
+    [comparison] = await compare([await runs.run("a", 0.7), ("again", tmp_path / "a")])
+    accuracy = of(comparison, "score accuracy")
+
+    assert accuracy.value == 0
+    assert accuracy.interval is not None
+    assert 0 in accuracy.interval
+    assert finding(accuracy) == "no difference"
+
+
+async def test_other_rows_are_refused(tmp_path: Path) -> None:
+    first = await Runs(tmp_path, 30).run("a")
+    second = await Runs(tmp_path, 31).run("b")
+    [comparison] = await compare([first, second])
+
+    assert comparison.refusal == "their rows differ: compare runs over the same dataset"
+    assert not comparison.differences
+
+
+async def test_prompts_are_compared_over_the_same_rows_and_named_as_that(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, 40)
+    first, second = await runs.run("a"), await runs.run("b", prompt="Answer briefly: {{ question }}")
+    [comparison] = await compare([first, second])
+
+    assert comparison.refusal is None
+    assert not comparison.same_prompts
+    assert of(comparison, "prompt_tokens").value > 0
+
+
+async def test_samples_of_a_row_count_as_one(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, 40)
+    [comparison] = await compare([await runs.run("a", samples=3), await runs.run("b", 0.5, samples=3)])
+
+    assert of(comparison, "score accuracy").pairs == 40
+
+
+async def test_a_run_without_answers_is_refused(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, 10)
+    first = await runs.run("a")
+    nothing = RunnerConfig(
+        model="simulated/b",
+        dataset=DatasetConfig(kind=DatasetKind.jsonl, path=str(runs.questions), limit=0),
+        prompt="{{ question }}",
+        tracker=TrackerConfig(kind=TrackerKind.none),
+    )
+    await run_experiment(nothing, tmp_path / "b")
+    [comparison] = await compare([first, ("b", tmp_path / "b")])
+
+    assert comparison.refusal
+
+
+def test_the_interval_of_70_and_75_percent_over_2000_rows_holds_the_truth_19_times_of_20() -> None:
+    covered = 0
+    for seed in range(20):
+        difference = drawn(seed, 2000)
+        assert difference.interval is not None
+        covered += 0.05 in difference.interval
+
+    assert covered >= 19
+
+
+def test_fifty_rows_hardly_ever_tell_70_from_75_percent() -> None:
+    assert sum(drawn(seed, 50).is_told for seed in range(20)) <= 3
+
+
+def drawn(seed: int, rows: int) -> Difference:
+    """The difference between models of 70 % and 75 % accuracy."""
+    draw = random.Random(seed)
+    pairs = Pairs()
+    for _ in range(rows):
+        pairs.add({"score a": [float(draw.random() < 0.7)]}, {"score a": [float(draw.random() < 0.75)]})
+    [difference] = pairs.differences()
+    return difference
+
+
+def test_a_constant_difference_is_told() -> None:
+    pairs = Pairs()
+    for number in range(10):
+        pairs.add({"latency_s": [number]}, {"latency_s": [number + 0.5]})
+    [difference] = pairs.differences()
+
+    assert difference.is_told
+    assert difference.value == pytest.approx(0.5)
+
+
+def test_differences_are_shown_with_their_interval() -> None:
+    comparisons = [
+        Comparison(first="model=a", second="model=b", differences=[drawn(1, 2000)], same_prompts=False),
+        Comparison(first="model=a", second="model=\x1b[31mc", refusal="their rows differ"),
+    ]
+    stream = io.StringIO()
+    show_comparisons(comparisons, stream=stream)
+    shown = stream.getvalue()
+
+    assert "with other prompts: model=b - model=a" in shown
+    assert " pp, " in shown
+    assert r"not compared: model=\x1b[31mc - model=a: their rows differ" in shown
+
+
+async def test_a_multirun_ends_with_the_differences(command: Command) -> None:
+    rows: list[Json] = [{"text": f"number {number}", "label": f"echo: number {number}"} for number in range(30)]
+    command.write_rows("rows.jsonl", rows)
+    done = await command(
+        "-m",
+        "dataset=jsonl",
+        "dataset.path=rows.jsonl",
+        'prompt="{{ text }}","Say {{ text }}"',
+        "scorers.right.kind=exact_match",
+        "scorers.right.target=label",
+        "simulator.latency_s=0.001",
+        "tracker=none",
+    )
+
+    assert done.exit_code == 0, done.err
+    assert "differences over the same rows, with other prompts: prompt=" in done.out
+    assert "score right" in done.out
+    assert "lower" in done.out
+
+
+def test_a_folder_without_answers_is_no_run(tmp_path: Path) -> None:
+    assert not is_run(tmp_path)
