@@ -172,12 +172,15 @@ def test_a_password_has_no_place_in_the_address_of_redis() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+BENCH = TaskConfig(kind=TaskKind.bench)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"budget": BudgetConfig(usd=1.0)}, "budget"),
-        ({"budget": BudgetConfig(requests=0)}, "budget"),
-        ({"plan": True}, "plan=true"),
+        ({"task": BENCH, "budget": BudgetConfig(usd=1.0)}, "budget with task=bench"),
+        ({"task": BENCH, "plan": True}, "plan=true with task=bench"),
+        ({"task": BENCH, "pilot": 5}, "pilot with task=bench"),
     ],
 )
 def test_a_key_that_would_have_no_effect_is_rejected(values: dict[str, Any], key: str) -> None:

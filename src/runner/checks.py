@@ -61,6 +61,10 @@ def check(config: RunnerConfig) -> None:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
     if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    for key, amount in vars(config.budget).items():
+        if amount is not None and not amount > 0:
+            raise ConfigError(f"budget.{key}={amount}: a number above 0, or null for no limit")
+    _at_least("pilot", config.pilot, 1)
     _check_reuse(config)
     _reject_unavailable(config)
 
@@ -95,6 +99,9 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
     if not 0 < deployment.weight < math.inf:
         raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
+    for key, price in (vars(deployment.price) if deployment.price else {}).items():
+        _at_least(f"{prefix}price.{key}", price, 0)
+    _at_least(f"{prefix}max_output_tokens", deployment.max_output_tokens, 1)
     _at_least(f"{prefix}order", deployment.order, 0)
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
@@ -148,9 +155,11 @@ _NOT_AVAILABLE = "is not available in this version"
 
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
+    is_bench = config.task.kind is TaskKind.bench
     wanted = {
-        "budget": any(value is not None for value in vars(config.budget).values()),
-        "plan=true": config.plan,
+        "budget with task=bench": is_bench and any(value is not None for value in vars(config.budget).values()),
+        "plan=true with task=bench": is_bench and config.plan,
+        "pilot with task=bench": is_bench and config.pilot is not None,
     }
     for key, is_wanted in wanted.items():
         if is_wanted:
