@@ -129,6 +129,10 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
             f"{where}.redis_url: configurations are stored with the run, so a password has no place in them. Put it"
             " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
         )
+    if limits.redis_url != LimitsConfig.redis_url and limits.shared is not Shared.redis:
+        raise ConfigError(f"{where}.redis_url has no effect without {where}.shared=redis: set that too")
+    if limits.shared_folder is not None and limits.shared is not Shared.file:
+        raise ConfigError(f"{where}.shared_folder has no effect without {where}.shared=file: set that too")
 
 
 LIMIT_KEYS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
@@ -383,6 +387,8 @@ _ENTRIES = {"deployments": DeploymentConfig, "scorers": ScorerConfig}
 
 
 def unknown_key_message(path: str) -> str:
+    if path.rpartition(".")[2] == "api_key":
+        return f"unknown key {path!r}: keys come from the environment or from .env; api_key_env names the variable"
     near = nearest_key(path)
     hint = f" Did you mean {near!r}?" if near else " `python -m runner --help` lists the keys."
     return f"unknown key {path!r}.{hint}"

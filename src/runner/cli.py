@@ -227,6 +227,10 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     cells = sweep.cells()
     if not cells:
         return exit_code
+    if len(cells) == 1:
+        write(
+            sys.stderr, "\n-m, but one cell: values that a comma separates make several, texts with commas in quotes\n"
+        )
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
     _show_differences(cells)
