@@ -26,6 +26,7 @@ from runner.config import (
     RetryConfig,
     RunnerConfig,
     SimulatorConfig,
+    SloConfig,
     SweepConfig,
     TaskConfig,
     TaskKind,
@@ -240,6 +241,27 @@ async def test_an_adaptive_ladder_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(provider.requests) == asked
     assert sorted(levels_of(first)) == sorted(levels_of(again))
     assert all(level["repeats"] == 2 for level in levels_of(first).values())
+
+
+async def test_an_adaptive_ladder_is_not_lengthened_by_its_repeats(tmp_path: Path) -> None:
+    """The first time, level 2 fails; the second time it does not, and half of its requests may."""
+    marks: list[str] = []
+
+    def answer(asked: Asked) -> Any:
+        mark = asked.text.split("-")[0]
+        if mark not in marks:
+            marks.append(mark)
+        return refusal(400, "no") if marks.index(mark) == 1 else shout(asked)
+
+    bench = BenchConfig(levels="auto", requests=12, warmup=1, repeats=2, slo=SloConfig(error_rate=0.5))
+    async with serving(answer) as provider:
+        config = configured(model="openai_like/m", api_base=provider.url, bench=bench)
+        await run_bench(config, tmp_path)
+        asked = len(provider.requests)
+        report = await run_bench(config, tmp_path)
+
+    assert len(provider.requests) == asked
+    assert sorted(levels_of(report)) == [1, 2]
 
 
 @pytest.mark.parametrize("moment", ["within a level", "between levels"])

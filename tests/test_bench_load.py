@@ -117,13 +117,15 @@ async def test_the_wave_of_first_requests_is_not_measured() -> None:
 
 @virtual_time
 async def test_a_level_begins_when_no_request_of_the_last_one_is_left() -> None:
-    slow = chain([SERVICE_S] * 40, [20.0], cycle([SERVICE_S]))
-    server = Server(100, service_s=slow)
+    """One request of the first level takes 20 s, and keeps a slot of the second one so long."""
+    slow = chain([SERVICE_S] * 20, [20.0], cycle([SERVICE_S]))
     async with closed_loop() as load:
+        server = Server(100, service_s=slow)
         await measured(load, server, 16, extent(20))
-        _, samples = await measured(load, server, 1, extent(10))
+        span, _ = await measured(load, server, 4, extent(10))
 
-    assert max(sample.latency_s for sample in samples) == pytest.approx(SERVICE_S)
+    assert now() > 20
+    assert span.in_flight == pytest.approx(4)
 
 
 @virtual_time
@@ -204,6 +206,26 @@ async def test_latency_of_a_rate_counts_from_when_a_request_was_to_be_sent() -> 
     facts = facts_of(span, samples, Mode.open)
     assert facts.requests_per_s.value == pytest.approx(4, rel=0.05)
     assert verdict_on([facts], BenchConfig(rate=8)).standing is Standing.none_passes
+
+
+@virtual_time
+async def test_a_client_that_falls_behind_does_not_hide_it() -> None:
+    stalls = iter([0.0] * 50 + [3.0] + [0.0] * 100)
+    stalled_s = 0.0
+    server = Server(100)
+
+    async def ask() -> Answer:
+        nonlocal stalled_s
+        stalled_s += next(stalls)
+        return await server.ask()
+
+    load = OpenLoop(arrivals=Arrivals.constant, clock=lambda: time.perf_counter() + stalled_s)
+    samples: list[Sample] = []
+    await load.measure(10, 1, ask=ask, extent=extent(80, warmup=0), take=samples.append)
+
+    late = sorted(sample.latency_s for sample in samples)[-20:]
+    assert late[-1] == pytest.approx(3 + SERVICE_S, abs=0.2)
+    assert late[0] > 1  # those that were to be sent meanwhile
 
 
 @virtual_time

@@ -120,10 +120,10 @@ class WorkloadHasher:
         self._rows = hashlib.blake2b(digest_size=8)
         self._inputs = hashlib.blake2b(digest_size=8)
 
-    def add(self, fields: Any, asked: Any) -> None:
-        """The next row: its fields, and the input that was made of them (JSON-like)."""
-        self._rows.update(dump_json(fields))
-        self._inputs.update(dump_json(asked))
+    def add(self, metadata: str, asked: Any) -> None:
+        """The next row: its own fields as JSON, and the input that was made of it (JSON-like)."""
+        self._rows.update(metadata.encode("utf-8", "surrogatepass"))
+        self._inputs.update(asked.encode("utf-8", "surrogatepass") if isinstance(asked, str) else dump_json(asked))
 
     @property
     def facts(self) -> dict[str, str]:
