@@ -95,6 +95,13 @@ class Command:
         return folder
 
 
+async def see_progress(process: asyncio.subprocess.Process) -> None:
+    """Read what a running command says, up to its next line of progress."""
+    assert process.stderr is not None
+    while b"rows/s" not in (line := await process.stderr.readline()):
+        assert line, "it ended"
+
+
 class Experiment:
     """A configuration that is run again and again in one folder, with changes."""
 

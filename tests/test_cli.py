@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import SOURCES, Asked, Command, get, read_rows, read_summary, refusal, serving, shout
+from harness import SOURCES, Asked, Command, get, read_rows, read_summary, refusal, see_progress, serving, shout
 from runner.arguments import friendly
 from runner.cli import main
 from runner.config import RunnerConfig, SimulatorConfig
@@ -268,7 +268,7 @@ async def test_a_second_process_is_kept_out_of_the_folder(command: Command) -> N
     arguments = ("prompt=x", "simulator.latency_s=30", "tracker=none")
     async with command.running(*arguments) as first:
         assert first.stderr is not None
-        await first.stderr.readline()  # its progress
+        await see_progress(first)
         second = await command(*arguments)
 
         assert second.exit_code == 2
@@ -305,7 +305,7 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
         )
         async with command.running(*arguments) as process:
             assert process.stderr is not None
-            await process.stderr.readline()  # its progress
+            await see_progress(process)
             process.send_signal(signum)
             out, err = await process.communicate()
         interrupted = await get(ledger)
@@ -370,7 +370,7 @@ async def test_a_second_signal_ends_at_once(command: Command) -> None:
         arguments = ("model=openai_like/echo", f"api_base={simulator.url}", "prompt=x", "tracker=none")
         async with command.running(*arguments) as process:
             assert process.stderr is not None
-            await process.stderr.readline()  # its progress
+            await see_progress(process)
             process.send_signal(signal.SIGINT)
             while b"again to end at once" not in (line := await process.stderr.readline()):
                 assert line
@@ -527,7 +527,7 @@ async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command:
         )
         async with command.running(*arguments) as process:
             assert process.stderr is not None
-            await process.stderr.readline()  # its progress
+            await see_progress(process)
             process.send_signal(signal.SIGINT)
             out, err = await process.communicate()
         done = await command(*arguments)

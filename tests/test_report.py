@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Command
+from harness import Command, see_progress
 from runner.cli import main as run
 from runner.report import read_runs, render
 from runner.report.__main__ import main
@@ -122,8 +122,8 @@ async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> N
     arguments = ("dataset=jsonl", "dataset.path=rows.jsonl", "simulator.latency_s=0.2", "tracker=none")
     async with command.running(*arguments, "limits.concurrency=4") as process:
         assert process.stderr is not None
-        await process.stderr.readline()  # its progress
-        await process.stderr.readline()
+        await see_progress(process)
+        await see_progress(process)
         [facts] = await read_runs([command.run()])
 
     assert facts.state == "running or killed"
