@@ -106,14 +106,14 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         )
         judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
         notes = [*resumption.notes, *_unpriced(config)]
-        async with _shown(run, config, tracker, settled, notes):
-            try:
-                async with budget.opened(store, end=run.end) if budget else nullcontext():
-                    with handled_signals(run.on_signal):
+        with handled_signals(run.on_signal):
+            async with _shown(run, config, tracker, settled, notes):
+                try:
+                    async with budget.opened(store, end=run.end) if budget else nullcontext():
                         await run.until_done(after_pilot=judge_pilot)
-            except Exception:  # a bug; what was paid for is shown all the same
-                await _conclude(run, store, folder)
-                raise
+                except Exception:  # a bug; what was paid for is shown all the same
+                    await _conclude(run, store, folder)
+                    raise
         report = await _conclude(run, store, folder)
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(

@@ -283,7 +283,8 @@ class Run:
                 else:
                     await self._answered(asked, settled.trace, settled.result)
         except BudgetExhausted as reason:  # these rows have no outcome: they are left for later
-            self.stop(reason)
+            if self.stop.reason is None:
+                self.stop(reason)
 
     async def _answered(self, asked: Sequence[Claimed], trace: Trace, responses: Sequence[Response]) -> None:
         self._any_answer = True
