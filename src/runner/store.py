@@ -189,10 +189,6 @@ class Store:
 
     # Answering
 
-    async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
-        """Hand in what came of the row at ``position``; as `save_all`."""
-        await self.save_all([(position, outcome, scores)])
-
     async def save_all(self, settled: Iterable[tuple[int, Outcome, str | None]]) -> None:
         """Hand in what came of rows, with their positions and scores. It is durable when ``on_commit`` says so.
 
@@ -204,10 +200,6 @@ class Store:
         await self._commits.put_all(
             _Settled(position, self._bounded(outcome), scores) for position, outcome, scores in settled
         )
-
-    async def note_attempt(self, key: Key, attempt: Attempt) -> None:
-        """Enter a failed attempt in the ledger; as `note_attempts`."""
-        await self.note_attempts([key], attempt)
 
     async def note_attempts(self, keys: Iterable[Key], attempt: Attempt) -> None:
         """Enter an attempt that failed for rows that shared it: once, and durably before it is followed by another."""
