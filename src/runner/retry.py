@@ -11,7 +11,7 @@ from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
 from runner.config import RetryConfig
-from runner.errors import RequestError
+from runner.errors import APIResponseError, RequestError
 from runner.limiter import Slot
 from runner.types import Attempt, Client, Request, Response, Trace
 
@@ -130,6 +130,8 @@ class _Enough(stop_base):
 
 
 def _may_help(trace: Trace, error: RequestError) -> bool:
+    if trace.garbled and isinstance(error, APIResponseError):
+        return False
     return error.retryable or trace.at_once
 
 
