@@ -93,7 +93,7 @@ def layout(path: Path) -> dict[str, set[tuple[str, str]]]:
 async def test_an_older_store_is_not_migrated_by_a_reader(path: Path) -> None:
     version_1(path)
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"schema version 1, this program reads version 2: the command that made it"):
+    with pytest.raises(StoreError, match=r"schema version 1, this program reads version 3: the command that made it"):
         await Store.open_readonly(path)
     assert path.read_bytes() == before
 

@@ -423,7 +423,7 @@ async def test_each_attempt_of_unknown_cost_is_bounded_by_what_it_can_have_cost(
     await store.claim([Claim(position=n, content=content(n), metadata=None) for n in range(4)], bounds)
     await store.note_attempts([(content(0), 0)], attempt(cost_usd=None))
     await store.note_attempts([(content(0), 0)], attempt(cost_usd=0.0))
-    await store.note_lost([(content(1), 0)])
+    await store.note_lost([[(content(1), 0)]])
     await save(store, 0, Outcome(content=content(0), occurrence=0, settled_at=1.0, cost_usd=0.25))
     await save(store, 2, Outcome(content=content(2), occurrence=0, settled_at=1.0, **failed("Timeout")))
     await store.flush()

@@ -196,6 +196,7 @@ async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(p
         "error_status": 504,
         "cost_usd": 0.5,
         "cost_bound_usd": None,
+        "shared": 0,
     }
 
 
@@ -490,13 +491,14 @@ async def test_a_failed_attempt_is_durable_when_its_note_returns(path: Path) -> 
         "error_status": 429,
         "cost_usd": 0.0,
         "cost_bound_usd": None,
+        "shared": 0,
     }
 
 
 async def test_requests_that_were_cancelled_in_flight_are_entered_as_lost(path: Path) -> None:
     async with await Store.open(path) as store:
         await store.note_lost([])
-        await store.note_lost([(content("a"), 0), (content("b"), 1)])
+        await store.note_lost([[(content("a"), 0)], [(content("b"), 1)]])
         assert await attempts(store) == [("a", 0, "Lost"), ("b", 1, "Lost")]
         assert await table(store, "SELECT count(*) FROM attempts WHERE cost_usd IS NULL") == [(2,)]
 
@@ -746,7 +748,7 @@ async def test_a_foreign_database_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, 3])
+@pytest.mark.parametrize("version", [0, 4])
 async def test_another_versions_database_is_refused_and_left_alone(path: Path, version: int) -> None:
     async with await Store.open(path) as store:
         await store.put_meta({"kept": "yes"})

@@ -202,12 +202,21 @@ class Store:
         )
 
     async def note_attempts(self, keys: Iterable[Key], attempt: Attempt) -> None:
-        """Enter an attempt that failed for rows that shared it: once, and durably before it is followed by another."""
-        await self._commits.put_durably(Entry.of(key, attempt, self._bounds.get(key)) for key in keys)
+        """Enter an attempt that failed, durably before it is followed by another.
 
-    async def note_lost(self, keys: Iterable[Key]) -> None:
-        """Enter requests that were cancelled in flight in the ledger: what they cost is unknown."""
-        await self._commits.put_durably(Entry.lost(key, self._bounds.get(key)) for key in keys)
+        Each of the rows that shared it has an entry with its part of the cost; the first one's counts as the attempt.
+        """
+        await self._commits.put_durably(
+            Entry.of(key, attempt, self._bounds.get(key), shared=place > 0) for place, key in enumerate(keys)
+        )
+
+    async def note_lost(self, requests: Iterable[Iterable[Key]]) -> None:
+        """Enter requests, by the rows that shared them, that were cancelled in flight: what they cost is unknown."""
+        await self._commits.put_durably(
+            Entry.lost(key, self._bounds.get(key), shared=place > 0)
+            for keys in requests
+            for place, key in enumerate(keys)
+        )
 
     async def flush(self) -> None:
         """Commit what is pending."""
