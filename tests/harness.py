@@ -19,6 +19,7 @@ from aiohttp import ClientSession, web
 from runner.config import DatasetConfig, DatasetKind, RetryConfig, RunnerConfig, TrackerConfig, TrackerKind
 from runner.experiment import Report, run_experiment
 from runner.simulator.body import read_form
+from runner.store import Outcome, Store
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 
@@ -116,6 +117,11 @@ class Experiment:
 
     def texts(self) -> list[str | None]:
         return [row["output_text"] for row in read_rows(self.folder)]
+
+
+async def save(store: Store, position: int, outcome: Outcome, scores: str | None = None) -> None:
+    """Hand in what came of one row."""
+    await store.save_all([(position, outcome, scores)])
 
 
 def numbered(count: int) -> list[Json]:

@@ -33,7 +33,7 @@ class Disk:
 async def test_what_is_handed_in_together_is_committed_together() -> None:
     disk = Disk()
     for entry in range(5):
-        await disk.commits.put(entry)
+        await disk.commits.put_all([entry])
     await disk.commits.put_durably([5, 6])
     assert disk.groups == [[0, 1, 2, 3, 4, 5, 6]]
     assert disk.reported == [0, 1, 2, 3, 4, 5, 6]
@@ -43,7 +43,7 @@ async def test_what_is_handed_in_together_is_committed_together() -> None:
 async def test_while_one_group_is_committed_the_next_one_gathers() -> None:
     disk = Disk()
     for entry in range(30):
-        await disk.commits.put(entry)
+        await disk.commits.put_all([entry])
         await asyncio.sleep(0.01)
     await disk.commits.flush()
     assert disk.entries == list(range(30))
@@ -71,7 +71,7 @@ async def test_what_could_not_be_committed_waits_and_is_committed_once_when_ther
     with pytest.raises(OSError, match="full"):
         await disk.commits.put_durably([1, 2])
     with pytest.raises(OSError, match="full"):
-        await disk.commits.put(3)
+        await disk.commits.put_all([3])
     with pytest.raises(OSError, match="full"):
         await disk.commits.flush()
     assert disk.reported == []
@@ -86,7 +86,7 @@ async def test_those_who_hand_in_wait_while_too_much_is_waiting() -> None:
     disk = Disk()
     most = 0
     for entry in range(5_000):
-        await disk.commits.put(entry)
+        await disk.commits.put_all([entry])
         most = max(most, entry + 1 - len(disk.reported))
     await disk.commits.flush()
     assert most <= 256

@@ -6,7 +6,17 @@ import pytest
 from aiohttp import web
 
 from harness import Asked, refusal, serving, shout
-from runner.config import DeploymentConfig, LimitsConfig, RunnerConfig, TrackerConfig, TrackerKind
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    DeploymentConfig,
+    LimitsConfig,
+    RunnerConfig,
+    TaskConfig,
+    TaskKind,
+    TrackerConfig,
+    TrackerKind,
+)
 from runner.doctor import Finding, Verdict, examine, main
 
 
@@ -94,6 +104,25 @@ async def test_a_request_on_consent_compares_the_limits_with_the_provider_s_head
     assert any("limits.rpm=500 is above the provider's 300" in note for note in notes)
     assert any("limits.tpm=1000 would keep to it" in note for note in notes)
     assert server.requests[-1].body["max_tokens"] == 16
+
+
+async def test_a_request_on_consent_is_one_of_the_task_s_own(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("voice", encoding="utf-8")
+    recordings = DatasetConfig(kind=DatasetKind.files, path=str(tmp_path))
+    async with serving(lambda asked: listing("llama") if asked.path == "/v1/models" else shout(asked)) as server:
+        embed = experiment(server.url, task=TaskConfig(kind=TaskKind.embed), request={"dimensions": 2})
+        embedded = await findings(embed, ask=True)
+        asked = [request for request in server.requests if request.path != "/v1/models"]
+        transcribe = experiment(server.url, task=TaskConfig(kind=TaskKind.transcribe), prompt=None, dataset=recordings)
+        transcribed = await findings(transcribe, ask=True)
+
+    assert faults(embedded) == faults(transcribed) == []
+    assert [(each.path, each.body["input"], each.body["dimensions"]) for each in asked] == [
+        ("/v1/embeddings", ["OK"], 2)
+    ]
+    assert any("one request: answered" in finding.text for finding in embedded)
+    assert any("not asked" in finding.text for finding in transcribed)
+    assert [request.path for request in server.requests[-1:]] == ["/v1/models"]
 
 
 async def test_every_deployment_is_looked_at() -> None:

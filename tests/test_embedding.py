@@ -6,8 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from runner import errors
+from runner.config import RetryConfig
 from runner.embedding import EmbeddingOutcome, embed, usage_shares
+from runner.retry import Retrying
 from runner.types import EmbeddingRequest, Embeddings, Request, Response, TokenPrice, TokenUsage
+from virtual_time import virtual_time
 
 
 class Provider:
@@ -34,14 +37,17 @@ class Provider:
             headers={},
         )
 
+    async def aclose(self) -> None: ...
+
 
 def fails_on(*words: str, error: Exception | None = None) -> Callable[[list[str]], Exception | None]:
     refusal = error or errors.BadRequestError("no", status=400)
     return lambda texts: refusal if set(words) & set(texts) else None
 
 
-async def outcomes_of(provider: Provider, texts: list[str]) -> list[EmbeddingOutcome]:
-    return [outcome async for part in embed(provider.send, texts, requests_for(texts)) for outcome in part]
+async def outcomes_of(provider: Provider, texts: list[str], *, max_retries: int = 0) -> list[EmbeddingOutcome]:
+    client = Retrying(provider, RetryConfig(max_retries=max_retries))
+    return [outcome async for part in embed(client.send, texts, requests_for(texts)) for outcome in part]
 
 
 def requests_for(texts: list[str]) -> Callable[[range], EmbeddingRequest]:
@@ -90,6 +96,26 @@ async def test_a_bad_text_fails_alone(error: errors.ItemError) -> None:
     assert len(provider.asked) == 1 + 2 * 5
 
 
+@virtual_time
+async def test_a_server_that_answers_nothing_but_garbage_gets_two_requests_a_text_at_most() -> None:
+    provider = Provider(lambda texts: errors.APIResponseError("garbage"))
+
+    outcomes = await outcomes_of(provider, [f"text {n}" for n in range(32)], max_retries=3)
+
+    assert all(isinstance(outcome.error, errors.APIResponseError) for outcome in outcomes)
+    assert len(provider.asked) == 3 + 2 * 32 - 1
+
+
+@virtual_time
+async def test_the_half_of_a_garbled_request_is_still_tried_again_where_it_is_turned_away() -> None:
+    refusals = iter([errors.RateLimitError("slow down", status=429)])
+    provider = Provider(lambda texts: errors.APIResponseError("garbage") if "bad" in texts else next(refusals, None))
+
+    outcomes = await outcomes_of(provider, ["a", "b", "bad", "d"], max_retries=1)
+
+    assert [outcome.place for outcome in outcomes if outcome.error] == [2]
+
+
 async def test_several_bad_texts_fail_each_for_itself() -> None:
     texts = [f"text {n}" for n in range(20)]
 
@@ -106,6 +132,7 @@ async def test_several_bad_texts_fail_each_for_itself() -> None:
         errors.Timeout("too slow"),
         errors.InternalServerError("sorry", status=500),
         errors.ConnectError("nobody"),
+        errors.ConflictError("busy", status=409),
     ],
 )
 async def test_what_is_not_a_texts_fault_fails_them_all_at_once(error: errors.ItemError) -> None:

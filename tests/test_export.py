@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness import Command
+from harness import Command, save
 from runner import DB_URL_DEFAULT, export_jsonl, prompt_map
 from runner.errors import ConfigError, StoreError
 from runner.export import main
@@ -38,7 +38,7 @@ async def settle(store: Store, first: int, count: int, **columns: Any) -> None:
     await store.claim(claims, Terms(retry_failed=False, scored=False))
     for position, key in enumerate(keys, first):
         text = {"output_text": f"answer {position}", **columns}
-        await store.save(position, Outcome(content=key, occurrence=0, settled_at=1.0, **text))
+        await save(store, position, Outcome(content=key, occurrence=0, settled_at=1.0, **text))
     await store.flush()
 
 

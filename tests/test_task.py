@@ -18,7 +18,16 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from harness import Asked, Experiment, Json, read_rows, refusal, serving, shout
-from runner.config import DatasetConfig, DatasetKind, LimitsConfig, ScorerConfig, SimulatorConfig, TaskConfig, TaskKind
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    LimitsConfig,
+    RetryConfig,
+    ScorerConfig,
+    SimulatorConfig,
+    TaskConfig,
+    TaskKind,
+)
 from runner.errors import ConfigError
 from runner.simulator import Simulator
 from runner.types import Endpoint
@@ -103,6 +112,38 @@ async def test_a_bad_text_fails_alone_and_every_attempt_is_in_the_ledger(tmp_pat
     assert Counter(attempts(experiment.folder)) == {("BadRequestError", 0.0): 4 + 2 + 1}
     assert len(provider.requests) == 6 + 1
     assert again.summary["reused"] == 7
+
+
+async def test_a_retry_that_texts_share_counts_once_and_its_cost_for_each_of_them(tmp_path: Path) -> None:
+    troubles = iter([True, True])
+
+    def answer(asked: Asked) -> web.Response:
+        return refusal(500, "sorry") if "text 0" in asked.body["input"] and next(troubles, False) else shout(asked)
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, task=EMBED)
+        report = await experiment(texts(8))
+        rows = read_rows(experiment.folder)
+
+    summary = report.summary
+    assert (summary["succeeded"], summary["retries"]) == (8, 2)
+    assert summary["attempts_of_unknown_cost"] == 2 + 2  # the model has no price, so that answers have no cost either
+    assert [deployment["retries"] for deployment in summary["deployments"].values()] == [2]
+    assert [row["metrics"]["retries"] for row in rows] == [2] * 4 + [0] * 4
+    assert attempts(experiment.folder) == [("InternalServerError", None)] * 8
+
+
+async def test_a_request_that_failed_for_all_its_texts_is_one_attempt_also_after_it_is_asked_again(
+    tmp_path: Path,
+) -> None:
+    async with serving(lambda asked: refusal(500, "sorry")) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, task=EMBED, retry=RetryConfig(max_retries=0))
+        failed = await experiment(texts(4))
+        provider.answer = shout
+        again = await experiment()
+
+    assert (failed.summary["failed"], failed.summary["attempts_of_unknown_cost"]) == (4, 1)
+    assert (again.summary["succeeded"], again.summary["attempts_of_unknown_cost"]) == (4, 2)
 
 
 async def test_another_micro_batch_size_goes_on_with_the_same_run(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Outcome:
     cost_bound_usd: float | None = None
     embedding: bytes | None = None
     reused_from: str | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +63,10 @@ class Entry:
     error_status: int | None = None
     cost_usd: float | None = None
     cost_bound_usd: float | None = None
+    shared: bool = False
 
     @classmethod
-    def of(cls, key: Key, attempt: Attempt, cost_bound_usd: float | None) -> Entry:
+    def of(cls, key: Key, attempt: Attempt, cost_bound_usd: float | None, *, shared: bool = False) -> Entry:
         return cls(
             content=key[0],
             occurrence=key[1],
@@ -77,10 +79,11 @@ class Entry:
             error_status=attempt.status,
             cost_usd=attempt.cost_usd,
             cost_bound_usd=cost_bound_usd if attempt.cost_usd is None else None,
+            shared=shared,
         )
 
     @classmethod
-    def lost(cls, key: Key, cost_bound_usd: float | None) -> Entry:
+    def lost(cls, key: Key, cost_bound_usd: float | None, *, shared: bool = False) -> Entry:
         """An attempt whose outcome is not known, as it is given up now."""
         return cls(
             content=key[0],
@@ -88,6 +91,7 @@ class Entry:
             started_at=time.time(),
             error_type="Lost",
             cost_bound_usd=cost_bound_usd,
+            shared=shared,
         )
 
 
@@ -167,7 +171,8 @@ _MOVE = f"""
     {_PUT_ATTEMPTS}
     SELECT
         content, occurrence, retries + 1, deployment, settled_at - service_time_s, service_time_s,
-        coalesce(error_type, 'GivenUp'), error_message, error_status, cost_usd, cost_bound_usd
+        coalesce(error_type, 'GivenUp'), error_message, error_status, cost_usd, cost_bound_usd,
+        shared
     FROM answers
 """
 

@@ -40,10 +40,6 @@ class GroupCommit(Generic[T]):
         self._task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
 
-    async def put(self, entry: T) -> None:
-        """Hand in ``entry``; as `put_all`."""
-        await self.put_all([entry])
-
     async def put_all(self, entries: Iterable[T]) -> None:
         """Hand in ``entries``, all of them before waiting; wait only while too much is waiting.
 

@@ -17,7 +17,7 @@ import aiosqlite
 
 from runner.errors import StoreError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
 
 PATIENCE_S = 10.0
@@ -180,7 +180,8 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
     elif application != APPLICATION_ID:
         raise StoreError(f"{path} is no results database of runner; nothing was changed in it")
     elif version in _MIGRATIONS and not readonly:
-        await database.executescript(f"BEGIN IMMEDIATE; {_MIGRATIONS[version]} COMMIT;")
+        steps = "".join(_MIGRATIONS[each] for each in range(version, SCHEMA_VERSION))
+        await database.executescript(f"BEGIN IMMEDIATE; {steps} COMMIT;")
     elif version != SCHEMA_VERSION:
         way_out = (
             "the command that made it brings it up to date when it is run again"
@@ -216,6 +217,11 @@ _MIGRATIONS = {
         UPDATE rows SET session = (SELECT max(id) FROM sessions)
         WHERE asked_at >= (SELECT started_at FROM sessions ORDER BY id DESC LIMIT 1);
         PRAGMA user_version = 2;
+    """,
+    2: """
+        ALTER TABLE answers ADD COLUMN shared INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE attempts ADD COLUMN shared INTEGER NOT NULL DEFAULT 0;
+        PRAGMA user_version = 3;
     """,
 }
 """What makes a version the next one. All or nothing: a process that dies in it leaves the older version."""

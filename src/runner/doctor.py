@@ -21,12 +21,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from runner.checks import check
-from runner.config import DeploymentConfig, RunnerConfig, TrackerKind, replicas
+from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
 from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
 from runner.progress import printable, write
 from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport
 from runner.transports.models import listed_models, missing_keys
-from runner.types import GenerationRequest, Response
+from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response
 from runner.workload import Workload
 
 _LOW_DISK_BYTES = 2**30
@@ -160,8 +160,10 @@ async def _look_at_deployment(
         yield _note(label, f"there is no key in {variable}: right for a server that wants none")
     if base is not None:
         yield await _look_at_server(label, deployment, base, key, model)
-    if ask:
-        request = GenerationRequest(input="Say OK.", endpoint=config.endpoint, params=_tiny(config))
+    request = _tiny(config) if ask else None
+    if ask and request is None:
+        yield _note(label, "not asked: there is no recording at hand to have transcribed")
+    if request is not None:
         try:
             response = await transport.send(request)
         except RequestError as error:
@@ -215,12 +217,18 @@ def _number(headers: Mapping[str, str], name: str) -> float | None:
         return None
 
 
-def _tiny(config: RunnerConfig) -> dict[str, object]:
-    """The experiment's own parameters, with a short answer."""
-    key = "max_completion_tokens" if "max_completion_tokens" in config.request else "max_tokens"
-    if config.endpoint.value == "responses":
+def _tiny(config: RunnerConfig) -> Request | None:
+    """A small request with the experiment's own parameters; None where its task can have none."""
+    params = {name: value for name, value in config.request.items() if name != "timeout"}
+    match asked_kind(config):
+        case TaskKind.embed:
+            return EmbeddingRequest(texts=["OK"], params=params)
+        case TaskKind.transcribe:
+            return None
+    key = "max_completion_tokens" if "max_completion_tokens" in params else "max_tokens"
+    if config.endpoint is Endpoint.responses:
         key = "max_output_tokens"
-    return {**{name: value for name, value in config.request.items() if name != "timeout"}, key: 16, "stream": False}
+    return GenerationRequest(input="Say OK.", endpoint=config.endpoint, params={**params, key: 16, "stream": False})
 
 
 def _look_at_disk(folder: Path) -> Iterator[Finding]:

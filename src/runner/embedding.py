@@ -41,7 +41,9 @@ async def embed(
     """Ask for the vectors of ``texts`` in one request; yields the outcomes of the texts of each request that settles.
 
     A request that fails for what may be the fault of one of its texts is asked again in halves, so that in the end a
-    bad text fails alone. Any other failure is that of all its texts. One request is sent at a time, and what it brought
+    bad text fails alone. Garbage may be one text's fault too: its halves are asked for without retrying more of it, so
+    that a server that answers nothing else gets at most two requests a text, and the retries of the first. Any other
+    failure is that of all its texts. One request is sent at a time, and what it brought
     is yielded before the next one is sent, so that it can be kept.
 
     Args:
@@ -53,25 +55,29 @@ async def embed(
     Raises:
         Exception: Whatever ``send`` raises that is no `ItemError`.
     """
-    waiting = [range(len(texts))] if texts else []
+    waiting = [(range(len(texts)), False)] if texts else []
     while waiting:
-        part = waiting.pop()
+        part, garbled = waiting.pop()
         request = make_request(part)
+        request.trace.garbled = garbled
         try:
             response = await send(request)
         except ItemError as error:
-            if len(part) > 1 and isinstance(error, _PERHAPS_ONE_TEXTS_FAULT):
+            if len(part) > 1 and _may_be_one_texts_fault(error):
                 if on_split is not None:
                     await on_split(part, request.trace, error)
                 middle = len(part) // 2
-                waiting += [part[middle:], part[:middle]]
+                garbled = garbled or isinstance(error, APIResponseError)
+                waiting += [(part[middle:], garbled), (part[:middle], garbled)]
             else:
                 yield [EmbeddingOutcome(place=place, trace=request.trace, error=error) for place in part]
         else:
             yield _shared_out(part, texts, request.trace, response)
 
 
-_PERHAPS_ONE_TEXTS_FAULT = (BadRequestError, APIResponseError, RowError)
+def _may_be_one_texts_fault(error: ItemError) -> bool:
+    refused = isinstance(error, BadRequestError) and not error.retryable
+    return refused or isinstance(error, APIResponseError | RowError)
 
 
 def _shared_out(part: range, texts: Sequence[str], trace: Trace, response: Response) -> list[EmbeddingOutcome]:

@@ -17,9 +17,17 @@ from runner.vector import pack
 
 
 def success(
-    key: tuple[bytes, int], trace: Trace, response: Response, *, response_format: ResponseFormat | None = None
+    key: tuple[bytes, int],
+    trace: Trace,
+    response: Response,
+    *,
+    response_format: ResponseFormat | None = None,
+    shared: bool = False,
 ) -> Outcome:
-    """The stored form of an answered request, read as ``response_format`` says."""
+    """The stored form of an answered request, read as ``response_format`` says.
+
+    ``shared``: the request is counted with another of its rows.
+    """
     usage = response.usage
     return Outcome(
         content=key[0],
@@ -40,11 +48,12 @@ def success(
         end_to_end_s=trace.end_to_end_s,
         ttft_s=trace.ttft_s,
         cost_usd=trace.cost_usd(usage),
+        shared=shared,
     )
 
 
-def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
-    """The stored form of a row that failed."""
+def failure(key: tuple[bytes, int], trace: Trace, error: ItemError, *, shared: bool = False) -> Outcome:
+    """The stored form of a row that failed; ``shared`` as in `success`."""
     row = error.as_row()
     return Outcome(
         content=key[0],
@@ -59,14 +68,16 @@ def failure(key: tuple[bytes, int], trace: Trace, error: ItemError) -> Outcome:
         service_time_s=trace.service_time_s,
         end_to_end_s=trace.end_to_end_s,
         cost_usd=None if isinstance(error, RequestError) and error.billing == "unknown" else 0.0,
+        shared=shared,
     )
 
 
 def count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
     """Count what has just become durable."""
     for outcome in outcomes:
+        retries = 0 if outcome.shared else outcome.retries
         if outcome.error_type is not None:
-            meter.failed(outcome.error_type, retries=outcome.retries)
+            meter.failed(outcome.error_type, retries=retries)
             continue
         usage = None
         if outcome.total_tokens is not None:
@@ -82,7 +93,7 @@ def count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
             cost_usd=outcome.cost_usd,
             latency_s=outcome.service_time_s,
             queue_wait_s=outcome.queue_wait_s,
-            retries=outcome.retries,
+            retries=retries,
         )
 
 

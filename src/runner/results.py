@@ -87,7 +87,7 @@ async def summarize(store: Store) -> dict[str, Any]:
 
     What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
     or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
-    ``attempts_without_bound``, and there is no upper bound.
+    ``attempts_without_bound``, and there is no upper bound. Attempts and retries that rows shared count once.
     """
     dedupe = (await store.meta()).get("dedupe") == "true"
     totals = await _one(store, _TOTALS)
@@ -144,24 +144,24 @@ _USED = """
         coalesce(sum(total_tokens), 0) AS total,
         coalesce(sum(cached_tokens), 0) AS cached,
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
-        coalesce(sum(retries), 0) AS retries
+        coalesce(sum(retries) FILTER (WHERE NOT shared), 0) AS retries
     FROM answers
     WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = answers.content AND rows.occurrence = answers.occurrence)
 """
 
 _SPENT = """
-    WITH attempt (answered, tokens, cost_usd, bound_usd) AS (
-        SELECT error_type IS NULL, total_tokens, cost_usd, cost_bound_usd FROM answers WHERE reused_from IS NULL
+    WITH attempt (answered, tokens, cost_usd, bound_usd, shared) AS (
+        SELECT error_type IS NULL, total_tokens, cost_usd, cost_bound_usd, shared FROM answers WHERE reused_from IS NULL
         UNION ALL
-        SELECT FALSE, NULL, cost_usd, cost_bound_usd FROM attempts
+        SELECT FALSE, NULL, cost_usd, cost_bound_usd, shared FROM attempts
     )
     SELECT
         count(*) FILTER (WHERE answered) AS answers,
         coalesce(sum(tokens), 0) AS tokens,
         coalesce(sum(cost_usd), 0.0) AS cost_usd,
         count(cost_usd) FILTER (WHERE answered) AS priced,
-        count(*) FILTER (WHERE cost_usd IS NULL) AS unknown_costs,
-        count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL) AS without_bound,
+        count(*) FILTER (WHERE cost_usd IS NULL AND NOT shared) AS unknown_costs,
+        count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL AND NOT shared) AS without_bound,
         coalesce(sum(bound_usd) FILTER (WHERE cost_usd IS NULL), 0.0) AS bounds_usd
     FROM attempt
 """
@@ -265,7 +265,9 @@ async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
     return deployments
 
 
-_RETRIES = "SELECT deployment, count(*) AS n FROM attempts WHERE deployment IS NOT NULL GROUP BY deployment"
+_RETRIES = (
+    "SELECT deployment, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY deployment"
+)
 
 _DEPLOYMENTS = f"""
     WITH ranked AS (

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Protocol
+from contextlib import nullcontext
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
 from runner.config import RetryConfig
-from runner.errors import RequestError
+from runner.errors import APIResponseError, RequestError
+from runner.limiter import Slot
 from runner.types import Attempt, Client, Request, Response, Trace
-
-
-class Slot(Protocol):
-    """What a waiting request gives back meanwhile."""
-
-    def aside(self) -> AbstractAsyncContextManager[None]: ...
 
 
 class Retrying:
@@ -136,6 +130,8 @@ class _Enough(stop_base):
 
 
 def _may_help(trace: Trace, error: RequestError) -> bool:
+    if trace.garbled and isinstance(error, APIResponseError):
+        return False
     return error.retryable or trace.at_once
 
 

@@ -290,8 +290,9 @@ class Run:
         self._any_answer = True
         self._soft_start.open()
         saved: list[tuple[int, Outcome, str | None]] = []
-        for claimed, response in zip(asked, responses, strict=True):
-            outcome = success(_key(claimed), trace, response, response_format=self._workload.response_format)
+        layout = self._workload.response_format
+        for place, (claimed, response) in enumerate(zip(asked, responses, strict=True)):
+            outcome = success(_key(claimed), trace, response, response_format=layout, shared=place > 0)
             scores = self._score(claimed[0], outcome.output_text or "") if self._workload.scorers else None
             saved.append((claimed[0].position, outcome, scores))
         await self._store.save_all(saved)
@@ -315,8 +316,10 @@ class Run:
             self._give_up(trace, error)
 
     async def _fail(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
-        saved = [(claimed[0].position, failure(_key(claimed), trace, error), None) for claimed in asked]
-        await self._store.save_all(saved)
+        await self._store.save_all(
+            (claimed[0].position, failure(_key(claimed), trace, error, shared=place > 0), None)
+            for place, claimed in enumerate(asked)
+        )
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
         advice = way_out(error, replicas(self._config).get(trace.deployment))
@@ -338,7 +341,7 @@ class Run:
                 await self._clear_suspects()
             await self._store.flush()
             flights = [flight for flight in self._flights.values() if flight.trace.on_the_wire]
-            await self._store.note_lost(key for flight in flights for key in flight.keys)
+            await self._store.note_lost(flight.keys for flight in flights)
             for asked, trace, error in self._suspects:
                 attempt = failed_attempt(trace, error)
                 await self._store.note_attempts(map(_key, asked), attempt)

@@ -55,7 +55,8 @@ CREATE TABLE answers (
     cost_usd          REAL,    -- NULL: unknown
     cost_bound_usd    REAL,    -- where the cost is unknown: the most that it can be; NULL: not to be known
     embedding         BLOB,    -- of an embedding: its vector
-    reused_from       TEXT     -- the run that was asked and paid; NULL: this one
+    reused_from       TEXT,    -- the run that was asked and paid; NULL: this one
+    shared            INTEGER NOT NULL DEFAULT 0 -- 1: of a request that is counted with another of its rows
 );
 CREATE UNIQUE INDEX answers_by_key ON answers (content, occurrence);
 CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
@@ -74,7 +75,8 @@ CREATE TABLE attempts (
     error_message  TEXT,
     error_status   INTEGER,
     cost_usd       REAL,          -- NULL: unknown
-    cost_bound_usd REAL           -- where the cost is unknown: the most that it can be; NULL: not to be known
+    cost_bound_usd REAL,          -- where the cost is unknown: the most that it can be; NULL: not to be known
+    shared         INTEGER NOT NULL DEFAULT 0 -- 1: an attempt that is counted with another of its rows
 );
 
 -- Files that rows name and that were read to know what they hold, as they were then.

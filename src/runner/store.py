@@ -189,10 +189,6 @@ class Store:
 
     # Answering
 
-    async def save(self, position: int, outcome: Outcome, scores: str | None = None) -> None:
-        """Hand in what came of the row at ``position``; as `save_all`."""
-        await self.save_all([(position, outcome, scores)])
-
     async def save_all(self, settled: Iterable[tuple[int, Outcome, str | None]]) -> None:
         """Hand in what came of rows, with their positions and scores. It is durable when ``on_commit`` says so.
 
@@ -205,17 +201,22 @@ class Store:
             _Settled(position, self._bounded(outcome), scores) for position, outcome, scores in settled
         )
 
-    async def note_attempt(self, key: Key, attempt: Attempt) -> None:
-        """Enter a failed attempt in the ledger; as `note_attempts`."""
-        await self.note_attempts([key], attempt)
-
     async def note_attempts(self, keys: Iterable[Key], attempt: Attempt) -> None:
-        """Enter an attempt that failed for rows that shared it: once, and durably before it is followed by another."""
-        await self._commits.put_durably(Entry.of(key, attempt, self._bounds.get(key)) for key in keys)
+        """Enter an attempt that failed, durably before it is followed by another.
 
-    async def note_lost(self, keys: Iterable[Key]) -> None:
-        """Enter requests that were cancelled in flight in the ledger: what they cost is unknown."""
-        await self._commits.put_durably(Entry.lost(key, self._bounds.get(key)) for key in keys)
+        Each of the rows that shared it has an entry with its part of the cost; the first one's counts as the attempt.
+        """
+        await self._commits.put_durably(
+            Entry.of(key, attempt, self._bounds.get(key), shared=place > 0) for place, key in enumerate(keys)
+        )
+
+    async def note_lost(self, requests: Iterable[Iterable[Key]]) -> None:
+        """Enter requests, by the rows that shared them, that were cancelled in flight: what they cost is unknown."""
+        await self._commits.put_durably(
+            Entry.lost(key, self._bounds.get(key), shared=place > 0)
+            for keys in requests
+            for place, key in enumerate(keys)
+        )
 
     async def flush(self) -> None:
         """Commit what is pending."""

@@ -111,6 +111,7 @@ class Trace:
     deployment: str = ""
     price: TokenPrice | None = None  # of the deployment that answered
     at_once: bool = False  # the attempt that failed last may be followed by another one without a wait
+    garbled: bool = False  # part of a larger request that got garbage: more of it is not retried
     called_back: bool = False  # from a deployment that did not answer; once is enough
     avoid: set[str] = field(default_factory=set)  # deployments that failed this request since it last waited
     failures: list[Attempt] = field(default_factory=list)
