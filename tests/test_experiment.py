@@ -208,6 +208,22 @@ async def test_a_refusal_among_good_answers_fails_that_row_only(tmp_path: Path, 
     assert report.summary["errors"] == {"AuthenticationError": 1}
 
 
+async def test_a_request_that_fails_after_an_interrupt_is_entered_and_not_sent_again(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> web.Response:
+        os.kill(os.getpid(), signal.SIGINT)
+        return refusal(500, "broken")
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=1))
+        async with asyncio.timeout(5):
+            interrupted = await experiment(numbered(2))
+
+    assert interrupted.exit_code == 130
+    assert len(provider.requests) == 1
+    assert interrupted.summary["attempts_of_unknown_cost"] == 1
+    assert interrupted.summary["failed"] == 0
+
+
 async def test_a_hanging_request_holds_an_interrupted_run_no_longer_than_the_grace_period(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ from runner.scoring import Scorers
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item
 from runner.transports import DIRECT
-from runner.types import Client, Request, Response, Trace
+from runner.types import Attempt, Client, Request, Response, Trace
 from runner.workload import ClaimSize
 
 GRACE_S = 10.0
@@ -350,12 +350,11 @@ class _Line:
         self._stop = stop
 
     def trace(self, places: Sequence[int]) -> Trace:
-        keys = [_key(self._group[place]) for place in places]
         first, _ = self._group[places[0]]
-        trace = Trace(
-            row=first.position // self._samples, on_failure=lambda attempt: self._store.note_attempts(keys, attempt)
-        )
-        self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
+        trace = Trace(row=first.position // self._samples)
+        flight = _Flight(_current_task(), trace, [_key(self._group[place]) for place in places])
+        trace.on_failure = lambda attempt: self._note_attempt(flight, attempt)
+        self._flights[id(trace)] = flight
         return trace
 
     async def send(self, request: Request) -> Response:
@@ -365,7 +364,16 @@ class _Line:
         flight = self._flights.pop(id(trace))
         if isinstance(error, RequestError):
             await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
-        if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
+        await self._end_if_stopped(flight)
+
+    async def _note_attempt(self, flight: _Flight, attempt: Attempt) -> None:
+        await self._store.note_attempts(flight.keys, attempt)
+        if not flight.trace.on_the_wire:  # as it is where it is asked a second time meanwhile
+            await self._end_if_stopped(flight)
+
+    async def _end_if_stopped(self, flight: _Flight) -> None:
+        """Once the run is stopped, what was on its way has come, and nothing more is sent."""
+        if self._stop.reason is not None:
             flight.task.cancel()
             await asyncio.sleep(0)  # where the cancellation takes effect, not halfway into the next request
 
