@@ -117,6 +117,16 @@ async def test_a_wrong_key_ends_the_run_after_a_handful_of_requests(
     assert len(read_rows(experiment.folder)) == 500
 
 
+async def test_once_a_wrong_key_has_ended_the_run_what_waits_for_its_turn_is_not_sent(tmp_path: Path) -> None:
+    async with serving(lambda asked: refusal(401, "invalid_api_key")) as provider:
+        limits = LimitsConfig(concurrency=32, rpm=60, max_request_burst=5)
+        async with asyncio.timeout(5):
+            stopped = await Experiment(tmp_path, api_base=provider.url, limits=limits)(numbered(100))
+
+    assert stopped.exit_code == 4
+    assert len(provider.requests) <= 6
+
+
 async def test_a_key_that_is_revoked_in_mid_run_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, "right-key-1234")
     left = 40

@@ -104,6 +104,7 @@ class Run:
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
+        self.stop.listen(self._call_off)
         store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
@@ -135,9 +136,6 @@ class Run:
         loop = asyncio.get_running_loop()
         self._interrupted_at = loop.time()
         self.stop(reason)
-        for flight in self._flights.values():
-            if not flight.trace.on_the_wire:
-                flight.task.cancel()
         if self._batch is not None:
             loop.call_later(GRACE_S, self._batch.cancel)
 
@@ -163,6 +161,12 @@ class Run:
     def in_flight(self) -> Iterator[Trace]:
         """The traces of the requests that were begun and have not ended."""
         return (flight.trace for flight in self._flights.values())
+
+    def _call_off(self) -> None:
+        """End what only waits to be sent, for its turn or for another attempt."""
+        for flight in self._flights.values():
+            if not flight.trace.on_the_wire:
+                flight.task.cancel()
 
     # Taking up
 
