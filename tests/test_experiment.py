@@ -117,6 +117,16 @@ async def test_a_wrong_key_ends_the_run_after_a_handful_of_requests(
     assert len(read_rows(experiment.folder)) == 500
 
 
+async def test_once_a_wrong_key_has_ended_the_run_what_waits_for_its_turn_is_not_sent(tmp_path: Path) -> None:
+    async with serving(lambda asked: refusal(401, "invalid_api_key")) as provider:
+        limits = LimitsConfig(concurrency=32, rpm=60, max_request_burst=5)
+        async with asyncio.timeout(5):
+            stopped = await Experiment(tmp_path, api_base=provider.url, limits=limits)(numbered(100))
+
+    assert stopped.exit_code == 4
+    assert len(provider.requests) <= 6
+
+
 async def test_a_key_that_is_revoked_in_mid_run_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, "right-key-1234")
     left = 40
@@ -206,6 +216,22 @@ async def test_a_refusal_among_good_answers_fails_that_row_only(tmp_path: Path, 
     assert [row["_index"] for row in results if row["error"]] == [refused]
     assert results[refused]["error"] == {"type": "AuthenticationError", "message": "HTTP 401: no", "status": 401}
     assert report.summary["errors"] == {"AuthenticationError": 1}
+
+
+async def test_a_request_that_fails_after_an_interrupt_is_entered_and_not_sent_again(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> web.Response:
+        os.kill(os.getpid(), signal.SIGINT)
+        return refusal(500, "broken")
+
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=1))
+        async with asyncio.timeout(5):
+            interrupted = await experiment(numbered(2))
+
+    assert interrupted.exit_code == 130
+    assert len(provider.requests) == 1
+    assert interrupted.summary["attempts_of_unknown_cost"] == 1
+    assert interrupted.summary["failed"] == 0
 
 
 async def test_a_hanging_request_holds_an_interrupted_run_no_longer_than_the_grace_period(

@@ -406,11 +406,18 @@ async def test_a_request_that_is_only_turned_away_is_given_up_after_a_while() ->
 
 
 @virtual_time
-async def test_a_hint_beyond_the_time_that_is_left_is_not_waited_for() -> None:
-    provider = Provider(RateLimitError("come again", retry_after_s=101.0))
+async def test_a_pause_that_the_server_asks_for_is_waited_out_however_short_the_wait_for_one_that_is_out() -> None:
+    provider = Provider(*(RateLimitError("come again", retry_after_s=900.0) for _ in range(2)))
+    assert await Retrying(provider, quickly(), max_wait_s=100.0).send(asking()) is ANSWER
+    assert provider.attempts == [0, 900, 1800]
+
+
+@virtual_time
+async def test_pauses_of_more_than_an_hour_are_not_waited_for() -> None:
+    provider = Provider(*(RateLimitError("come again", retry_after_s=900.0) for _ in range(5)))
     with pytest.raises(RateLimitError):
         await Retrying(provider, quickly(), max_wait_s=100.0).send(asking())
-    assert now() == 0
+    assert now() == 3600
 
 
 @virtual_time

@@ -241,6 +241,19 @@ async def test_waiting_ends_after_max_wait_s_with_an_error_that_says_why() -> No
 
 
 @virtual_time
+async def test_a_pause_is_waited_out_by_all_however_short_the_wait_for_those_that_are_out() -> None:
+    a, b = servers("ab")
+    fleet = Fleet(a, b, max_wait_s=50.0)
+    a.error = b.error = RateLimitError("slow down", retry_after_s=900.0)
+    early = asyncio.create_task(fleet.ask())
+    await asyncio.sleep(5)
+    a.error = b.error = None
+    late = asyncio.create_task(fleet.ask())
+    assert {await early, await late} <= {"a", "b"}
+    assert now() == pytest.approx(900, abs=5)
+
+
+@virtual_time
 async def test_an_address_where_nobody_ever_listened_is_given_half_a_minute() -> None:
     server = Server("a")
     server.error = ConnectError("cannot connect")

@@ -109,7 +109,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         with handled_signals(run.on_signal):
             async with _shown(run, config, tracker, settled, notes):
                 try:
-                    async with budget.opened(store, end=run.end) if budget else nullcontext():
+                    async with budget.opened(store, end=run.stop) if budget else nullcontext():
                         await run.until_done(after_pilot=judge_pilot)
                 except Exception:  # a bug; what was paid for is shown all the same
                     await _conclude(run, store, folder)
@@ -234,7 +234,7 @@ async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_s
         amount = needed.get(name, 0.0)
         if amount > room:
             said = f"the budget has room for {shown(name, room)} more, and the rest may take {shown(name, amount)}"
-            run.end(BudgetExhausted(said))
+            run.stop(BudgetExhausted(said))
 
 
 async def _left(run: Run, store: Store) -> Forecast:

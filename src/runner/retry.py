@@ -12,6 +12,7 @@ from tenacity.wait import wait_base
 
 from runner.config import RetryConfig
 from runner.errors import APIResponseError, RequestError
+from runner.limited import PATIENCE_S
 from runner.limiter import Slot
 from runner.types import Attempt, Client, Request, Response, Trace
 
@@ -21,8 +22,8 @@ class Retrying:
 
     408, 409, every 5xx, timeouts, lost connections and garbage count: after ``max_retries`` of them the last one is
     raised. Where the deployment turned the request away (429, 503, 529, nobody listening) nothing was done or charged:
-    that does not count, and goes on for ``max_wait_s``. Refusals of the request itself are raised at once. With
-    ``max_retries=0``, everything is.
+    that does not count, and goes on for ``max_wait_s``, beside the pauses that the server asks for. Refusals of the
+    request itself are raised at once. With ``max_retries=0``, everything is.
 
     Between attempts the request holds no slot and no reservation: each attempt goes through the whole stack below.
     Where that has another deployment at hand (``trace.at_once``), there is no wait.
@@ -31,7 +32,8 @@ class Retrying:
         client: The stack below.
         config: How often, and how long to wait.
         slot: What to give back while waiting; None where the caller holds nothing.
-        max_wait_s: How long a request is tried again that is only turned away.
+        max_wait_s: How long a request is tried again that is only turned away. Pauses that the server asks for do not
+            count, up to `PATIENCE_S` in all.
     """
 
     def __init__(
@@ -112,19 +114,24 @@ class HintThenJitter(wait_base):
 class _Enough(stop_base):
     """Stop after so many failures that count, or where being turned away has lasted, or would last, for too long.
 
-    One request's; while all deployments are out, it is the router that says when to stop waiting.
+    The time that the server asked for does not count while it is within the patience for pauses, as all others wait it
+    out too. One request's; while all deployments are out, it is the router that says when to stop waiting.
     """
 
     def __init__(self, trace: Trace, *, max_retries: int, max_wait_s: float) -> None:
         self._trace = trace
         self._left = max_retries
         self._max_wait_s = max_wait_s
+        self._pauses_s = 0.0
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         error = retry_state.outcome.exception() if retry_state.outcome else None
         if isinstance(error, RequestError) and error.turned_away:
+            if self._trace.at_once:
+                return False
+            self._pauses_s += error.retry_after_s or 0.0
             waited_s = (retry_state.seconds_since_start or 0.0) + retry_state.upcoming_sleep
-            return not self._trace.at_once and waited_s >= self._max_wait_s
+            return self._pauses_s > PATIENCE_S or waited_s - self._pauses_s >= self._max_wait_s
         self._left -= 1
         return self._left < 0
 

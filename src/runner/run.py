@@ -28,7 +28,6 @@ from runner.errors import (
     NotFoundError,
     PermissionDeniedError,
     RequestError,
-    RunStopped,
     StoreError,
     SystemicError,
 )
@@ -41,7 +40,7 @@ from runner.scoring import Scorers
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item
 from runner.transports import DIRECT
-from runner.types import Client, Request, Response, Trace
+from runner.types import Attempt, Client, Request, Response, Trace
 from runner.workload import ClaimSize
 
 GRACE_S = 10.0
@@ -108,6 +107,7 @@ class Run:
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self.total = workload.count()
+        self.stop.listen(self._call_off)
         store.listen(lambda error: self.stop(SystemicError(str(error))))
 
     async def settled(self) -> int:
@@ -144,18 +144,11 @@ class Run:
             self._soft_start.close()
             await self._keep_ledger()
 
-    def end(self, reason: RunStopped) -> None:
-        """End early: send nothing more, and wait for the answers on their way."""
-        self.stop(reason)
-        for flight in self._flights.values():
-            if not flight.trace.on_the_wire:
-                flight.task.cancel()
-
     def interrupt(self, reason: Interrupted) -> None:
         """End early, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
         loop = asyncio.get_running_loop()
         self._interrupted_at = loop.time()
-        self.end(reason)
+        self.stop(reason)
         if self._batch is not None:
             loop.call_later(GRACE_S, self._batch.cancel)
 
@@ -181,6 +174,12 @@ class Run:
     def in_flight(self) -> Iterator[Trace]:
         """The traces of the requests that were begun and have not ended."""
         return (flight.trace for flight in self._flights.values())
+
+    def _call_off(self) -> None:
+        """End what only waits to be sent, for its turn or for another attempt."""
+        for flight in self._flights.values():
+            if not flight.trace.on_the_wire:
+                flight.task.cancel()
 
     # Taking up
 
@@ -385,12 +384,11 @@ class _Line:
         self._stop = stop
 
     def trace(self, places: Sequence[int]) -> Trace:
-        keys = [_key(self._group[place]) for place in places]
         first, _ = self._group[places[0]]
-        trace = Trace(
-            row=first.position // self._samples, on_failure=lambda attempt: self._store.note_attempts(keys, attempt)
-        )
-        self._flights[id(trace)] = _Flight(_current_task(), trace, keys)
+        trace = Trace(row=first.position // self._samples)
+        flight = _Flight(_current_task(), trace, [_key(self._group[place]) for place in places])
+        trace.on_failure = lambda attempt: self._note_attempt(flight, attempt)
+        self._flights[id(trace)] = flight
         return trace
 
     async def send(self, request: Request) -> Response:
@@ -400,7 +398,16 @@ class _Line:
         flight = self._flights.pop(id(trace))
         if isinstance(error, RequestError):
             await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
-        if self._stop.reason is not None:  # what was on its way has come; nothing more is sent
+        await self._end_if_stopped(flight)
+
+    async def _note_attempt(self, flight: _Flight, attempt: Attempt) -> None:
+        await self._store.note_attempts(flight.keys, attempt)
+        if not flight.trace.on_the_wire:  # as it is where it is asked a second time meanwhile
+            await self._end_if_stopped(flight)
+
+    async def _end_if_stopped(self, flight: _Flight) -> None:
+        """Once the run is stopped, what was on its way has come, and nothing more is sent."""
+        if self._stop.reason is not None:
             flight.task.cancel()
             await asyncio.sleep(0)  # where the cancellation takes effect, not halfway into the next request
 

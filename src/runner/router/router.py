@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from runner.errors import ConnectError, NoDeploymentError, RateLimitError, RequestError, Timeout
+from runner.limited import PATIENCE_S
 from runner.metrics import DeploymentSnapshot, percentile
 from runner.router.replica import LONG_PAUSE_S, TRIAL_S, Replica, is_fault
 from runner.router.strategies import Shuffle, Strategy
@@ -60,7 +61,8 @@ class Router:
         replicas: Where requests may go. Those of a higher ``order`` are asked only while all of lower ones are out.
         strategy: Chooses among those that can take a request.
         failover: Whether a request that failed is sent elsewhere at once. Otherwise it is tried again like any other.
-        max_wait_s: How long requests wait while all are out, before they fail with a `NoDeploymentError`.
+        max_wait_s: How long requests wait while all are out, before they fail with a `NoDeploymentError`. The end of a
+            pause is waited for longer, up to `PATIENCE_S`; where all pauses are longer than that, nothing is.
         is_full: Whether no more requests can come before some come back.
     """
 
@@ -227,7 +229,7 @@ class Router:
 
     def _delay(self, now: float) -> float:
         """Seconds until something may have changed without anybody's coming back."""
-        due = [math.inf if self._out_since is None else self._out_since + self._patience_s()]
+        due = [math.inf if self._out_since is None else self._out_since + self._patience_s(self._out_since)]
         for replica in self._replicas:
             if replica.paused_until > now:
                 due.append(replica.paused_until)
@@ -243,18 +245,23 @@ class Router:
         if self._out_since is None:
             self._out_since = now
             asyncio.get_running_loop().call_later(_TOLD_AFTER_S, self._tell_if_out, now)
-        if now - self._out_since >= self._patience_s():
+        if now - self._out_since >= self._patience_s(self._out_since):
             message = f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}"
             while self._waiting:
                 waiter = self._waiting.popleft()
                 if not waiter.granted.done():
                     waiter.granted.set_exception(NoDeploymentError(message))
 
-    def _patience_s(self) -> float:
+    def _patience_s(self, since: float) -> float:
+        """How long requests wait where all have been out ``since`` then."""
         never = all(
             isinstance(replica.circuit.cause, ConnectError) and not replica.answers for replica in self._replicas
         )
-        return min(self._max_wait_s, UNREACHABLE_S) if never else self._max_wait_s
+        pauses_s = [replica.paused_until - since for replica in self._replicas if replica.circuit.answering]
+        if len(pauses_s) == len(self._replicas) and min(pauses_s) > PATIENCE_S:
+            return 0.0
+        to_wait_out_s = max((pause_s for pause_s in pauses_s if pause_s <= PATIENCE_S), default=0.0)
+        return max(min(self._max_wait_s, UNREACHABLE_S) if never else self._max_wait_s, to_wait_out_s)
 
     def _causes(self) -> str:
         """Why each one is out."""
@@ -276,7 +283,7 @@ class Router:
             logger.warning(
                 "%s out, and requests wait for up to %g s (routing.max_wait_s): %s",
                 which,
-                self._patience_s(),
+                self._patience_s(since),
                 self._causes(),
             )
 
