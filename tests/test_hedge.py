@@ -152,3 +152,61 @@ async def test_cancelling_cancels_both() -> None:
     await settle()
     assert sent.cancelled()
     assert fleet.replicas["a"].in_flight + fleet.replicas["b"].in_flight == 0
+
+
+@virtual_time
+async def test_an_answer_counts_as_on_its_way_until_it_is_handed_on() -> None:
+    a, b = servers("ab", spread=0.2)
+    fleet = Fleet(a, b, strategy="least-busy", hedge=True)
+    await fleet.ask_many(400, at_once=4)
+    fleet.replicas["b"].enter(now())
+    a.latency_s, b.latency_s = 1.0, 60.0
+    request = asking()
+    answered = len(a.answered)
+    sent = asyncio.create_task(fleet.client.send(request))
+    await asyncio.sleep(0.5)
+    while not sent.done():
+        assert request.trace.on_the_wire
+        await asyncio.sleep(0 if len(a.answered) > answered else 0.01)
+    assert not request.trace.on_the_wire
+
+
+@virtual_time
+async def test_where_both_fail_the_request_waits_for_another_try_and_knows_both() -> None:
+    for first_s, second_s in ((0.4, 1.0), (1.0, 0.4)):
+        a, b = servers("ab", spread=0.2)
+        fleet = Fleet(a, b, strategy="least-busy", hedge=True)
+        await fleet.ask_many(400, at_once=4)
+        fleet.replicas["b"].enter(now())
+        a.latency_s, b.latency_s = first_s, second_s
+        request = asking()
+        sent = asyncio.create_task(fleet.client.send(request))
+        await asyncio.sleep(0.3)
+        a.error = b.error = InternalServerError("oops")
+        while len(request.trace.failures) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert not request.trace.on_the_wire
+        assert not request.trace.at_once
+        assert [(entry.error, entry.deployment) for entry in request.trace.failures] == [
+            ("Hedged", "a"),
+            ("APIConnectionError", "b"),
+        ]
+        sent.cancel()
+
+
+@virtual_time
+async def test_where_both_fail_a_third_is_asked_at_once() -> None:
+    a, b, c = servers("abc", spread=0.2)
+    fleet = Fleet(a, b, c, strategy="least-busy", hedge=True)
+    await fleet.ask_many(600, at_once=4)
+    for name in "bcc":
+        fleet.replicas[name].enter(now())
+    a.latency_s, b.latency_s = 0.4, 1.0
+    request = asking()
+    began = now()
+    sent = asyncio.create_task(fleet.client.send(request))
+    await asyncio.sleep(0.3)
+    a.error = b.error = InternalServerError("oops")
+    await sent
+    assert request.trace.deployment == "c"
+    assert now() - began < 1.6
