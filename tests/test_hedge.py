@@ -6,8 +6,8 @@ import pytest
 
 from runner.errors import BadRequestError, InternalServerError
 from runner.router.hedge import SHARE
-from runner.types import Attempt
-from virtual_fleet import Fleet, asking, servers
+from runner.types import Attempt, Request, Response
+from virtual_fleet import Fleet, Server, asking, servers
 from virtual_time import now, other_tasks, settle, virtual_time
 
 
@@ -210,3 +210,20 @@ async def test_where_both_fail_a_third_is_asked_at_once() -> None:
     await sent
     assert request.trace.deployment == "c"
     assert now() - began < 1.6
+
+
+@virtual_time
+async def test_the_times_of_the_pieces_are_those_of_the_answer_that_counts() -> None:
+    class Streaming(Server):
+        async def send(self, request: Request) -> Response:
+            request.trace.ttft_s, request.trace.chunk_times = self.latency_s, (self.latency_s,)
+            return await super().send(request)
+
+    a, b = Streaming("a", spread=0.2), Streaming("b", spread=0.2)
+    fleet = Fleet(a, b, strategy="least-busy", hedge=True)
+    await fleet.ask_many(400, at_once=4)
+    fleet.replicas["b"].enter(now())
+    a.latency_s = 10.0
+    request = asking()
+    await fleet.client.send(request)
+    assert (request.trace.ttft_s, request.trace.chunk_times) == (0.1, (0.1,))

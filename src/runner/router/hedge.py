@@ -153,5 +153,6 @@ def _take_over(trace: Trace, second: Trace) -> None:
     trace.queue_wait_s += second.queue_wait_s
     trace.service_time_s = second.service_time_s
     trace.ttft_s = second.ttft_s
+    trace.chunk_times = second.chunk_times
     trace.at_once = second.at_once
     trace.avoid = second.avoid
