@@ -6,7 +6,7 @@ import pytest
 
 from runner.errors import BadRequestError, InternalServerError
 from runner.router.hedge import SHARE
-from runner.types import Attempt, Request, Response
+from runner.types import Attempt, Request, Response, Trace
 from virtual_fleet import Fleet, Server, asking, servers
 from virtual_time import now, other_tasks, settle, virtual_time
 
@@ -17,7 +17,7 @@ async def test_a_late_request_is_asked_elsewhere_and_the_first_answer_counts() -
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
     asked = len(a.asked) + len(b.asked)
-    fleet.replicas["b"].enter(now())
+    fleet.replicas["b"].enter(now(), Trace())
     a.latency_s = 10.0
     began = now()
     request = asking()
@@ -38,7 +38,7 @@ async def test_the_first_replica_may_win_all_the_same() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].enter(now())
+    fleet.replicas["b"].enter(now(), Trace())
     a.latency_s, b.latency_s = 0.2, 10.0
     request = asking()
     await fleet.client.send(request)
@@ -51,7 +51,7 @@ async def test_the_ledger_knows_before_the_second_request_is_sent() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].enter(now())
+    fleet.replicas["b"].enter(now(), Trace())
     a.latency_s = 10.0
     before = len(b.asked)
     ledger: list[int] = []
@@ -117,7 +117,7 @@ async def test_a_failure_is_outlasted_by_the_other_attempt() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].enter(now())
+    fleet.replicas["b"].enter(now(), Trace())
     a.latency_s, b.latency_s = 0.3, 1.0
     request = asking()
     asked = len(a.asked) + len(b.asked)
@@ -159,7 +159,7 @@ async def test_an_answer_counts_as_on_its_way_until_it_is_handed_on() -> None:
     a, b = servers("ab", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].enter(now())
+    fleet.replicas["b"].enter(now(), Trace())
     a.latency_s, b.latency_s = 1.0, 60.0
     request = asking()
     answered = len(a.answered)
@@ -177,7 +177,7 @@ async def test_where_both_fail_the_request_waits_for_another_try_and_knows_both(
         a, b = servers("ab", spread=0.2)
         fleet = Fleet(a, b, strategy="least-busy", hedge=True)
         await fleet.ask_many(400, at_once=4)
-        fleet.replicas["b"].enter(now())
+        fleet.replicas["b"].enter(now(), Trace())
         a.latency_s, b.latency_s = first_s, second_s
         request = asking()
         sent = asyncio.create_task(fleet.client.send(request))
@@ -200,7 +200,7 @@ async def test_where_both_fail_a_third_is_asked_at_once() -> None:
     fleet = Fleet(a, b, c, strategy="least-busy", hedge=True)
     await fleet.ask_many(600, at_once=4)
     for name in "bcc":
-        fleet.replicas[name].enter(now())
+        fleet.replicas[name].enter(now(), Trace())
     a.latency_s, b.latency_s = 0.4, 1.0
     request = asking()
     began = now()
@@ -222,7 +222,7 @@ async def test_the_times_of_the_pieces_are_those_of_the_answer_that_counts() -> 
     a, b = Streaming("a", spread=0.2), Streaming("b", spread=0.2)
     fleet = Fleet(a, b, strategy="least-busy", hedge=True)
     await fleet.ask_many(400, at_once=4)
-    fleet.replicas["b"].enter(now())
+    fleet.replicas["b"].enter(now(), Trace())
     a.latency_s = 10.0
     request = asking()
     await fleet.client.send(request)

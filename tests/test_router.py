@@ -15,6 +15,10 @@ from runner.errors import (
     RateLimitError,
     ServiceUnavailableError,
 )
+from runner.estimate import Estimator
+from runner.limited import Limited
+from runner.limiter import RateLimiter
+from runner.router import Replica, Router
 from runner.router.router import UNREACHABLE_S
 from runner.types import Attempt, GenerationRequest, Trace
 from virtual_fleet import Fleet, Server, asking, servers
@@ -297,6 +301,36 @@ async def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing_behind(
     await settle()
     assert not other_tasks()
     assert fleet.replicas["a"].in_flight == 0
+
+
+@virtual_time
+async def test_what_waits_for_quota_or_never_fits_it_does_not_show_that_a_server_is_back() -> None:
+    server = Server("a")
+    limiter = RateLimiter(tokens_per_minute=1_000)
+    replica = Replica("a", Limited(server, limiter, label="a", estimator=Estimator(default_output_tokens=1)))
+    router = Router([replica])
+    replica.circuit.trip(ServiceUnavailableError("busy"))
+    await asyncio.sleep(1)
+    with pytest.raises(BadRequestError, match="wait for ever"):
+        await router.send(asking("far too long " * 1_000))
+    assert router.snapshot()["a"].state == "out"
+    limiter.pause(20.0, "busy")
+    asked = [asyncio.create_task(router.send(asking())) for _ in range(40)]
+    await asyncio.sleep(15)
+    assert router.snapshot()["a"].state == "out"
+    assert (replica.in_flight, len(server.asked)) == (1, 0)
+    await asyncio.gather(*asked)
+    assert router.snapshot()["a"].state == "up"
+
+
+@virtual_time
+async def test_a_replica_that_asks_for_no_pause_is_not_said_to(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server("a", latency_s=60.0)
+    fleet = Fleet(server)
+    fleet.replicas["a"].circuit.trip(ServiceUnavailableError("HTTP 503: full"))
+    await fleet.ask_many(8, at_once=8)
+    assert [line for line in warnings(caplog) if "HTTP 503: full" in line]
+    assert not [line for line in warnings(caplog) if "asks for a pause" in line]
 
 
 # Limits of their own

@@ -12,6 +12,7 @@ from statistics import median
 
 from runner.errors import ConnectError, NoDeploymentError, RateLimitError, RequestError, Timeout
 from runner.metrics import DeploymentSnapshot, percentile
+from runner.router.circuit import Sent
 from runner.router.replica import LONG_PAUSE_S, TRIAL_S, Replica, is_fault
 from runner.router.strategies import Shuffle, Strategy
 from runner.types import Request, Response
@@ -92,13 +93,13 @@ class Router:
 
     async def send(self, request: Request) -> Response:
         trace = request.trace
-        trace.at_once = False
+        trace.at_once, trace.sent_at = False, 0.0
         now = time.monotonic()
         replica = None if self._waiting else self._choose(request, now)
         if replica is None:
             replica, mark = await self._turn(request)
         else:
-            mark = replica.enter(now)
+            mark = replica.enter(now, trace)
         if self._watch is None and replica.recall is not None:
             self._watch = asyncio.get_running_loop().call_later(_WATCH_S, self._look_after)
         try:
@@ -188,7 +189,7 @@ class Router:
 
     # Waiting
 
-    async def _turn(self, request: Request) -> tuple[Replica, int]:
+    async def _turn(self, request: Request) -> tuple[Replica, Sent]:
         """Wait, first come, first served, until a replica takes ``request``; its mark, as `Replica.enter` gives it."""
         queued = time.perf_counter()
         waiter = _Waiter(request, asyncio.get_running_loop().create_future())
@@ -215,7 +216,7 @@ class Router:
                 replica = self._choose(waiter.request, now)
                 if replica is None:
                     break
-                waiter.granted.set_result((replica, replica.enter(now)))
+                waiter.granted.set_result((replica, replica.enter(now, waiter.request.trace)))
             self._waiting.popleft()
         if self._timer is not None:
             self._timer.cancel()
@@ -261,7 +262,7 @@ class Router:
         now = time.monotonic()
         causes = {
             replica.label: f"it asks for a pause of {replica.paused_until - now:.0f} s"
-            if replica.circuit.answering
+            if replica.circuit.answering and replica.paused_until > now
             else str(replica.circuit.cause)
             for replica in self._replicas
         }
@@ -288,7 +289,7 @@ class Router:
 
     # What comes of a request
 
-    def _note_failure(self, replica: Replica, mark: int, request: Request, error: RequestError) -> None:
+    def _note_failure(self, replica: Replica, mark: Sent, request: Request, error: RequestError) -> None:
         """Have the replica judged by it, and say whether the request can be sent again at once."""
         trace = request.trace
         was_closed = replica.circuit.closed
@@ -380,6 +381,6 @@ class Router:
 class _Waiter:
     __slots__ = ("granted", "request")
 
-    def __init__(self, request: Request, granted: asyncio.Future[tuple[Replica, int]]) -> None:
+    def __init__(self, request: Request, granted: asyncio.Future[tuple[Replica, Sent]]) -> None:
         self.request = request
         self.granted = granted
