@@ -245,6 +245,21 @@ async def test_waiting_ends_after_max_wait_s_with_an_error_that_says_why() -> No
 
 
 @virtual_time
+async def test_those_that_come_long_after_an_outage_are_patient_again() -> None:
+    server = Server("a")
+    fleet = Fleet(server, max_wait_s=50.0)
+    await fleet.ask()
+    server.error = ServiceUnavailableError("HTTP 503: full")
+    with pytest.raises(NoDeploymentError):
+        await fleet.ask()
+    await asyncio.sleep(600)
+    asked = asyncio.create_task(fleet.ask())
+    await asyncio.sleep(20)
+    server.error = None
+    assert await asked == "a"
+
+
+@virtual_time
 async def test_an_address_where_nobody_ever_listened_is_given_half_a_minute() -> None:
     server = Server("a")
     server.error = ConnectError("cannot connect")

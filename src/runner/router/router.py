@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 UNREACHABLE_S = 30.0
 """How long requests wait where nobody has ever listened: the address is wrong, or the server is being restarted."""
 
+_IDLE_S = 2.0
+"""An outage is over for those who come after so long a time in which nobody wanted anything: they wait anew."""
+
 _DEFAULT_PAUSE_S = 1.0
 _TOLD_AFTER_S = 2.0
 
@@ -86,6 +89,7 @@ class Router:
         self._watch: asyncio.TimerHandle | None = None
         self._out_since: float | None = None  # all of them
         self._told = False
+        self._left_at = 0.0  # when a request, or its wait, came to an end last
         self._closed = False
         for replica in replicas:
             if replica.window is not None:
@@ -95,6 +99,8 @@ class Router:
         trace = request.trace
         trace.at_once, trace.sent_at = False, 0.0
         now = time.monotonic()
+        if self._out_since is not None and self._is_idle and now - self._left_at > _IDLE_S:
+            self._out_since, self._told = None, False
         replica = None if self._waiting else self._choose(request, now)
         if replica is None:
             replica, mark = await self._turn(request)
@@ -117,6 +123,7 @@ class Router:
             return response
         finally:
             replica.leave()
+            self._left_at = time.monotonic()
             if self._waiting:
                 self._hand_over()
 
@@ -205,6 +212,7 @@ class Router:
             self._hand_over()
             raise
         finally:
+            self._left_at = time.monotonic()
             request.trace.queue_wait_s += time.perf_counter() - queued
 
     def _hand_over(self) -> None:
@@ -286,6 +294,10 @@ class Router:
         if self._told:
             logger.warning("answers come again, after %.0f s", time.monotonic() - self._out_since)
         self._out_since, self._told = None, False
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self._waiting and not any(replica.in_flight for replica in self._replicas)
 
     # What comes of a request
 
