@@ -545,3 +545,17 @@ async def test_closing_closes_every_replica() -> None:
     await fleet.ask()
     await fleet.client.aclose()
     assert all(server.closed for server in fleet_of)
+
+
+@virtual_time
+async def test_closing_fails_those_who_wait_and_those_who_would() -> None:
+    server = Server("a")
+    server.error = ConnectError("cannot connect")
+    fleet = Fleet(server)
+    waiting = [asyncio.create_task(fleet.ask()) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    await fleet.client.aclose()
+    for task in [*waiting, asyncio.create_task(fleet.ask())]:
+        with pytest.raises(NoDeploymentError, match="closed"):
+            await task
+    assert now() < 1

@@ -27,6 +27,7 @@ _IDLE_S = 2.0
 
 _DEFAULT_PAUSE_S = 1.0
 _TOLD_AFTER_S = 2.0
+_CLOSED = "the client was closed before a deployment could take the request"
 
 _MISFITS = 3
 _MISFIT_PAUSE_S = 60.0
@@ -132,6 +133,7 @@ class Router:
         for timer in (self._timer, self._watch):
             if timer is not None:
                 timer.cancel()
+        self._dismiss(_CLOSED)
         for replica in self._replicas:
             await replica.client.aclose()
 
@@ -229,9 +231,11 @@ class Router:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting and not self._closed:
+        if self._closed:
+            self._dismiss(_CLOSED)
+        if self._waiting:
             self._give_up_in_time(now)
-        if self._waiting and not self._closed:
+        if self._waiting:
             self._timer = asyncio.get_running_loop().call_later(self._delay(now), self._hand_over)
 
     def _delay(self, now: float) -> float:
@@ -253,11 +257,14 @@ class Router:
             self._out_since = now
             asyncio.get_running_loop().call_later(_TOLD_AFTER_S, self._tell_if_out, now)
         if now - self._out_since >= self._patience_s():
-            message = f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}"
-            while self._waiting:
-                waiter = self._waiting.popleft()
-                if not waiter.granted.done():
-                    waiter.granted.set_exception(NoDeploymentError(message))
+            self._dismiss(f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}")
+
+    def _dismiss(self, message: str) -> None:
+        """Fail all who wait."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.granted.done():
+                waiter.granted.set_exception(NoDeploymentError(message))
 
     def _patience_s(self) -> float:
         never = all(
