@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from runner.errors import BadRequestError, InternalServerError
+from runner.router import Circuit
 from runner.router.hedge import SHARE
 from runner.types import Attempt, Request, Response, Trace
 from virtual_fleet import Fleet, Server, asking, servers
@@ -227,3 +228,20 @@ async def test_the_times_of_the_pieces_are_those_of_the_answer_that_counts() -> 
     request = asking()
     await fleet.client.send(request)
     assert (request.trace.ttft_s, request.trace.chunk_times) == (0.1, (0.1,))
+
+
+@virtual_time
+async def test_the_failure_of_a_hedged_request_counts_against_its_replica() -> None:
+    a, b = servers("ab", spread=0.2)
+    one_failure_opens_it = Circuit(budget=1.0)
+    fleet = Fleet(a, b, strategy="least-busy", hedge=True, settings={"a": {"circuit": one_failure_opens_it}})
+    await fleet.ask_many(400, at_once=4)
+    fleet.replicas["b"].enter(now(), Trace())
+    a.latency_s, b.latency_s = 0.5, 1.0
+    request = asking()
+    sent = asyncio.create_task(fleet.client.send(request))
+    await asyncio.sleep(0.3)
+    a.error = InternalServerError("oops")
+    await sent
+    assert [entry.error for entry in request.trace.failures] == ["Hedged"]
+    assert fleet.state("a") == "out"

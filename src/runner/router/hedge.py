@@ -57,8 +57,8 @@ class Hedged:
                 await asyncio.wait([first], timeout=self._late_s)
             if not first.done() and self._may_hedge(request):
                 self._tokens -= 1
-                await self._enter(request)
                 trace = self._second_trace(request)
+                await self._enter(request)
                 second = asyncio.ensure_future(self._router.send(replace(request, trace=trace)))
                 await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
                 await _outlast_failure(first, second)
@@ -98,7 +98,8 @@ class Hedged:
         return self._tokens >= 1 and self._router.has_other(replace(request, trace=self._second_trace(request)))
 
     def _second_trace(self, request: Request) -> Trace:
-        return Trace(avoid={*request.trace.avoid, request.trace.deployment})
+        trace = request.trace
+        return Trace(avoid={*trace.avoid, trace.deployment}, failures=[*trace.failures])
 
     async def _enter(self, request: Request) -> None:
         """Put an attempt in the ledger for the one of the two that will not be the answer."""

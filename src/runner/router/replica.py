@@ -131,12 +131,12 @@ class Replica:
         self.recent_s.append(trace.service_time_s)
         self._smooth(trace.service_time_s)
 
-    def failed(self, mark: Sent, trace: Trace, error: RequestError) -> None:
-        """Its request failed, through its fault or not."""
+    def failed(self, mark: Sent, trace: Trace, error: RequestError, *, again: bool) -> None:
+        """Its request failed, through its fault or not; ``again``: it had failed before it was sent."""
         self.failures += 1
         self._errors[type(error).__name__] += 1
         if is_fault(error):
-            self.circuit.failed(mark, error, lasted_s=trace.service_time_s, again=bool(trace.failures))
+            self.circuit.failed(mark, error, lasted_s=trace.service_time_s, again=again)
         elif error.systemic:
             self.misfits += 1
             self.circuit.returned(mark)

@@ -99,6 +99,7 @@ class Router:
     async def send(self, request: Request) -> Response:
         trace = request.trace
         trace.at_once, trace.sent_at = False, 0.0
+        again = bool(trace.failures)  # by now: hedging adds to them while this one is out
         now = time.monotonic()
         if self._out_since is not None and self._is_idle and now - self._left_at > _IDLE_S:
             self._out_since, self._told = None, False
@@ -112,7 +113,7 @@ class Router:
         try:
             response = await replica.client.send(request)
         except RequestError as error:
-            self._note_failure(replica, mark, request, error)
+            self._note_failure(replica, mark, request, error, again=again)
             raise
         except BaseException:
             replica.cancelled(mark, trace)
@@ -308,11 +309,13 @@ class Router:
 
     # What comes of a request
 
-    def _note_failure(self, replica: Replica, mark: Sent, request: Request, error: RequestError) -> None:
+    def _note_failure(
+        self, replica: Replica, mark: Sent, request: Request, error: RequestError, *, again: bool
+    ) -> None:
         """Have the replica judged by it, and say whether the request can be sent again at once."""
         trace = request.trace
         was_closed = replica.circuit.closed
-        replica.failed(mark, trace, error)
+        replica.failed(mark, trace, error, again=again)
         if error.turned_away and (error.retry_after_s is not None or error.pauses):
             self._pause(replica, error)
         if not (is_fault(error) or isinstance(error, RateLimitError) or error.systemic):
