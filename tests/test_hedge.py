@@ -4,8 +4,11 @@ import asyncio
 
 import pytest
 
+from runner.concurrency import Window
 from runner.errors import BadRequestError, InternalServerError
-from runner.router import Circuit
+from runner.limited import Limited
+from runner.limiter import RateLimiter
+from runner.router import Circuit, Hedged, Replica, Router, strategy_of
 from runner.router.hedge import SHARE
 from runner.types import Attempt, Request, Response, Trace
 from virtual_fleet import Fleet, Server, asking, servers
@@ -245,3 +248,28 @@ async def test_the_failure_of_a_hedged_request_counts_against_its_replica() -> N
     await sent
     assert [entry.error for entry in request.trace.failures] == ["Hedged"]
     assert fleet.state("a") == "out"
+
+
+@virtual_time
+async def test_a_second_attempt_that_waits_for_quota_leaves_the_slot_to_the_first() -> None:
+    window = Window(1)
+    a, b = servers("ab", spread=0.2)
+    limiters = [RateLimiter(), RateLimiter()]
+    replicas = [
+        Replica(server.name, Limited(server, limiter, label=server.name, slot=window))
+        for server, limiter in zip((a, b), limiters, strict=True)
+    ]
+    client = Hedged(Router(replicas, strategy=strategy_of("least-busy", replicas)))
+    for _ in range(400):
+        await client.send(asking())
+    a.latency_s, b.latency_s = 10.0, 0.1
+    replicas[1].enter(now(), Trace())
+    async with window:
+        sent = asyncio.create_task(client.send(asking()))
+        await settle()
+        limiters[1].pause(60.0, "busy")
+        await asyncio.sleep(1)
+        assert [replica.in_flight for replica in replicas] == [1, 2]
+        assert window.active == 1
+        await sent
+    assert window.active == 0

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from dataclasses import replace
 
+from runner.concurrency import keeps_slot
 from runner.errors import RequestError
 from runner.metrics import percentile
 from runner.router.router import Router
@@ -59,7 +60,7 @@ class Hedged:
                 self._tokens -= 1
                 trace = self._second_trace(request)
                 await self._enter(request)
-                second = asyncio.ensure_future(self._router.send(replace(request, trace=trace)))
+                second = asyncio.ensure_future(self._second(replace(request, trace=trace)))
                 await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
                 await _outlast_failure(first, second)
             else:
@@ -93,6 +94,10 @@ class Hedged:
             raise
         request.trace.on_the_wire = True
         return response
+
+    async def _second(self, request: Request) -> Response:
+        keeps_slot.set(True)  # a task's own: the first goes on in it
+        return await self._router.send(request)
 
     def _may_hedge(self, request: Request) -> bool:
         return self._tokens >= 1 and self._router.has_other(replace(request, trace=self._second_trace(request)))
