@@ -9,7 +9,7 @@ import pytest
 from runner.router import Replica
 from runner.router.affinity import LONGEST, PrefixAffinity, prefixes_of
 from runner.router.strategies import LeastBusy
-from runner.types import EmbeddingRequest, GenerateInput, GenerationRequest
+from runner.types import EmbeddingRequest, GenerateInput, GenerationRequest, Trace
 from virtual_fleet import Server
 
 
@@ -33,7 +33,7 @@ class Pool:
     def ask(self, content: GenerateInput, *, without: Replica | None = None) -> str:
         ready = [replica for replica in self.replicas if replica is not without]
         picked = self.strategy.pick(ready, request(content))
-        picked.enter(0.0)
+        picked.enter(0.0, Trace())
         self._in_flight.append(picked)
         if len(self._in_flight) > self._size:
             self._in_flight.pop(random.Random(len(content)).randrange(self._size)).leave()

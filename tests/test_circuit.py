@@ -13,6 +13,8 @@ from runner.errors import (
     Timeout,
 )
 from runner.router import Circuit
+from runner.router.circuit import Sent
+from runner.types import Trace
 from virtual_time import virtual_time
 
 BROKEN = InternalServerError("oops")
@@ -20,11 +22,15 @@ BUSY = ServiceUnavailableError("busy")
 NOBODY = ConnectError("nobody listens")
 
 
+def on_the_wire() -> Trace:
+    return Trace(on_the_wire=True, sent_at=time.perf_counter())
+
+
 def ask(circuit: Circuit, error: RequestError | None = None, *, again: bool = False) -> None:
     """Send a request and have it end at once."""
     now = time.monotonic()
     assert circuit.admits(now)
-    mark = circuit.sent(now)
+    mark = circuit.sent(now, on_the_wire())
     if error is None:
         circuit.answered(mark)
     else:
@@ -77,7 +83,7 @@ async def test_nobody_at_the_address_opens_it_at_once() -> None:
 @virtual_time
 async def test_a_connection_that_was_not_made_while_others_are_answered_is_no_outage() -> None:
     circuit = Circuit()
-    mark = circuit.sent(time.monotonic())
+    mark = circuit.sent(time.monotonic(), on_the_wire())
     await asyncio.sleep(1)
     ask(circuit)
     circuit.failed(mark, NOBODY, lasted_s=1.0, again=False)
@@ -140,7 +146,7 @@ async def test_an_open_circuit_admits_one_request_after_a_pause() -> None:
     now = time.monotonic()
     assert not circuit.admits(now)
     assert 0.35 < await next_probe(circuit) <= 0.52
-    circuit.sent(time.monotonic())
+    circuit.sent(time.monotonic(), on_the_wire())
     assert not circuit.admits(time.monotonic())
     assert not circuit.answering
 
@@ -172,9 +178,9 @@ async def test_answers_let_more_and_more_through_until_it_is_closed() -> None:
     rounds = []
     while not circuit.closed:
         now = time.monotonic()
-        marks: list[int] = []
+        marks: list[Sent] = []
         while len(marks) < 20 and circuit.admits(now):
-            marks.append(circuit.sent(now))
+            marks.append(circuit.sent(now, on_the_wire()))
         rounds.append(len(marks))
         for mark in marks:
             circuit.answered(mark)
@@ -195,7 +201,7 @@ async def test_a_failure_on_the_way_back_opens_it_again() -> None:
 @virtual_time
 async def test_what_was_sent_before_it_opened_does_not_speak_of_now() -> None:
     circuit = Circuit()
-    marks = [circuit.sent(time.monotonic()) for _ in range(32)]
+    marks = [circuit.sent(time.monotonic(), on_the_wire()) for _ in range(32)]
     for mark in marks[:10]:
         circuit.failed(mark, BROKEN, lasted_s=0.1, again=False)
     await next_probe(circuit)
@@ -207,7 +213,7 @@ async def test_what_was_sent_before_it_opened_does_not_speak_of_now() -> None:
 @virtual_time
 async def test_an_old_request_that_is_answered_after_all_has_it_tried_at_once() -> None:
     circuit = Circuit()
-    old = circuit.sent(time.monotonic())
+    old = circuit.sent(time.monotonic(), on_the_wire())
     fail_until_open(circuit)
     assert not circuit.admits(time.monotonic())
     circuit.answered(old)
@@ -219,7 +225,7 @@ async def test_a_cancelled_probe_makes_room_for_another() -> None:
     circuit = Circuit()
     fail_until_open(circuit)
     await next_probe(circuit)
-    mark = circuit.sent(time.monotonic())
+    mark = circuit.sent(time.monotonic(), on_the_wire())
     assert not circuit.admits(time.monotonic())
     circuit.returned(mark)
     assert circuit.admits(time.monotonic())
@@ -230,8 +236,25 @@ async def test_a_long_answer_is_not_waited_for_where_failures_came_quickly() -> 
     circuit = Circuit()
     fail_until_open(circuit, BUSY)
     await next_probe(circuit)
-    circuit.sent(time.monotonic())
+    circuit.sent(time.monotonic(), on_the_wire())
     assert 0.9 < await next_probe(circuit) < 1.1
+    assert circuit.answering
+
+
+@virtual_time
+async def test_a_probe_that_waits_in_a_queue_counts_from_when_it_is_sent() -> None:
+    circuit = Circuit()
+    fail_until_open(circuit, BUSY)
+    await next_probe(circuit)
+    queued = Trace()
+    circuit.sent(time.monotonic(), queued)
+    await asyncio.sleep(20)
+    assert not circuit.admits(time.monotonic())
+    assert not circuit.answering
+    queued.on_the_wire, queued.sent_at = True, time.perf_counter()
+    due = circuit.due(time.monotonic())
+    assert 0.9 < await next_probe(circuit) < 1.1
+    assert time.monotonic() == pytest.approx(due, abs=0.02)
     assert circuit.answering
 
 
@@ -240,7 +263,7 @@ async def test_silence_is_no_answer_where_nothing_came_before() -> None:
     circuit = Circuit()
     fail_until_open(circuit, Timeout("nothing came"))
     await next_probe(circuit)
-    circuit.sent(time.monotonic())
+    circuit.sent(time.monotonic(), on_the_wire())
     await asyncio.sleep(1_000)
     assert not circuit.admits(time.monotonic())
 

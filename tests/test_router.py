@@ -15,6 +15,10 @@ from runner.errors import (
     RateLimitError,
     ServiceUnavailableError,
 )
+from runner.estimate import Estimator
+from runner.limited import Limited
+from runner.limiter import RateLimiter
+from runner.router import Replica, Router
 from runner.router.router import UNREACHABLE_S
 from runner.types import Attempt, GenerationRequest, Trace
 from virtual_fleet import Fleet, Server, asking, servers
@@ -254,6 +258,21 @@ async def test_a_pause_is_waited_out_by_all_however_short_the_wait_for_those_tha
 
 
 @virtual_time
+async def test_those_that_come_long_after_an_outage_are_patient_again() -> None:
+    server = Server("a")
+    fleet = Fleet(server, max_wait_s=50.0)
+    await fleet.ask()
+    server.error = ServiceUnavailableError("HTTP 503: full")
+    with pytest.raises(NoDeploymentError):
+        await fleet.ask()
+    await asyncio.sleep(600)
+    asked = asyncio.create_task(fleet.ask())
+    await asyncio.sleep(20)
+    server.error = None
+    assert await asked == "a"
+
+
+@virtual_time
 async def test_an_address_where_nobody_ever_listened_is_given_half_a_minute() -> None:
     server = Server("a")
     server.error = ConnectError("cannot connect")
@@ -310,6 +329,36 @@ async def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing_behind(
     await settle()
     assert not other_tasks()
     assert fleet.replicas["a"].in_flight == 0
+
+
+@virtual_time
+async def test_what_waits_for_quota_or_never_fits_it_does_not_show_that_a_server_is_back() -> None:
+    server = Server("a")
+    limiter = RateLimiter(tokens_per_minute=1_000)
+    replica = Replica("a", Limited(server, limiter, label="a", estimator=Estimator(default_output_tokens=1)))
+    router = Router([replica])
+    replica.circuit.trip(ServiceUnavailableError("busy"))
+    await asyncio.sleep(1)
+    with pytest.raises(BadRequestError, match="wait for ever"):
+        await router.send(asking("far too long " * 1_000))
+    assert router.snapshot()["a"].state == "out"
+    limiter.pause(20.0, "busy")
+    asked = [asyncio.create_task(router.send(asking())) for _ in range(40)]
+    await asyncio.sleep(15)
+    assert router.snapshot()["a"].state == "out"
+    assert (replica.in_flight, len(server.asked)) == (1, 0)
+    await asyncio.gather(*asked)
+    assert router.snapshot()["a"].state == "up"
+
+
+@virtual_time
+async def test_a_replica_that_asks_for_no_pause_is_not_said_to(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server("a", latency_s=60.0)
+    fleet = Fleet(server)
+    fleet.replicas["a"].circuit.trip(ServiceUnavailableError("HTTP 503: full"))
+    await fleet.ask_many(8, at_once=8)
+    assert [line for line in warnings(caplog) if "HTTP 503: full" in line]
+    assert not [line for line in warnings(caplog) if "asks for a pause" in line]
 
 
 # Limits of their own
@@ -509,3 +558,17 @@ async def test_closing_closes_every_replica() -> None:
     await fleet.ask()
     await fleet.client.aclose()
     assert all(server.closed for server in fleet_of)
+
+
+@virtual_time
+async def test_closing_fails_those_who_wait_and_those_who_would() -> None:
+    server = Server("a")
+    server.error = ConnectError("cannot connect")
+    fleet = Fleet(server)
+    waiting = [asyncio.create_task(fleet.ask()) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    await fleet.client.aclose()
+    for task in [*waiting, asyncio.create_task(fleet.ask())]:
+        with pytest.raises(NoDeploymentError, match="closed"):
+            await task
+    assert now() < 1

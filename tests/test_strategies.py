@@ -18,7 +18,7 @@ def replica(label: str, *, in_flight: int = 0, latency_s: float | None = None, *
     made = Replica(label, Server(label), **settings)
     made.latency_s = latency_s
     for _ in range(in_flight):
-        made.enter(time.monotonic())
+        made.enter(time.monotonic(), Trace())
     return made
 
 
@@ -63,15 +63,17 @@ async def test_the_one_with_the_most_of_its_limits_left_is_chosen() -> None:
     by_tokens = replica("b", limits=DeploymentLimitsConfig(tpm=1_000))
     by_slots = replica("c", window=Window(10))
     for _ in range(4):
-        by_requests.enter(time.monotonic())
-    by_tokens.answered(0, Trace(), TokenUsage(total_tokens=300))
+        by_requests.enter(time.monotonic(), Trace())
+    asked = by_tokens.enter(time.monotonic(), Trace())
+    by_tokens.answered(asked, Trace(), TokenUsage(total_tokens=300))
+    by_tokens.leave()
     for _ in range(2):
-        by_slots.enter(time.monotonic())
+        by_slots.enter(time.monotonic(), Trace())
     all_three = (by_requests, by_tokens, by_slots)
     assert [each.usage(time.monotonic()) for each in all_three] == pytest.approx([0.4, 0.3, 0.2], abs=0.01)
     assert set(chosen("usage-based-routing", *all_three, times=5)) == {"c"}
     for _ in range(7):
-        by_slots.enter(time.monotonic())
+        by_slots.enter(time.monotonic(), Trace())
     assert set(chosen("usage-based-routing", *all_three, times=5)) == {"b"}
 
 

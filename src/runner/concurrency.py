@@ -6,12 +6,16 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from types import TracebackType
 
 from runner.config import LimitsConfig
 
 _ASIDE_PER_SLOT = 4
 """How many may be aside for each slot there is."""
+
+keeps_slot: ContextVar[bool] = ContextVar("keeps_slot", default=False)
+"""Whether this task works in a slot that is another one's too: then it never steps aside."""
 
 
 class Window:
@@ -92,10 +96,11 @@ class Window:
     async def aside(self) -> AsyncIterator[None]:
         """Give the slot back for a while, and take one again before going on.
 
-        Where many are aside already, it keeps its slot, so that their number stays bounded. An error, or a
+        Where many are aside already, it keeps its slot, so that their number stays bounded. So does a task that
+        `keeps_slot`, as another is at work there. An error, or a
         cancellation, goes on at once: its slot counts as taken until the holder leaves, free or not.
         """
-        if self._aside >= _ASIDE_PER_SLOT * self._limit:
+        if keeps_slot.get() or self._aside >= _ASIDE_PER_SLOT * self._limit:
             yield
             return
         self._aside += 1

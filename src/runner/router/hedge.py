@@ -7,6 +7,8 @@ import time
 from collections import deque
 from dataclasses import replace
 
+from runner.concurrency import keeps_slot
+from runner.errors import RequestError
 from runner.metrics import percentile
 from runner.router.router import Router
 from runner.types import Attempt, Request, Response, Trace
@@ -32,6 +34,8 @@ class Hedged:
 
     The bound is the 96th percentile of the recent service times (https://dl.acm.org/doi/10.1145/2408776.2408794); what
     was cancelled counts as having taken until then.
+
+    Where both fail, the second failure is the request's, as the ledger has its entry for the first.
     """
 
     def __init__(self, router: Router) -> None:
@@ -45,7 +49,7 @@ class Hedged:
         self._tokens = min(_BURST, self._tokens + SHARE)
         if self._late_s is None:
             return await self._alone(request)
-        first = asyncio.ensure_future(self._router.send(request))
+        first = asyncio.ensure_future(self._first(request))
         second: asyncio.Future[Response] | None = None
         trace = Trace()
         try:
@@ -54,20 +58,22 @@ class Hedged:
                 await asyncio.wait([first], timeout=self._late_s)
             if not first.done() and self._may_hedge(request):
                 self._tokens -= 1
-                await self._enter(request)
                 trace = self._second_trace(request)
-                second = asyncio.ensure_future(self._router.send(replace(request, trace=trace)))
+                await self._enter(request)
+                second = asyncio.ensure_future(self._second(replace(request, trace=trace)))
                 await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
-                await self._outlast_failure(request.trace, first, second)
+                await _outlast_failure(first, second)
             else:
                 await asyncio.wait([first])
         finally:
             await _cancel([first] if second is None else [first, second])
         if first.cancelled() or _is_answered(first):
             self._note(request.trace.service_time_s)
-        if second is None or not _is_answered(second) or _is_answered(first):
-            return first.result()  # where both failed, the first failure is the request's
-        self._note(trace.service_time_s)
+        request.trace.on_the_wire = False
+        if second is None or _is_answered(first):
+            return first.result()
+        if _is_answered(second):
+            self._note(trace.service_time_s)
         _take_over(request.trace, trace)
         return second.result()
 
@@ -79,11 +85,26 @@ class Hedged:
         self._note(request.trace.service_time_s)
         return response
 
+    async def _first(self, request: Request) -> Response:
+        """Send it, and have it count as on the wire until its outcome is handed on."""
+        try:
+            response = await self._router.send(request)
+        except RequestError:
+            request.trace.on_the_wire = True
+            raise
+        request.trace.on_the_wire = True
+        return response
+
+    async def _second(self, request: Request) -> Response:
+        keeps_slot.set(True)  # a task's own: the first goes on in it
+        return await self._router.send(request)
+
     def _may_hedge(self, request: Request) -> bool:
         return self._tokens >= 1 and self._router.has_other(replace(request, trace=self._second_trace(request)))
 
     def _second_trace(self, request: Request) -> Trace:
-        return Trace(avoid={*request.trace.avoid, request.trace.deployment})
+        trace = request.trace
+        return Trace(avoid={*trace.avoid, trace.deployment}, failures=[*trace.failures])
 
     async def _enter(self, request: Request) -> None:
         """Put an attempt in the ledger for the one of the two that will not be the answer."""
@@ -103,13 +124,6 @@ class Hedged:
         if trace.on_failure is not None:
             await trace.on_failure(attempt)
 
-    async def _outlast_failure(self, trace: Trace, *both: asyncio.Future[Response]) -> None:
-        """Where one has failed, wait for the other."""
-        open_ones = [one for one in both if not one.done()]
-        if open_ones and not any(map(_is_answered, both)):
-            trace.on_the_wire = True
-            await asyncio.wait(open_ones)
-
     def _note(self, service_time_s: float) -> None:
         self._recent_s.append(service_time_s)
         self._seen += 1
@@ -119,6 +133,13 @@ class Hedged:
 
 def _is_answered(one: asyncio.Future[Response]) -> bool:
     return one.done() and not one.cancelled() and one.exception() is None
+
+
+async def _outlast_failure(*both: asyncio.Future[Response]) -> None:
+    """Where one has failed, wait for the other."""
+    open_ones = [one for one in both if not one.done()]
+    if open_ones and not any(map(_is_answered, both)):
+        await asyncio.wait(open_ones)
 
 
 async def _cancel(both: list[asyncio.Future[Response]]) -> None:
@@ -131,12 +152,13 @@ async def _cancel(both: list[asyncio.Future[Response]]) -> None:
             one.exception()  # is looked at, whichever of the two is returned
 
 
-def _take_over(trace: Trace, winner: Trace) -> None:
+def _take_over(trace: Trace, second: Trace) -> None:
     """Make the second attempt's story the request's."""
-    trace.deployment = winner.deployment
-    trace.price = winner.price
-    trace.queue_wait_s += winner.queue_wait_s
-    trace.service_time_s = winner.service_time_s
-    trace.ttft_s = winner.ttft_s
-    trace.on_the_wire = False
-    trace.at_once = False
+    trace.deployment = second.deployment
+    trace.price = second.price
+    trace.queue_wait_s += second.queue_wait_s
+    trace.service_time_s = second.service_time_s
+    trace.ttft_s = second.ttft_s
+    trace.chunk_times = second.chunk_times
+    trace.at_once = second.at_once
+    trace.avoid = second.avoid

@@ -11,7 +11,7 @@ from runner.concurrency import Window
 from runner.config import LimitsConfig
 from runner.errors import ConflictError, RateLimitError, RequestError, Timeout
 from runner.metrics import DeploymentSnapshot, percentile
-from runner.router.circuit import Circuit
+from runner.router.circuit import Circuit, Sent
 from runner.types import Client, Request, Response, TokenPrice, TokenUsage, Trace
 
 RECENT = 200
@@ -109,7 +109,7 @@ class Replica:
             shares.append(self._tokens.level(now) / limits.tpm)
         return max(shares)
 
-    def enter(self, now: float) -> int:
+    def enter(self, now: float, trace: Trace) -> Sent:
         """Give it a request; there must be room. Returns the circuit's mark, for the outcome."""
         self.in_flight += 1
         self.load = self.in_flight / self.weight
@@ -118,9 +118,9 @@ class Replica:
         if self.slow:
             self.trial_at = math.inf  # until its outcome is known
         self._requests.add(1, now)
-        return self.circuit.sent(now)
+        return self.circuit.sent(now, trace)
 
-    def answered(self, mark: int, trace: Trace, usage: TokenUsage | None) -> None:
+    def answered(self, mark: Sent, trace: Trace, usage: TokenUsage | None) -> None:
         now = time.monotonic()
         self.circuit.answered(mark)
         self.misfits = 0
@@ -131,19 +131,21 @@ class Replica:
         self.recent_s.append(trace.service_time_s)
         self._smooth(trace.service_time_s)
 
-    def failed(self, mark: int, trace: Trace, error: RequestError) -> None:
-        """Its request failed, through its fault or not."""
+    def failed(self, mark: Sent, trace: Trace, error: RequestError, *, again: bool) -> None:
+        """Its request failed, through its fault or not; ``again``: it had failed before it was sent."""
         self.failures += 1
         self._errors[type(error).__name__] += 1
         if is_fault(error):
-            self.circuit.failed(mark, error, lasted_s=trace.service_time_s, again=bool(trace.failures))
+            self.circuit.failed(mark, error, lasted_s=trace.service_time_s, again=again)
         elif error.systemic:
             self.misfits += 1
             self.circuit.returned(mark)
-        else:
+        elif trace.sent_at:
             self.circuit.answered(mark)  # it is alive
+        else:
+            self.circuit.returned(mark)  # it was not even asked
 
-    def cancelled(self, mark: int, trace: Trace) -> None:
+    def cancelled(self, mark: Sent, trace: Trace) -> None:
         """Its request came to nothing. Its answer would have taken longer than this."""
         self.circuit.returned(mark)
         if trace.on_the_wire and self.latency_s is not None and trace.service_time_s > self.latency_s:

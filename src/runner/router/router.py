@@ -13,6 +13,7 @@ from statistics import median
 from runner.errors import ConnectError, NoDeploymentError, RateLimitError, RequestError, Timeout
 from runner.limited import PATIENCE_S
 from runner.metrics import DeploymentSnapshot, percentile
+from runner.router.circuit import Sent
 from runner.router.replica import LONG_PAUSE_S, TRIAL_S, Replica, is_fault
 from runner.router.strategies import Shuffle, Strategy
 from runner.types import Request, Response
@@ -22,8 +23,12 @@ logger = logging.getLogger(__name__)
 UNREACHABLE_S = 30.0
 """How long requests wait where nobody has ever listened: the address is wrong, or the server is being restarted."""
 
+_IDLE_S = 2.0
+"""An outage is over for those who come after so long a time in which nobody wanted anything: they wait anew."""
+
 _DEFAULT_PAUSE_S = 1.0
 _TOLD_AFTER_S = 2.0
+_CLOSED = "the client was closed before a deployment could take the request"
 
 _MISFITS = 3
 _MISFIT_PAUSE_S = 60.0
@@ -87,6 +92,7 @@ class Router:
         self._watch: asyncio.TimerHandle | None = None
         self._out_since: float | None = None  # all of them
         self._told = False
+        self._left_at = 0.0  # when a request, or its wait, came to an end last
         self._closed = False
         for replica in replicas:
             if replica.window is not None:
@@ -94,19 +100,22 @@ class Router:
 
     async def send(self, request: Request) -> Response:
         trace = request.trace
-        trace.at_once = False
+        trace.at_once, trace.sent_at = False, 0.0
+        again = bool(trace.failures)  # by now: hedging adds to them while this one is out
         now = time.monotonic()
+        if self._out_since is not None and self._is_idle and now - self._left_at > _IDLE_S:
+            self._out_since, self._told = None, False
         replica = None if self._waiting else self._choose(request, now)
         if replica is None:
             replica, mark = await self._turn(request)
         else:
-            mark = replica.enter(now)
+            mark = replica.enter(now, trace)
         if self._watch is None and replica.recall is not None:
             self._watch = asyncio.get_running_loop().call_later(_WATCH_S, self._look_after)
         try:
             response = await replica.client.send(request)
         except RequestError as error:
-            self._note_failure(replica, mark, request, error)
+            self._note_failure(replica, mark, request, error, again=again)
             raise
         except BaseException:
             replica.cancelled(mark, trace)
@@ -118,6 +127,7 @@ class Router:
             return response
         finally:
             replica.leave()
+            self._left_at = time.monotonic()
             if self._waiting:
                 self._hand_over()
 
@@ -126,6 +136,7 @@ class Router:
         for timer in (self._timer, self._watch):
             if timer is not None:
                 timer.cancel()
+        self._dismiss(_CLOSED)
         for replica in self._replicas:
             await replica.client.aclose()
 
@@ -190,7 +201,7 @@ class Router:
 
     # Waiting
 
-    async def _turn(self, request: Request) -> tuple[Replica, int]:
+    async def _turn(self, request: Request) -> tuple[Replica, Sent]:
         """Wait, first come, first served, until a replica takes ``request``; its mark, as `Replica.enter` gives it."""
         queued = time.perf_counter()
         waiter = _Waiter(request, asyncio.get_running_loop().create_future())
@@ -206,6 +217,7 @@ class Router:
             self._hand_over()
             raise
         finally:
+            self._left_at = time.monotonic()
             request.trace.queue_wait_s += time.perf_counter() - queued
 
     def _hand_over(self) -> None:
@@ -217,14 +229,16 @@ class Router:
                 replica = self._choose(waiter.request, now)
                 if replica is None:
                     break
-                waiter.granted.set_result((replica, replica.enter(now)))
+                waiter.granted.set_result((replica, replica.enter(now, waiter.request.trace)))
             self._waiting.popleft()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting and not self._closed:
+        if self._closed:
+            self._dismiss(_CLOSED)
+        if self._waiting:
             self._give_up_in_time(now)
-        if self._waiting and not self._closed:
+        if self._waiting:
             self._timer = asyncio.get_running_loop().call_later(self._delay(now), self._hand_over)
 
     def _delay(self, now: float) -> float:
@@ -246,11 +260,14 @@ class Router:
             self._out_since = now
             asyncio.get_running_loop().call_later(_TOLD_AFTER_S, self._tell_if_out, now)
         if now - self._out_since >= self._patience_s(self._out_since):
-            message = f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}"
-            while self._waiting:
-                waiter = self._waiting.popleft()
-                if not waiter.granted.done():
-                    waiter.granted.set_exception(NoDeploymentError(message))
+            self._dismiss(f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}")
+
+    def _dismiss(self, message: str) -> None:
+        """Fail all who wait."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.granted.done():
+                waiter.granted.set_exception(NoDeploymentError(message))
 
     def _patience_s(self, since: float) -> float:
         """How long requests wait where all have been out ``since`` then."""
@@ -268,7 +285,7 @@ class Router:
         now = time.monotonic()
         causes = {
             replica.label: f"it asks for a pause of {replica.paused_until - now:.0f} s"
-            if replica.circuit.answering
+            if replica.circuit.answering and replica.paused_until > now
             else str(replica.circuit.cause)
             for replica in self._replicas
         }
@@ -293,13 +310,19 @@ class Router:
             logger.warning("answers come again, after %.0f s", time.monotonic() - self._out_since)
         self._out_since, self._told = None, False
 
+    @property
+    def _is_idle(self) -> bool:
+        return not self._waiting and not any(replica.in_flight for replica in self._replicas)
+
     # What comes of a request
 
-    def _note_failure(self, replica: Replica, mark: int, request: Request, error: RequestError) -> None:
+    def _note_failure(
+        self, replica: Replica, mark: Sent, request: Request, error: RequestError, *, again: bool
+    ) -> None:
         """Have the replica judged by it, and say whether the request can be sent again at once."""
         trace = request.trace
         was_closed = replica.circuit.closed
-        replica.failed(mark, trace, error)
+        replica.failed(mark, trace, error, again=again)
         if error.turned_away and (error.retry_after_s is not None or error.pauses):
             self._pause(replica, error)
         if not (is_fault(error) or isinstance(error, RateLimitError) or error.systemic):
@@ -387,6 +410,6 @@ class Router:
 class _Waiter:
     __slots__ = ("granted", "request")
 
-    def __init__(self, request: Request, granted: asyncio.Future[tuple[Replica, int]]) -> None:
+    def __init__(self, request: Request, granted: asyncio.Future[tuple[Replica, Sent]]) -> None:
         self.request = request
         self.granted = granted
