@@ -6,9 +6,19 @@ from contextlib import suppress
 import pytest
 
 from runner.account import Account
-from runner.errors import ConnectError, RequestError, ServiceUnavailableError, Timeout
+from runner.config import RetryConfig
+from runner.errors import (
+    ConnectError,
+    InsufficientQuotaError,
+    NoDeploymentError,
+    RequestError,
+    ServiceUnavailableError,
+    Timeout,
+)
 from runner.estimate import Estimator
 from runner.limiter import RateLimiter
+from runner.retry import Retrying
+from runner.router import Replica, Router
 from virtual_fleet import Server, asking
 from virtual_time import now, virtual_time
 
@@ -72,3 +82,16 @@ async def test_the_wait_is_queue_wait() -> None:
     requests = [asking() for _ in range(5)]
     await asyncio.gather(*map(client.send, requests))
     assert requests[-1].trace.queue_wait_s > 1
+
+
+@virtual_time
+async def test_a_days_quota_that_is_used_up_is_an_error_at_once_for_all() -> None:
+    limiter = RateLimiter(requests_per_day=1)
+    router = Router([Replica(name, account(Server(name), limiter)) for name in ("east", "west")])
+    client = Retrying(router, RetryConfig())
+    await client.send(asking())
+    with pytest.raises(InsufficientQuotaError, match=r"limits\.rpd=1 is used up; requests can go on at"):
+        await client.send(asking())
+    with pytest.raises(NoDeploymentError, match="east: it asks for a pause of 86"):
+        await client.send(asking())
+    assert now() < 1

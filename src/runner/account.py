@@ -6,6 +6,7 @@ import time
 
 from runner.errors import ConnectError, RequestError
 from runner.estimate import NOTHING, Estimator
+from runner.limited import PATIENCE_S
 from runner.limiter import RateLimiter, Slot
 from runner.types import Client, Request, Response
 
@@ -14,7 +15,8 @@ class Account:
     """A `Client` that also reserves from a quota that several deployments share.
 
     It stands around a deployment's own `Limited`, which keeps the books of the attempt and obeys the deployment's
-    pauses: a refusal there is no reason to pause the others.
+    pauses: a refusal there is no reason to pause the others. A day's quota that is used up is an
+    `InsufficientQuotaError`, as it is there.
 
     Args:
         client: One deployment, under its own limits.
@@ -35,7 +37,7 @@ class Account:
         queued = time.perf_counter()
         estimate = self._estimator.estimate(request) if self._limiter.counts_tokens else NOTHING
         try:
-            handle = await self._limiter.acquire(estimate, slot=self._slot)
+            handle = await self._limiter.acquire(estimate, patience_s=PATIENCE_S, slot=self._slot)
         finally:
             request.trace.queue_wait_s += time.perf_counter() - queued
         try:

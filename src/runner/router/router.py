@@ -62,7 +62,7 @@ class Router:
         strategy: Chooses among those that can take a request.
         failover: Whether a request that failed is sent elsewhere at once. Otherwise it is tried again like any other.
         max_wait_s: How long requests wait while all are out, before they fail with a `NoDeploymentError`. The end of a
-            pause is waited for longer, up to `PATIENCE_S`.
+            pause is waited for longer, up to `PATIENCE_S`; where all pauses are longer than that, nothing is.
         is_full: Whether no more requests can come before some come back.
     """
 
@@ -258,6 +258,8 @@ class Router:
             isinstance(replica.circuit.cause, ConnectError) and not replica.answers for replica in self._replicas
         )
         pauses_s = [replica.paused_until - since for replica in self._replicas if replica.circuit.answering]
+        if len(pauses_s) == len(self._replicas) and min(pauses_s) > PATIENCE_S:
+            return 0.0
         to_wait_out_s = max((pause_s for pause_s in pauses_s if pause_s <= PATIENCE_S), default=0.0)
         return max(min(self._max_wait_s, UNREACHABLE_S) if never else self._max_wait_s, to_wait_out_s)
 
