@@ -16,6 +16,7 @@ from runner.errors import (
     Timeout,
 )
 from runner.estimate import Estimator
+from runner.limited import Limited
 from runner.limiter import RateLimiter
 from runner.retry import Retrying
 from runner.router import Replica, Router
@@ -23,7 +24,8 @@ from virtual_fleet import Server, asking
 from virtual_time import now, virtual_time
 
 
-def account(client: Server, limiter: RateLimiter) -> Account:
+def account(server: Server, limiter: RateLimiter, own: RateLimiter | None = None) -> Account:
+    client = Limited(server, own or RateLimiter(), label=server.name)
     return Account(client, limiter, estimator=Estimator(default_output_tokens=100))
 
 
@@ -64,16 +66,21 @@ async def test_a_failure_is_charged_if_it_may_have_cost_something(error: Request
 
 @virtual_time
 async def test_a_request_that_is_cancelled_before_it_was_sent_is_not_charged() -> None:
-    server = Server("east", latency_s=0.0)
-    limiter = RateLimiter(requests_per_minute=1)
-    client = account(server, limiter)
-    server.hanging.clear()
+    limiter, own = RateLimiter(requests_per_minute=1), RateLimiter()
+    client = account(Server("east", latency_s=0.0), limiter, own)
+    own.pause(2)
     sent = asyncio.create_task(client.send(asking()))
     await asyncio.sleep(1)
     sent.cancel()
     await asyncio.sleep(1)
-    server.hanging.set()
     assert await asked_within(client, 1) < 1
+
+
+@virtual_time
+async def test_a_request_that_its_deployments_own_limits_keep_back_is_not_charged() -> None:
+    limiter = RateLimiter(requests_per_minute=60)
+    full = account(Server("east"), limiter, RateLimiter(requests_per_day=1))
+    assert await asked_within(full, 30) < 5
 
 
 @virtual_time
