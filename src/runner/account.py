@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from runner.errors import ConnectError, RequestError
+from runner.errors import ConnectError, RequestError, RowError
 from runner.estimate import NOTHING, Estimator
 from runner.limited import PATIENCE_S
 from runner.limiter import RateLimiter, Slot
@@ -45,7 +45,7 @@ class Account:
         try:
             response = await self._client.send(request)
         except BaseException as error:
-            if not trace.sent_at or isinstance(error, ConnectError):
+            if not trace.sent_at or isinstance(error, (ConnectError, RowError)):
                 handle.refund()
             elif isinstance(error, RequestError) and error.billing == "free":
                 handle.settle(NOTHING)
