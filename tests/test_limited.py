@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from runner.account import Account
 from runner.concurrency import Window
 from runner.config import RetryConfig, TokenEstimates
 from runner.errors import (
@@ -23,6 +24,7 @@ from runner.errors import (
     InternalServerError,
     RateLimitError,
     RequestError,
+    RowError,
     ServiceUnavailableError,
     Timeout,
 )
@@ -155,6 +157,16 @@ async def test_how_a_request_ended_decides_what_becomes_of_its_reservation(
     with pytest.raises(type(error)):
         await Limited(Provider(error), ledger, label="a").send(asking())
     assert ledger.events == events
+
+
+@virtual_time
+async def test_a_request_that_cannot_be_written_costs_no_quota_and_is_not_on_the_wire() -> None:
+    own, shared, request = Ledger(), Ledger(), asking()
+    client = Account(Limited(Provider(RowError("NaN")), own, label="a"), shared)
+    with pytest.raises(RowError):
+        await client.send(request)
+    assert (own.events, shared.events) == (["refunded"], ["refunded"])
+    assert not request.trace.on_the_wire
 
 
 @virtual_time

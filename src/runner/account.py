@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from runner.errors import ConnectError, RequestError
+from runner.errors import ConnectError, RequestError, RowError
 from runner.estimate import NOTHING, Estimator
 from runner.limited import PATIENCE_S
 from runner.limiter import RateLimiter, Slot
@@ -34,24 +34,21 @@ class Account:
         self._slot = slot
 
     async def send(self, request: Request) -> Response:
+        trace = request.trace
         queued = time.perf_counter()
         estimate = self._estimator.estimate(request) if self._limiter.counts_tokens else NOTHING
         try:
             handle = await self._limiter.acquire(estimate, patience_s=PATIENCE_S, slot=self._slot)
         finally:
-            request.trace.queue_wait_s += time.perf_counter() - queued
+            trace.queue_wait_s += time.perf_counter() - queued
+        trace.sent_at = 0.0
         try:
             response = await self._client.send(request)
-        except ConnectError:
-            handle.refund()
-            raise
-        except RequestError as error:
-            if error.billing == "free":
-                handle.settle(NOTHING)
-            raise
-        except BaseException:
-            if not request.trace.on_the_wire:
+        except BaseException as error:
+            if not trace.sent_at or isinstance(error, (ConnectError, RowError)):
                 handle.refund()
+            elif isinstance(error, RequestError) and error.billing == "free":
+                handle.settle(NOTHING)
             raise
         if response.usage is not None:
             handle.settle(self._estimator.counted(estimate, response.usage))

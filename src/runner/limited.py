@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from runner.errors import ConnectError, InsufficientQuotaError, RequestError
+from runner.errors import ConnectError, InsufficientQuotaError, RequestError, RowError
 from runner.estimate import NOTHING, Estimate, Estimator
 from runner.limiter import RateLimiter, RateLimiterAcquisitionHandle, Slot
 from runner.quota import Reading, readings
@@ -68,6 +68,10 @@ class Limited:
         except RequestError as error:
             trace.on_the_wire = False
             raise self._settle_failure(handle, error) from error.__cause__
+        except RowError:  # it cannot be written, so that nothing was sent
+            trace.on_the_wire = False
+            handle.refund()
+            raise
         finally:
             trace.service_time_s = time.perf_counter() - sent
         trace.on_the_wire = False

@@ -105,7 +105,7 @@ class Trace:
     queue_wait_s: float = 0.0  # waiting for quota, slot or pause, over all attempts; backoff excluded
     service_time_s: float = 0.0  # of the last attempt
     on_the_wire: bool = False  # an attempt was sent, and nothing has come of it yet
-    sent_at: float = 0.0  # when the last attempt was, by `time.perf_counter`; 0: it has not been yet
+    sent_at: float = 0.0  # when the last attempt was, by `time.perf_counter`; 0: it was not
     ttft_s: float | None = None  # time to first token of the last attempt, streamed answers only
     chunk_times: Sequence[float] = ()  # when each piece of a streamed answer came, seconds after the last attempt began
     deployment: str = ""
