@@ -465,7 +465,7 @@ def test_the_cells_of_a_sweep_are_runs_of_their_own_and_are_not_asked_twice(
         *("limits.concurrency=1,2", "request.temperature=0,1"),
     ]
     first = main(arguments)
-    table = capfd.readouterr().out.split("\n\n")[-1].splitlines()
+    [table] = [block.splitlines() for block in capfd.readouterr().out.split("\n\n") if block.startswith("cell")]
     folders = Command(here).runs()
     second = main(arguments)
 

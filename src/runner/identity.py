@@ -121,9 +121,15 @@ class WorkloadHasher:
         self._inputs = hashlib.blake2b(digest_size=8)
 
     def add(self, fields: Any, asked: Any) -> None:
-        """The next row: its fields, and the input that was made of them (JSON-like)."""
-        self._rows.update(dump_json(fields))
-        self._inputs.update(dump_json(asked))
+        """The next row: its fields, and the input that was made of them (JSON-like).
+
+        One that is nested too deeply to be written counts as any other of that kind: it is asked by nobody.
+        """
+        for digest, value in ((self._rows, fields), (self._inputs, asked)):
+            try:
+                digest.update(dump_json(value))
+            except ValueError:
+                digest.update(b"too deep")
 
     @property
     def facts(self) -> dict[str, str]:
