@@ -122,6 +122,14 @@ def numbered(count: int) -> list[Json]:
     return [{"prompt": f"row {index}"} for index in range(count)]
 
 
+async def progress_of(process: asyncio.subprocess.Process) -> bytes:
+    """The next line of a run's progress; notes are passed over."""
+    assert process.stderr is not None
+    while b"rows/s" not in (line := await process.stderr.readline()):
+        assert line, "the run ended"
+    return line
+
+
 def read_rows(folder: Path) -> list[Json]:
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

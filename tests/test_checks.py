@@ -172,12 +172,15 @@ def test_a_password_has_no_place_in_the_address_of_redis() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+BENCH = TaskConfig(kind=TaskKind.bench)
+
+
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"budget": BudgetConfig(usd=1.0)}, "budget"),
-        ({"budget": BudgetConfig(requests=0)}, "budget"),
-        ({"plan": True}, "plan=true"),
+        ({"task": BENCH, "budget": BudgetConfig(usd=1.0)}, "budget with task=bench"),
+        ({"task": BENCH, "plan": True}, "plan=true with task=bench"),
+        ({"task": BENCH, "pilot": 5}, "pilot with task=bench"),
     ],
 )
 def test_a_key_that_would_have_no_effect_is_rejected(values: dict[str, Any], key: str) -> None:
@@ -363,3 +366,13 @@ def test_a_benchmark_that_cannot_show_what_it_is_asked_for_is_rejected(changes: 
 )
 def test_a_benchmark_may_name_its_levels_in_several_ways(changes: dict[str, Any]) -> None:
     check(RunnerConfig(task=TaskConfig(kind=TaskKind.bench), bench=BenchConfig(**changes)))
+
+
+def test_a_place_for_shared_limits_that_are_not_shared_is_refused() -> None:
+    for limits in (LimitsConfig(rpm=1, redis_url="redis://other:6379/0"), LimitsConfig(rpm=1, shared_folder="x")):
+        with pytest.raises(ConfigError, match=r"has no effect without limits\.shared="):
+            check(RunnerConfig(prompt="x", limits=limits))
+
+
+def test_a_key_as_a_key_of_the_configuration_points_to_the_environment() -> None:
+    assert "api_key_env names the variable" in unknown_key_message("api_key")

@@ -23,7 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import SOURCES, Asked, Command, get, read_rows, read_summary, refusal, serving, shout
+from harness import SOURCES, Asked, Command, get, progress_of, read_rows, read_summary, refusal, serving, shout
 from runner.arguments import friendly
 from runner.cli import main
 from runner.config import RunnerConfig, SimulatorConfig
@@ -267,8 +267,7 @@ def test_a_damaged_database_is_told_and_left_alone(here: Path, capfd: pytest.Cap
 async def test_a_second_process_is_kept_out_of_the_folder(command: Command) -> None:
     arguments = ("prompt=x", "simulator.latency_s=30", "tracker=none")
     async with command.running(*arguments) as first:
-        assert first.stderr is not None
-        await first.stderr.readline()  # its progress
+        await progress_of(first)
         second = await command(*arguments)
 
         assert second.exit_code == 2
@@ -304,8 +303,7 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
             *("limits.concurrency=8", "tracker=none"),
         )
         async with command.running(*arguments) as process:
-            assert process.stderr is not None
-            await process.stderr.readline()  # its progress
+            await progress_of(process)
             process.send_signal(signum)
             out, err = await process.communicate()
         interrupted = await get(ledger)
@@ -369,8 +367,8 @@ async def test_a_second_signal_ends_at_once(command: Command) -> None:
     async with Simulator(SimulatorConfig(latency_s=600)) as simulator:
         arguments = ("model=openai_like/echo", f"api_base={simulator.url}", "prompt=x", "tracker=none")
         async with command.running(*arguments) as process:
+            await progress_of(process)
             assert process.stderr is not None
-            await process.stderr.readline()  # its progress
             process.send_signal(signal.SIGINT)
             while b"again to end at once" not in (line := await process.stderr.readline()):
                 assert line
@@ -465,7 +463,8 @@ def test_the_cells_of_a_sweep_are_runs_of_their_own_and_are_not_asked_twice(
         *("limits.concurrency=1,2", "request.temperature=0,1"),
     ]
     first = main(arguments)
-    [table] = [block.splitlines() for block in capfd.readouterr().out.split("\n\n") if block.startswith("cell")]
+    shown = capfd.readouterr().out
+    table = shown[shown.rindex("\ncell ") :].strip().split("\n\n")[0].splitlines()
     folders = Command(here).runs()
     second = main(arguments)
 
@@ -510,6 +509,23 @@ def test_a_cell_with_a_wrong_type_does_not_stop_the_others(here: Path, capfd: py
     ]
 
 
+def test_several_texts_without_m_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(['prompt="One: {{ a }}","Two: {{ a }}"', "tracker=none"]) == 2
+    assert "add -m" in capfd.readouterr().err
+
+
+def test_a_sweep_of_one_cell_says_so(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "prompt=one, two,three", "tracker=none", "simulator.latency_s=0"]) == 0
+    assert "-m, but one cell" in capfd.readouterr().err
+
+
+def test_a_key_in_place_of_its_variable_is_not_shown(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompt=x", "model=openai/m", "api_key_env=sk-canary-0123456789"]) == 2
+    err = capfd.readouterr().err
+    assert "not the key" in err
+    assert "canary" not in err
+
+
 def test_a_sweep_that_cannot_be_composed_runs_nothing(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     exit_code = main(["-m", "prompt=hi", "limits.rmp=1,2"])
 
@@ -525,8 +541,7 @@ async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command:
             *("request.seed=1,2,3", "tracker=none"),
         )
         async with command.running(*arguments) as process:
-            assert process.stderr is not None
-            await process.stderr.readline()  # its progress
+            await progress_of(process)
             process.send_signal(signal.SIGINT)
             out, err = await process.communicate()
         done = await command(*arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Command
+from harness import Command, progress_of
 from runner.cli import main as run
 from runner.report import read_runs, render
 from runner.report.__main__ import main
@@ -121,9 +121,8 @@ async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> N
     command.write_rows("rows.jsonl", [{"prompt": f"n{number}"} for number in range(400)])
     arguments = ("dataset=jsonl", "dataset.path=rows.jsonl", "simulator.latency_s=0.2", "tracker=none")
     async with command.running(*arguments, "limits.concurrency=4") as process:
-        assert process.stderr is not None
-        await process.stderr.readline()  # its progress
-        await process.stderr.readline()
+        await progress_of(process)
+        await progress_of(process)
         [facts] = await read_runs([command.run()])
 
     assert facts.state == "running or killed"

@@ -23,6 +23,9 @@ _TEXTS = ("prompt", "system")
 """Keys that hold prose, which Hydra would otherwise parse."""
 
 
+_SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,(?:"[^"]*"|'[^']*'))+""")
+
+
 def friendly(arguments: Sequence[str]) -> Iterator[str]:
     """The arguments as Hydra wants them, so that nobody has to know its grammar.
 
@@ -81,6 +84,8 @@ def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
     except HydraException:
         return True
     quoted = value[:1] in ("'", '"')
+    if override.is_sweep_override() and not multirun and _SEVERAL_TEXTS.fullmatch(value):
+        raise ConfigError(f"several texts ({value[:40]}…) make a sweep: add -m")
     if override.is_sweep_override():
         plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not quoted
         return not multirun or (plain and ", " in value)

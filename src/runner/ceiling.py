@@ -1,4 +1,4 @@
-"""The ceiling: the most that one attempt at a row can cost, known before anything is sent.
+"""The ceiling: the most that one attempt at a row can take, in tokens and money, known before anything is sent.
 
 A token is at least one byte of text, so a prompt has no more tokens than its JSON form has bytes, beside what the
 provider's own template adds. An answer has no more than its limit, or than the model can write. Where a prompt holds
@@ -14,8 +14,8 @@ from typing import Any
 
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 from runner.identity import dump_json
-from runner.transports.prices import max_output_tokens_of, price_for
-from runner.types import OUTPUT_LIMITS
+from runner.transports.prices import longest_answer_of, price_for
+from runner.types import OUTPUT_LIMITS, TokenPrice
 
 _TEMPLATE_TOKENS = 256
 """What a provider's template adds to a prompt, generously: roles, a date, a line about the model."""
@@ -33,51 +33,63 @@ _BEYOND_THE_PROMPT = frozenset(
 
 
 class Ceiling:
-    """Bounds the cost of attempts under one configuration.
+    """Bounds what attempts take under one configuration.
 
     Args:
         config: The deployments (an attempt may reach any of them), their prices, and the request's parameters.
     """
 
     def __init__(self, config: RunnerConfig) -> None:
-        self._bounds: Sequence[_Bound] | None = None
+        self._bounds: Sequence[_Bound] = ()
         if config.task.kind is not TaskKind.transcribe:
             bounds = [_bound(each, config) for each in replicas(config).values()]
-            self._bounds = [each for each in bounds if each is not None] if None not in bounds else None
+            self._bounds = [each for each in bounds if each is not None] if None not in bounds else ()
 
     def usd(self, asked: Any) -> float | None:
         """The most that one attempt costs that asks ``asked``, an input of a request; None: not to be known."""
-        if self._bounds is None or not _is_text(asked):
+        if any(each.price is None for each in self._bounds) or not self._bounds or not _is_text(asked):
             return None
         prompt_bytes = len(dump_json(asked))
-        return max(each.fixed_usd + prompt_bytes * each.usd_per_byte for each in self._bounds)
+        return max(each.usd(prompt_bytes) for each in self._bounds)
+
+    def tokens(self, asked: Any) -> float | None:
+        """The most tokens, prompt and answer, that one attempt takes that asks ``asked``; None: not to be known."""
+        if not self._bounds or not _is_text(asked):
+            return None
+        prompt_bytes = len(dump_json(asked))
+        return max(each.prompt_tokens + prompt_bytes + each.output_tokens for each in self._bounds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bound:
-    """What an attempt at one deployment costs at most: a straight line over the bytes of its prompt."""
+    """What an attempt at one deployment takes at most, beside a token for each byte of its prompt."""
 
-    fixed_usd: float
-    usd_per_byte: float
+    prompt_tokens: int
+    output_tokens: int
+    price: TokenPrice | None
+
+    def usd(self, prompt_bytes: int) -> float:
+        assert self.price is not None
+        dearest = max(self.price.prompt, self.price.cached or 0.0)
+        return (self.prompt_tokens + prompt_bytes) * dearest + self.output_tokens * self.price.completion
 
 
 def _bound(deployment: DeploymentConfig, config: RunnerConfig) -> _Bound | None:
-    price = price_for(deployment, config.simulator)
     params = {**(deployment.extra_kwargs or {}), **config.request}
     params |= params.get("extra_body") or {}
-    output_tokens = 0 if config.task.kind is TaskKind.embed else _most_output(deployment.model, params)
-    if price is None or output_tokens is None or _asks_beyond(params):
+    output_tokens = 0 if config.task.kind is TaskKind.embed else _most_output(deployment, params)
+    if output_tokens is None or _asks_beyond(params):
         return None
-    fixed_tokens = _TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
-    fixed_tokens += _PREAMBLE_TOKENS if params.get("tools") or params.get("functions") else 0
-    usd_per_token = max(price.prompt, price.cached or 0.0)
-    return _Bound(fixed_usd=fixed_tokens * usd_per_token + output_tokens * price.completion, usd_per_byte=usd_per_token)
+    prompt_tokens = _TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
+    prompt_tokens += _PREAMBLE_TOKENS if params.get("tools") or params.get("functions") else 0
+    price = price_for(deployment, config.simulator)
+    return _Bound(prompt_tokens=prompt_tokens, output_tokens=output_tokens, price=price)
 
 
-def _most_output(model: str, params: Mapping[str, Any]) -> int | None:
+def _most_output(deployment: DeploymentConfig, params: Mapping[str, Any]) -> int | None:
     """The most tokens that a request's answers can have together, reasoning included; None: not to be known."""
     limits = [int(params[key]) for key in OUTPUT_LIMITS if params.get(key) is not None]
-    limit = max(limits) if limits else max_output_tokens_of(model)
+    limit = max(limits) if limits else longest_answer_of(deployment)
     choices = max(int(params.get(key) or 1) for key in ("n", "best_of"))
     return None if limit is None else limit * choices
 

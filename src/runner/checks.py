@@ -61,6 +61,10 @@ def check(config: RunnerConfig) -> None:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
     if not config.name or "/" in config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    for key, amount in vars(config.budget).items():
+        if amount is not None and not amount > 0:
+            raise ConfigError(f"budget.{key}={amount}: a number above 0, or null for no limit")
+    _at_least("pilot", config.pilot, 1)
     _check_reuse(config)
     _reject_unavailable(config)
 
@@ -95,6 +99,9 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
     if not 0 < deployment.weight < math.inf:
         raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
+    for key, price in (vars(deployment.price) if deployment.price else {}).items():
+        _at_least(f"{prefix}price.{key}", price, 0)
+    _at_least(f"{prefix}max_output_tokens", deployment.max_output_tokens, 1)
     _at_least(f"{prefix}order", deployment.order, 0)
     if deployment.limits is not None:
         check_limits(f"{prefix}limits", deployment.limits)
@@ -122,6 +129,10 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
             f"{where}.redis_url: configurations are stored with the run, so a password has no place in them. Put it"
             " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
         )
+    if limits.redis_url != LimitsConfig.redis_url and limits.shared is not Shared.redis:
+        raise ConfigError(f"{where}.redis_url has no effect without {where}.shared=redis: set that too")
+    if limits.shared_folder is not None and limits.shared is not Shared.file:
+        raise ConfigError(f"{where}.shared_folder has no effect without {where}.shared=file: set that too")
 
 
 LIMIT_KEYS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
@@ -148,9 +159,11 @@ _NOT_AVAILABLE = "is not available in this version"
 
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
+    is_bench = config.task.kind is TaskKind.bench
     wanted = {
-        "budget": any(value is not None for value in vars(config.budget).values()),
-        "plan=true": config.plan,
+        "budget with task=bench": is_bench and any(value is not None for value in vars(config.budget).values()),
+        "plan=true with task=bench": is_bench and config.plan,
+        "pilot with task=bench": is_bench and config.pilot is not None,
     }
     for key, is_wanted in wanted.items():
         if is_wanted:
@@ -374,6 +387,8 @@ _ENTRIES = {"deployments": DeploymentConfig, "scorers": ScorerConfig}
 
 
 def unknown_key_message(path: str) -> str:
+    if path.rpartition(".")[2] == "api_key":
+        return f"unknown key {path!r}: keys come from the environment or from .env; api_key_env names the variable"
     near = nearest_key(path)
     hint = f" Did you mean {near!r}?" if near else " `python -m runner --help` lists the keys."
     return f"unknown key {path!r}.{hint}"

@@ -37,7 +37,7 @@ class Known:
     """What the store has for a claimed row."""
 
     occurrence: int  # which of the rows that ask this it is; 0 where they share one answer
-    answered: bool  # it has an outcome that is not to be asked for again
+    answered: bool  # it is not to be asked: it has its outcome, or is not wanted
     unscored_text: str | None = None  # of an answer that is to be scored
     shared: bool = False  # it has none, but an earlier row that asks the same is being asked
 
@@ -55,6 +55,7 @@ class Terms:
     dedupe: bool = False  # rows that ask the same share one answer; where this changes, `Store.truncate` to 0 first
     cost_bound: Callable[[Any], float | None] | None = None  # the most that an attempt at a row costs, in US dollars
     elsewhere: Elsewhere | None = None  # what it finds is copied into this store
+    wanted: Callable[[int], bool] | None = None  # the positions that are taken up; None: all
 
 
 async def take_up(
@@ -82,6 +83,8 @@ async def take_up(
     errors |= await _errors(database, keys[same:])
 
     todo = [n for n, key in enumerate(keys) if key not in errors or (terms.retry_failed and errors[key] is not None)]
+    if terms.wanted is not None:
+        todo = [n for n in todo if terms.wanted(claims[n].position)]
     shared = await _shared(database, claims, todo) if terms.dedupe else frozenset()
     todo = [n for n in todo if n not in shared]
     await move_to_ledger(database, [keys[n] for n in todo if keys[n] in errors])

@@ -23,9 +23,18 @@ from yaml import YAMLError
 
 from runner.arguments import friendly, quoted
 from runner.complaints import explain
-from runner.composition import conf_folder, is_multirun, load_environment, sweep_folder, swept_by, swept_keys, typed
+from runner.composition import (
+    conf_folder,
+    is_multirun,
+    load_environment,
+    planned,
+    sweep_folder,
+    swept_by,
+    swept_keys,
+    typed,
+)
 from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
-from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, ConfigError, RunnerError, StoreError
+from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
 from runner.sweep import Cell, Sweep
@@ -58,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
         arguments = list(friendly(arguments))
+        if _asks_for_a_plan(arguments):
+            return _plan(arguments)
         sweep = Sweep(sweep_folder(arguments)) if is_multirun(arguments) else None
     except _BAD_INPUT as error:
         return _complain(explain(error))
@@ -83,6 +94,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sweep is not None:
         return _conclude_sweep(sweep, exit_code)
     return ended[0] if ended else exit_code
+
+
+def _asks_for_a_plan(arguments: Sequence[str]) -> bool:
+    wanted = [
+        value.lower() for key, _, value in (each.partition("=") for each in arguments) if key.lstrip("+") == "plan"
+    ]
+    return wanted[-1:] in (["true"], ["yes"], ["on"], ["1"])
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    """Explain what each cell would do, and all of them together."""
+    from runner.plan import make_plan, together
+
+    _calm_garbage_collector()
+    plans = []
+    for name, config, folder in planned(arguments):
+        plan = asyncio.run(make_plan(config, folder))
+        write(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n\n")
+        plans.append(plan)
+    if len(plans) > 1:
+        write(sys.stdout, f"{len(plans)} runs together\n{together(plans)}\n\n")
+    write(sys.stdout, "Nothing was sent. Without plan=true the same command does it.\n")
+    return FINISHED
 
 
 def run_cell(composed: DictConfig) -> dict[str, Any]:
@@ -157,8 +191,14 @@ def _run_bench(config: RunnerConfig, folder: Path) -> Report:
 def _say_why(report: Report, config: RunnerConfig) -> None:
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
-        command = "With resume=auto, the same command" if config.resume is Resume.fresh else "The same command"
+        conditions = {"resume=auto": config.resume is Resume.fresh, "a larger budget": _is_spent(report)}
+        needed = " and ".join(condition for condition, holds in conditions.items() if holds)
+        command = f"With {needed}, the same command" if needed else "The same command"
         write(sys.stderr, f"{printable(report.message)}\n{command} {again}.\n")
+
+
+def _is_spent(report: Report) -> bool:
+    return report.summary.get("stopped") == BudgetExhausted.reason
 
 
 def _calm_garbage_collector() -> None:
@@ -187,6 +227,10 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     cells = sweep.cells()
     if not cells:
         return exit_code
+    if len(cells) == 1:
+        write(
+            sys.stderr, "\n-m, but one cell: values that a comma separates make several, texts with commas in quotes\n"
+        )
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
     _show_differences(cells)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,38 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
     """
     parser = OverridesParser.create()
     overrides = []
-    for argument in arguments:
-        if "=" not in argument or argument.startswith(("-", "hydra.", "hydra/", "+scale=")):
-            continue
+    for argument in _of_the_run(arguments):
         override = parser.parse_override(argument)
         if override.is_sweep_override():
             argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         overrides.append(argument)
     first = _composed(overrides)
     return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
+
+
+def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]]:
+    """What a command line would run: the name, the configuration and the folder of each cell. Makes no folder.
+
+    Raises:
+        ConfigError: A cell cannot be composed, or holds what no key allows.
+        HydraException: A group or an option does not exist.
+    """
+    from runner.identity import run_id
+
+    parser = OverridesParser.create()
+    choices: list[list[str]] = []
+    for argument in _of_the_run(arguments):
+        override = parser.parse_override(argument)
+        values = override.sweep_string_iterator() if override.is_sweep_override() else ()
+        choices.append([f"{argument.partition('=')[0]}={value}" for value in values] or [argument])
+    keys = swept_keys(arguments) if is_multirun(arguments) else []
+    for overrides in product(*choices):
+        composed = _composed(list(overrides))
+        load_environment(composed.env_file)
+        config = typed(composed)
+        swept = dict(swept_by(overrides, keys, {}))
+        name = " ".join(f"{key}={value}" for key, value in swept.items())
+        yield name, config, Path(config.runs_dir) / config.name / run_id(config, swept=swept)
 
 
 def swept_by(overrides: Sequence[str], keys: Sequence[str], sweeper: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -121,6 +145,12 @@ def swept_by(overrides: Sequence[str], keys: Sequence[str], sweeper: Mapping[str
         key, _, value = override.partition("=")
         if key.lstrip("+") in swept:
             yield key.lstrip("+"), value
+
+
+def _of_the_run(arguments: Sequence[str]) -> list[str]:
+    """The overrides that say what is run, not how Hydra runs it."""
+    elsewhere = ("-", "hydra.", "hydra/", "+scale=")
+    return [argument for argument in arguments if "=" in argument and not argument.startswith(elsewhere)]
 
 
 class UserConf(SearchPathPlugin):

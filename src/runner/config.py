@@ -136,6 +136,15 @@ class LimitsConfig:
 
 
 @dataclass(kw_only=True)
+class PriceConfig:
+    """US dollars per million tokens."""
+
+    prompt: float
+    completion: float
+    cached: float | None = None  # prompt tokens that the provider had in its cache; None: as `prompt`
+
+
+@dataclass(kw_only=True)
 class DeploymentLimitsConfig(LimitsConfig):
     """Limits of one deployment alone. Those of the root hold above them, for all deployments together."""
 
@@ -156,6 +165,8 @@ class DeploymentConfig:
         limits: Limits of this deployment alone, beside those that all share.
         extra_kwargs: LiteLLM keyword arguments for every request sent here.
         transport: ``direct`` (OpenAI's wire format), ``litellm`` (everything), or ``auto``.
+        price: What its tokens cost; None: as LiteLLM lists the model.
+        max_output_tokens: The longest answer that the model can write; None: as LiteLLM lists it.
     """
 
     model: str = "???"
@@ -167,6 +178,8 @@ class DeploymentConfig:
     limits: DeploymentLimitsConfig | None = None
     extra_kwargs: dict[str, Any] | None = None
     transport: TransportKind = TransportKind.auto
+    price: PriceConfig | None = None
+    max_output_tokens: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -274,6 +287,8 @@ class ScorerConfig:
 
 @dataclass(kw_only=True)
 class BudgetConfig:
+    """Where a run, or all cells of a sweep together, stop; see `runner.budget`. None: no such limit."""
+
     usd: float | None = None
     tokens: int | None = None
     requests: int | None = None
@@ -374,6 +389,7 @@ class RunnerConfig:
     dedupe: Dedupe = Dedupe.auto
     reuse: bool = False
     plan: bool = False
+    pilot: int | None = None
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     env_file: str = ".env"

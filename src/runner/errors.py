@@ -7,6 +7,7 @@ RunnerError
 ├── ParseError                     an answer is not in the form that was asked for; a warning, its item did not fail
 ├── RunStopped                     the run cannot go on; everything settled so far is kept
 │   ├── Interrupted                a signal asked for the end
+│   ├── BudgetExhausted            the budget has no room for another request
 │   └── SystemicError              every request would fail the same way (a wrong key, no server)
 └── ItemError                      one item failed; a value in a batch, never the end of a run
     ├── RowError                   the row cannot be turned into a request
@@ -83,6 +84,12 @@ class Interrupted(RunStopped):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Interrupted, (self.signum,)
+
+
+class BudgetExhausted(RunStopped):
+    """The budget has no room for what comes next."""
+
+    reason = "budget"
 
 
 class SystemicError(RunStopped):

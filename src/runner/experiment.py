@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from runner.budget import Budget, price_hint, shown
 from runner.checks import check
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
@@ -20,9 +23,12 @@ from runner.errors import (
     FINISHED,
     SOME_FAILED,
     STOPPED,
+    BudgetExhausted,
+    ConfigError,
     Interrupted,
     StoreError,
 )
+from runner.forecast import Forecast, forecast
 from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import Progress, open_progress
@@ -34,6 +40,7 @@ from runner.stack import Stack, open_stack
 from runner.store import Store
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import check_addresses
+from runner.transports.prices import price_for
 from runner.tuner import Tuner
 from runner.types import Client
 from runner.watchdog import Watchdog
@@ -66,11 +73,14 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         ConfigError: The configuration or the dataset cannot be used. Nothing was sent.
         StoreError: The run's database cannot be opened.
     """
+    if config.plan:
+        raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
     workload.check()
     window = Window.of(config.limits)
-    client = _open_client(config, window, Tuner.of(config.limits, window))
+    budget = Budget.of(config, folder)
+    client = _open_client(config, window, Tuner.of(config.limits, window), budget)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
     async with _closing(client, store), resuming(store, config, workload) as resumption:
@@ -94,13 +104,16 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             run_id=f"{config.name}-{folder.name}",
             settings=settings or {},
         )
-        async with _shown(run, config, tracker, settled, resumption.notes):
-            try:
-                with handled_signals(run.on_signal):
-                    await run.until_done()
-            except Exception:  # a bug; what was paid for is shown all the same
-                await _conclude(run, store, folder)
-                raise
+        judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
+        notes = [*resumption.notes, *_unpriced(config)]
+        with handled_signals(run.on_signal):
+            async with _shown(run, config, tracker, settled, notes):
+                try:
+                    async with budget.opened(store, end=run.end) if budget else nullcontext():
+                        await run.until_done(after_pilot=judge_pilot)
+                except Exception:  # a bug; what was paid for is shown all the same
+                    await _conclude(run, store, folder)
+                    raise
         report = await _conclude(run, store, folder)
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(
@@ -122,10 +135,12 @@ def check_experiment(config: RunnerConfig) -> None:
     """
     check(config)
     Workload(config).check()
-    _open_client(config, Window.of(config.limits))
+    _open_client(config, Window.of(config.limits), budget=Budget.of(config, Path()))
 
 
-def _open_client(config: RunnerConfig, window: Window, tuner: Tuner | None = None) -> Stack:
+def _open_client(
+    config: RunnerConfig, window: Window, tuner: Tuner | None = None, budget: Budget | None = None
+) -> Stack:
     return open_stack(
         replicas(config),
         limits=config.limits,
@@ -134,6 +149,7 @@ def _open_client(config: RunnerConfig, window: Window, tuner: Tuner | None = Non
         simulator=config.simulator,
         window=window,
         tuner=tuner,
+        budget=budget,
         timeout_s=config.request.get("timeout"),
     )
 
@@ -195,6 +211,38 @@ def _ending_note(run: Run) -> str:
     return "stopping: waiting for what is in flight"
 
 
+def _unpriced(config: RunnerConfig) -> Iterator[str]:
+    """Deployments whose cost nobody will know."""
+    for label, deployment in replicas(config).items():
+        if price_for(deployment, config.simulator) is None:
+            where = f"deployments.{label if config.deployments else 'LABEL'}"
+            yield f"no price is known for {deployment.model}, so its cost is not counted: {price_hint(where)}"
+
+
+async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_size: int) -> None:
+    """Say what the rest will take, and stop where the budget has no room for it."""
+    await store.flush()
+    if run.total is None:
+        logger.warning("the pilot is done; how many rows are left is not known")
+        return
+    left = await _left(run, store)
+    logger.warning("the pilot is done: %s", left)
+    forecasts = {"usd": left.usd, "tokens": left.tokens}
+    needed: dict[str, float] = {name: each.high for name, each in forecasts.items() if each is not None}
+    needed["requests"] = math.ceil(left.rows / group_size)
+    for name, room in budget.left().items() if budget is not None else ():
+        amount = needed.get(name, 0.0)
+        if amount > room:
+            said = f"the budget has room for {shown(name, room)} more, and the rest may take {shown(name, amount)}"
+            run.end(BudgetExhausted(said))
+
+
+async def _left(run: Run, store: Store) -> Forecast:
+    """What is left to do."""
+    settled = await run.settled()
+    return await forecast(store, max(0, (run.total or settled) - settled))
+
+
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     """Write the projections and say how it ended."""
     reason = run.stop.reason
@@ -217,6 +265,8 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
     message = str(reason) if reason else await _first_failure(store)
+    if isinstance(reason, BudgetExhausted) and run.total is not None:
+        message = f"{reason}. {await _left(run, store)}"
     return Report(exit_code=exit_code, summary=summary, message=message)
 
 

@@ -120,16 +120,10 @@ class WorkloadHasher:
         self._rows = hashlib.blake2b(digest_size=8)
         self._inputs = hashlib.blake2b(digest_size=8)
 
-    def add(self, fields: Any, asked: Any) -> None:
-        """The next row: its fields, and the input that was made of them (JSON-like).
-
-        One that is nested too deeply to be written counts as any other of that kind: it is asked by nobody.
-        """
-        for digest, value in ((self._rows, fields), (self._inputs, asked)):
-            try:
-                digest.update(dump_json(value))
-            except ValueError:
-                digest.update(b"too deep")
+    def add(self, metadata: str, asked: Any) -> None:
+        """The next row: its own fields as JSON, and the input that was made of it (JSON-like)."""
+        self._rows.update(metadata.encode("utf-8", "surrogatepass"))
+        self._inputs.update(asked.encode("utf-8", "surrogatepass") if isinstance(asked, str) else dump_json(asked))
 
     @property
     def facts(self) -> dict[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
@@ -17,6 +18,7 @@ from runner.config import DeploymentConfig, RunnerConfig, replicas
 from runner.digests import Digests
 from runner.errors import (
     AuthenticationError,
+    BudgetExhausted,
     ConnectError,
     DatasetError,
     InsufficientQuotaError,
@@ -26,6 +28,7 @@ from runner.errors import (
     NotFoundError,
     PermissionDeniedError,
     RequestError,
+    RunStopped,
     StoreError,
     SystemicError,
 )
@@ -99,6 +102,7 @@ class Run:
         self._soft_start = SoftStart(window)
         self._digests = Digests(store, max_bytes=config.task.max_bytes)
         self._flights: dict[int, _Flight] = {}
+        self._asked_first: set[int] = set()  # positions, in the pilot
         self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
@@ -114,11 +118,21 @@ class Run:
             [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
-    async def until_done(self) -> None:
-        """Ask until there is nothing left, or `stop` or `interrupt` is called."""
-        self._batch = asyncio.ensure_future(run_batch(self._claim(), self._ask, window=self._window, stop=self.stop))
+    async def until_done(self, *, after_pilot: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Ask until there is nothing left, or `stop`, `end` or `interrupt` is called.
+
+        Args:
+            after_pilot: Awaited between the rows that are asked first, ``pilot`` of them, and the others.
+        """
         try:
-            await self._batch
+            if self._config.pilot:
+                sample = _spread(self._config.pilot, self.total)
+                await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
+                if self.stop.reason is None and after_pilot is not None:
+                    await after_pilot()
+                self._terms = replace(self._terms, wanted=lambda position: position not in self._asked_first)
+            if self.stop.reason is None:
+                await self._ask_for(self._terms)
             if self.sharing and self._workload.scorers:
                 await self._score_sharing()
         except asyncio.CancelledError:
@@ -130,14 +144,18 @@ class Run:
             self._soft_start.close()
             await self._keep_ledger()
 
-    def interrupt(self, reason: Interrupted) -> None:
-        """End early: ask nothing more, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
-        loop = asyncio.get_running_loop()
-        self._interrupted_at = loop.time()
+    def end(self, reason: RunStopped) -> None:
+        """End early: send nothing more, and wait for the answers on their way."""
         self.stop(reason)
         for flight in self._flights.values():
             if not flight.trace.on_the_wire:
                 flight.task.cancel()
+
+    def interrupt(self, reason: Interrupted) -> None:
+        """End early, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
+        loop = asyncio.get_running_loop()
+        self._interrupted_at = loop.time()
+        self.end(reason)
         if self._batch is not None:
             loop.call_later(GRACE_S, self._batch.cancel)
 
@@ -166,7 +184,12 @@ class Run:
 
     # Taking up
 
-    async def _claim(self) -> AsyncIterator[Sequence[Sequence[Claimed]]]:
+    async def _ask_for(self, terms: Terms, *, is_pilot: bool = False) -> None:
+        chunks = self._claim(terms, is_pilot=is_pilot)
+        self._batch = asyncio.ensure_future(run_batch(chunks, self._ask, window=self._window, stop=self.stop))
+        await self._batch
+
+    async def _claim(self, terms: Terms, *, is_pilot: bool) -> AsyncIterator[Sequence[Sequence[Claimed]]]:
         """Go through the dataset in chunks; hand on what has no answer, score what has an unscored one.
 
         What is handed on comes in the groups that share a request.
@@ -183,17 +206,22 @@ class Run:
                 raise ahead
             chunk, length = ahead, ahead[-1].position + 1
             for item in chunk:
-                workload.add(item.fields, item.input)
+                workload.add(item.metadata, item.input)
             # While the store looks up what was read, in its thread, the next chunk is read.
-            known, ahead = await asyncio.gather(self._store.claim(chunk, self._terms), self._read(items, size))
+            known, ahead = await asyncio.gather(self._store.claim(chunk, terms), self._read(items, size))
             await self._score_known(chunk, known)
-            todo += [
+            asked = [
                 (item, fact.occurrence)
                 for item, fact in zip(chunk, known, strict=True)
                 if not (fact.answered or fact.shared)
             ]
-            self.sharing += sum(fact.shared for fact in known)
-            self._meter.reused(sum(fact.answered or fact.shared for fact in known))
+            todo += asked
+            if is_pilot:
+                self._asked_first.update(item.position for item, _ in asked)
+            else:
+                self.sharing += sum(fact.shared for fact in known)
+                before = sum(item.position in self._asked_first for item in chunk) if self._asked_first else 0
+                self._meter.reused(len(chunk) - len(asked) - before)
             whole = len(todo) - len(todo) % group_size
             yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
             todo = todo[whole:]
@@ -246,13 +274,17 @@ class Run:
             flights=self._flights,
             stop=self.stop,
         )
-        async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
-            self._flights.pop(id(settled.trace), None)
-            asked = [usable[place] for place in settled.places]
-            if isinstance(settled.result, ItemError):
-                await self._failed(asked, settled.trace, settled.result)
-            else:
-                await self._answered(asked, settled.trace, settled.result)
+        try:
+            async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
+                self._flights.pop(id(settled.trace), None)
+                asked = [usable[place] for place in settled.places]
+                if isinstance(settled.result, ItemError):
+                    await self._failed(asked, settled.trace, settled.result)
+                else:
+                    await self._answered(asked, settled.trace, settled.result)
+        except BudgetExhausted as reason:  # these rows have no outcome: they are left for later
+            if self.stop.reason is None:
+                self.stop(reason)
 
     async def _answered(self, asked: Sequence[Claimed], trace: Trace, responses: Sequence[Response]) -> None:
         self._any_answer = True
@@ -380,6 +412,14 @@ _SETTLED_ROWS = """
     JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
     WHERE answers.error_type IS NULL OR ?
 """
+
+
+def _spread(size: int, total: int | None) -> Set[int]:
+    """So many positions: one at random in each of as many equal parts of the dataset; of an unknown one, the first."""
+    if total is None or total <= size:
+        return frozenset(range(size))
+    draw = random.Random(total)
+    return {draw.randrange(part * total // size, (part + 1) * total // size) for part in range(size)}
 
 
 def way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:

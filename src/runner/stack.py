@@ -1,6 +1,7 @@
 """The client stack, assembled: ``Retrying(Router({label: Limited(Transport)}))``, and what may stand between these.
 
-Where the window is found automatically, each transport is an ``Adaptive(Transport)``.
+Where the window is found automatically, each transport is an ``Adaptive(Transport)``. Where there is a budget, it is
+``Budgeted(Limited(Transport))``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from runner.account import Account
 from runner.adaptive import Adaptive
+from runner.budget import Budget
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RoutingConfig, SimulatorConfig
 from runner.estimate import Estimator
@@ -60,6 +62,7 @@ def open_stack(
     window: Window,
     routing: RoutingConfig | None = None,
     tuner: Tuner | None = None,
+    budget: Budget | None = None,
     timeout_s: float | None = None,
     limiters: Limiters | None = None,
 ) -> Stack:
@@ -70,6 +73,7 @@ def open_stack(
         limits: The account's, which hold for all deployments together; a deployment may have its own beside them.
         window: Where requests give their slots back while they wait for a retry or the end of a pause.
         tuner: Sets the window by what comes of the requests; None: nobody does.
+        budget: What every attempt is kept to; None: no budget.
         timeout_s: How long an attempt may take where its request does not say; None: `transports.DEFAULT_TIMEOUT_S`.
         limiters: What `open_limiters` gave, for stacks that are to keep the limits together.
 
@@ -98,6 +102,8 @@ def open_stack(
         )
         if limiters.account is not None:
             client = Account(client, limiters.account, estimator=estimator, slot=window)
+        if budget is not None:
+            client = budget.around(label, client)
         return Replica(
             label,
             client,

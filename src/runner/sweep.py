@@ -19,8 +19,8 @@ from typing import Any
 
 from runner.results import replace_file
 
-_SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "-")
-"""Beginnings of arguments that say where the cells run, and not which there are."""
+_SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "budget.", "plan=", "pilot=", "-")
+"""Beginnings of arguments that say where the cells run and how far, and not which there are."""
 
 _TURN_S = 0.2
 """Seconds between two looks at whether it is one's turn."""

@@ -60,7 +60,7 @@ class FileQuota:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"limits.shared_folder={path.parent}: {error.strerror}: name another folder") from None
-        kind = _file_system_of(path.parent, mounts)
+        kind = file_system_of(path.parent, mounts)
         if kind in NETWORK_FILE_SYSTEMS:
             raise ConfigError(
                 f"limits.shared_folder={path.parent} is on a network file system ({kind}), where locks do not hold:"
@@ -106,7 +106,7 @@ class FileQuota:
         return self._database
 
 
-def _file_system_of(folder: Path, mounts: Path) -> str | None:
+def file_system_of(folder: Path, mounts: Path = _MOUNTS) -> str | None:
     """The type of the file system that holds ``folder``, or None where the host does not say (not Linux)."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()

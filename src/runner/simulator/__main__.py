@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         asyncio.run(_serve(simulator))
     except ConfigError as error:
         parser.error(str(error))
-    except OSError as error:
-        print(f"simulator: cannot listen at {host}:{port}: {error.strerror}", file=sys.stderr)
+    except (OSError, OverflowError) as error:  # an overflow: no port is so large
+        print(f"simulator: cannot listen at {host}:{port}: {error}", file=sys.stderr)
         return 2
     return 0
 

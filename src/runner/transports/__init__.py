@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +14,8 @@ from urllib.parse import urlsplit
 from runner.config import DeploymentConfig, SimulatorConfig, TransportKind
 from runner.errors import ConfigError
 from runner.types import Client
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 DEFAULT_TIMEOUT_S = 600.0
 _CONNECT_TIMEOUT_S = 5.0
@@ -121,6 +124,8 @@ def key_of(deployment: DeploymentConfig) -> str | None:
     key = deployment.api_key or (os.environ.get(variable) if variable else None)
     if not key:
         if deployment.api_key_env:
+            if not _VARIABLE.fullmatch(deployment.api_key_env):
+                raise ConfigError("api_key_env: the name of the environment variable that holds the key, not the key")
             raise ConfigError(f"api_key_env={deployment.api_key_env!r}: the environment has no such variable")
         return None
     key = key.strip()  # a line feed at the end is what files and pipes leave

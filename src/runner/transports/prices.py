@@ -30,12 +30,21 @@ class Listing(NamedTuple):
 
 def price_for(deployment: DeploymentConfig, simulator: SimulatorConfig) -> TokenPrice | None:
     """What a deployment charges, or None where that is unknown."""
+    if deployment.price is not None:
+        own = deployment.price
+        cached = None if own.cached is None else own.cached / 1e6
+        return TokenPrice(prompt=own.prompt / 1e6, completion=own.completion / 1e6, cached=cached)
     if deployment.model.startswith("simulated/"):
         return TokenPrice(
             prompt=simulator.usd_per_million_prompt_tokens / 1e6,
             completion=simulator.usd_per_million_completion_tokens / 1e6,
         )
     return price_of(deployment.model)
+
+
+def longest_answer_of(deployment: DeploymentConfig) -> int | None:
+    """The longest answer that a deployment's model can write, in tokens, or None where that is unknown."""
+    return deployment.max_output_tokens or max_output_tokens_of(deployment.model)
 
 
 def price_of(model: str) -> TokenPrice | None:

@@ -1,0 +1,341 @@
+"""The plan: what a run would send and why, what that costs, how long it takes. Sends nothing and leaves no trace.
+
+Rows are taken up in a copy of the run's database, by the very code that a run takes them up with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from runner.checks import check
+from runner.config import RunnerConfig, TaskKind, replicas
+from runner.database import RUN_DATABASE
+from runner.digests import Digests
+from runner.errors import StoreError
+from runner.estimate import Estimate, Estimator
+from runner.forecast import SAMPLE, ZERO, Interval, total_of
+from runner.resume import resuming
+from runner.store import Known, Store
+from runner.task import Item
+from runner.transports.prices import longest_answer_of, price_for
+from runner.types import OUTPUT_LIMITS, EmbeddingRequest, GenerationRequest, TokenPrice, TokenUsage
+from runner.workload import Workload
+
+_CHUNK = 1000
+
+_UNLEARNT = 2.0
+"""By how much a prompt's tokens may differ from what its length says, before any answer told."""
+
+_UNBOUNDED = 16
+"""Times `limits.default_output_tokens` that an answer may be long, where nothing says so."""
+
+_OWN_TIME = Interval(expected=4e-4, low=1e-4, high=1e-3)
+"""Seconds that a request takes of this program's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run would do."""
+
+    send: Mapping[str, int]  # rows by why they are sent
+    keep: Mapping[str, int]  # rows by why they are not
+    tokens: Interval
+    usd: Interval | None  # None: a price is unknown
+    seconds: Interval | None  # None: there is nothing to go by
+    basis: int  # answers that the forecast follows; 0: it is a guess
+
+    def __str__(self) -> str:
+        cost = self.usd.shown("usd") if self.usd else "unknown: no price is known, see deployments.LABEL.price"
+        time = self.seconds.shown("seconds") if self.seconds else "unknown: nothing was answered yet"
+        lines = [
+            _counts("send", self.send),
+            _counts("keep", self.keep),
+            f"  tokens  {self.tokens.shown('tokens')}",
+            f"  cost    {cost}",
+            f"  time    {time}",
+        ]
+        if sum(self.send.values()):
+            guess = "a guess: no answer is there to go by; pilot=100 asks a few rows first"
+            lines.append(f"  by      {f'{self.basis:,} answers' if self.basis else guess}")
+        return "\n".join(lines)
+
+
+async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
+    """What a run of ``config`` in ``folder`` would do, whether there is one already or not.
+
+    Raises:
+        ConfigError: The configuration or the dataset cannot be used.
+        StoreError: The run's database cannot be read.
+    """
+    check(config)
+    workload = Workload(config)
+    workload.check()
+    draft = _Draft(config)
+    async with _copied(folder) as (store, is_new), resuming(store, config, workload) as resumption:
+        terms = replace(resumption.terms, cost_bound=None)
+        looks_back = not is_new or config.reuse
+        digests = Digests(store, max_bytes=config.task.max_bytes)
+        items = workload.items()
+        while taken := list(islice(items, _CHUNK)):
+            chunk = await workload.identified(taken, digests)
+            known = await store.claim(chunk, terms)
+            places = chunk[0].position, chunk[-1].position
+            facts = {row["position"]: row async for row in store.query(_FACTS, places)} if looks_back else {}
+            for item, fact in zip(chunk, known, strict=True):
+                draft.add(item, fact, facts.get(item.position))
+    return draft.finish()
+
+
+def together(plans: Sequence[Plan]) -> Plan:
+    """Several plans in one, their runs one after the other."""
+    costs = [plan.usd for plan in plans if plan.usd is not None]
+    times = [plan.seconds for plan in plans if plan.seconds is not None]
+    return Plan(
+        send=sum((Counter(plan.send) for plan in plans), Counter()),
+        keep=sum((Counter(plan.keep) for plan in plans), Counter()),
+        tokens=sum((plan.tokens for plan in plans), ZERO),
+        usd=sum(costs, ZERO) if len(costs) == len(plans) else None,
+        seconds=sum(times, ZERO) if len(times) == len(plans) else None,
+        basis=sum(plan.basis for plan in plans),
+    )
+
+
+class _Draft:
+    """A plan in the making, row by row."""
+
+    def __init__(self, config: RunnerConfig) -> None:
+        self._config = config
+        self._deployments = list(replicas(config).values())
+        limits = config.limits
+        self._estimator = Estimator.of(
+            limits.token_estimates,
+            model=self._deployments[0].model,
+            default_output_tokens=limits.default_output_tokens,
+        )
+        self._send: Counter[str] = Counter()
+        self._keep: Counter[str] = Counter()
+        self._guessed = _Guessed()
+        self._answers: list[_Answer] = []
+
+    def add(self, item: Item, known: Known, fact: Any) -> None:
+        if known.shared:
+            self._keep["sharing the answer of another row"] += 1
+        elif known.answered:
+            self._keep[_why_kept(fact)] += 1
+            if len(self._answers) < SAMPLE and fact["total_tokens"] is not None:
+                self._answers.append(_Answer.of(fact, self._estimate(item)))
+        elif item.error is not None:
+            self._keep["cannot be asked"] += 1
+        else:
+            self._send[_why_sent(fact, item, truncated=self._config.retry_truncated)] += 1
+            estimate = self._estimate(item)
+            self._guessed.rows += 1
+            self._guessed.prompt_tokens += estimate.prompt_tokens
+            self._guessed.completion_tokens += estimate.completion_tokens
+
+    def finish(self) -> Plan:
+        tokens = self._tokens() if self._answers else self._guessed_tokens()
+        return Plan(
+            send=self._send,
+            keep=self._keep,
+            tokens=tokens[0] + tokens[1],
+            usd=self._usd(*tokens),
+            seconds=self._seconds(tokens[0] + tokens[1]),
+            basis=len(self._answers),
+        )
+
+    def _estimate(self, item: Item) -> Estimate:
+        """What the row takes, as far as its length says."""
+        asked = item.input["asked"] if self._config.task.image else item.input
+        match self._config.task.kind:
+            case TaskKind.transcribe:
+                return Estimate()
+            case TaskKind.embed:
+                return self._estimator.estimate(EmbeddingRequest(texts=[asked]))
+        return self._estimator.estimate(GenerationRequest(input=asked, params=self._config.request))
+
+    def _tokens(self) -> tuple[Interval, Interval]:
+        """Of prompts and of answers, by those that were answered."""
+        rows, answers = self._guessed.rows, self._answers
+        prompts = total_of(
+            rows,
+            [each.usage.prompt_tokens for each in answers],
+            [each.guess for each in answers],
+            guessed=self._guessed.prompt_tokens,
+        )
+        return prompts, total_of(rows, [each.usage.completion_tokens for each in answers])
+
+    def _guessed_tokens(self) -> tuple[Interval, Interval]:
+        """Of prompts and of answers, by what may be asked for."""
+        rows, prompt = self._guessed.rows, self._guessed.prompt_tokens
+        prompts = Interval(expected=prompt, low=prompt / _UNLEARNT, high=(prompt + 16 * rows) * _UNLEARNT)
+        most = self._guessed.completion_tokens
+        if not any(self._config.request.get(key) for key in OUTPUT_LIMITS):
+            longest = [longest_answer_of(each) for each in self._deployments]
+            bound = max((each for each in longest if each is not None), default=None)
+            high = most * _UNBOUNDED if bound is None or None in longest else float(bound * rows)
+            return prompts, Interval(expected=most, low=min(most, float(rows)), high=max(most, high))
+        return prompts, Interval(expected=most / 2, low=min(most, float(rows)), high=most)
+
+    def _usd(self, prompts: Interval, completions: Interval) -> Interval | None:
+        known = [price_for(each, self._config.simulator) for each in self._deployments]
+        prices = [each for each in known if each is not None]
+        if len(prices) < len(known):
+            return None
+        usual = _mean(prices)
+        if not self._answers:
+            cost = prompts * usual.prompt + completions * usual.completion
+        else:
+            completion = sum(each.usage.completion_tokens for each in self._answers) / len(self._answers)
+            of_answer = completion * usual.completion
+            cost = total_of(
+                self._guessed.rows,
+                [usual.cost_usd(each.usage) for each in self._answers],
+                [each.guess * usual.prompt + of_answer for each in self._answers],
+                guessed=self._guessed.prompt_tokens * usual.prompt + self._guessed.rows * of_answer,
+            )
+        shares = [
+            theirs / own
+            for each in prices
+            for theirs, own in ((each.prompt, usual.prompt), (each.completion, usual.completion))
+            if own
+        ]
+        return Interval(  # all of it may go to the cheapest, or to the dearest
+            expected=cost.expected, low=cost.low * min(shares, default=1.0), high=cost.high * max(shares, default=1.0)
+        )
+
+    def _seconds(self, tokens: Interval) -> Interval | None:
+        """By the slots and by the limits, whichever holds it up more."""
+        limits, rows = self._config.limits, self._guessed.rows
+        times = [(limits.rpm, Interval(expected=rows, low=rows, high=rows)), (limits.tpm, tokens)]
+        lasting = [of * (60 / limit) for limit, of in times if limit]
+        if self._answers and isinstance(limits.concurrency, int):
+            services = [each.service_time_s for each in self._answers]
+            group = self._config.task.micro_batch_size if self._config.task.kind is TaskKind.embed else 1
+            lasting.append(total_of(rows, services) * (1 / (limits.concurrency * group)))
+        if not lasting:
+            return None if rows else ZERO
+        lasting.append(_OWN_TIME * rows)
+        return Interval(
+            expected=max(each.expected for each in lasting),
+            low=max(each.low for each in lasting),
+            high=max(each.high for each in lasting),
+        )
+
+
+@dataclass(slots=True)
+class _Guessed:
+    """What the rows to send take by their lengths."""
+
+    rows: int = 0
+    prompt_tokens: float = 0.0
+    completion_tokens: float = 0.0  # at most, or by default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What an answered row took."""
+
+    guess: float  # prompt tokens by its length
+    usage: TokenUsage
+    service_time_s: float
+
+    @classmethod
+    def of(cls, fact: Any, estimate: Estimate) -> _Answer:
+        usage = TokenUsage(
+            prompt_tokens=fact["prompt_tokens"] or 0,
+            completion_tokens=fact["completion_tokens"] or 0,
+            cached_tokens=fact["cached_tokens"],
+        )
+        return cls(guess=estimate.prompt_tokens, usage=usage, service_time_s=fact["service_time_s"])
+
+
+def _why_kept(fact: Any) -> str:
+    if fact["error_type"] is not None:
+        return "failed earlier"
+    taken_over = fact["reused_from"] is not None and fact["content"] != fact["before"]
+    return "taken over from elsewhere" if taken_over else "answered"
+
+
+def _why_sent(fact: Any, item: Item, *, truncated: bool) -> str:
+    if fact is None or fact["before"] is None:
+        return "new"
+    if fact["before"] == item.content:
+        if fact["before_error"] is not None:
+            return "failed earlier"
+        return "asked anew" if fact["before_settled"] else "not answered yet"
+    return "truncated" if truncated and fact["before_finish"] == "length" else "changed"
+
+
+def _counts(verb: str, reasons: Mapping[str, int]) -> str:
+    total = sum(reasons.values())
+    why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=lambda each: -each[1]))
+    return f"  {verb}    {total:,} rows{f': {why}' if why else ''}"
+
+
+def _mean(prices: Sequence[TokenPrice]) -> TokenPrice:
+    return TokenPrice(
+        prompt=sum(each.prompt for each in prices) / len(prices),
+        completion=sum(each.completion for each in prices) / len(prices),
+        cached=sum(each.prompt if each.cached is None else each.cached for each in prices) / len(prices),
+    )
+
+
+@asynccontextmanager
+async def _copied(folder: Path) -> AsyncIterator[tuple[Store, bool]]:
+    """A copy of the run's database to plan in, and whether there was none."""
+    source = folder / RUN_DATABASE
+    with tempfile.TemporaryDirectory(prefix="runner-plan-") as name:
+        copy = Path(name) / RUN_DATABASE
+        is_new = not source.is_file()
+        if is_new:
+            await (await Store.open(copy)).aclose()
+        await asyncio.to_thread(_copy, None if is_new else source, copy)
+        async with await Store.open(copy) as store:
+            yield store, is_new
+
+
+def _copy(source: Path | None, copy: Path) -> None:
+    """Copy a database that may be at work, and add a table of what was known ``before``. The source stays as it is."""
+    try:
+        with closing(sqlite3.connect(copy)) as target:
+            if source is not None:
+                at_work = source.with_name(f"{source.name}-wal").exists()
+                uri = f"{source.absolute().as_uri()}?{'mode=ro' if at_work else 'immutable=1'}"
+                with closing(sqlite3.connect(uri, uri=True)) as database:
+                    database.backup(target)
+            target.executescript(_BEFORE)
+    except sqlite3.Error as error:
+        raise StoreError(f"{source} cannot be read ({error})") from None
+
+
+_BEFORE = """
+    CREATE TABLE before (
+        position INTEGER PRIMARY KEY, content BLOB, settled INTEGER, error_type TEXT, finish_reason TEXT
+    );
+    INSERT INTO before
+    SELECT rows.position, rows.content, answers.id IS NOT NULL, answers.error_type, answers.finish_reason
+    FROM rows
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence;
+"""
+
+_FACTS = """
+    SELECT
+        rows.position, rows.content, before.content AS before, before.settled AS before_settled,
+        before.error_type AS before_error, before.finish_reason AS before_finish,
+        answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
+        answers.total_tokens, answers.cached_tokens, answers.service_time_s
+    FROM rows
+    LEFT JOIN before ON before.position = rows.position
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE rows.position BETWEEN ? AND ?
+"""

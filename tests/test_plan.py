@@ -1,0 +1,234 @@
+"""Plans: what would be sent and why, and what it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import Asked, Command, Json, numbered, read_rows, refusal, serving, shout
+from runner.config import (
+    DatasetConfig,
+    DatasetKind,
+    Dedupe,
+    DeploymentConfig,
+    LimitsConfig,
+    PriceConfig,
+    Resume,
+    RunnerConfig,
+    SimulatorConfig,
+    TaskConfig,
+    TaskKind,
+    TrackerConfig,
+    TrackerKind,
+)
+from runner.errors import ConfigError, StoreError
+from runner.experiment import run_experiment
+from runner.forecast import total_of
+from runner.plan import make_plan, together
+
+
+def configured(tmp_path: Path, rows: list[Json], **settings: Any) -> RunnerConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    dataset = DatasetConfig(kind=DatasetKind.jsonl, path=str(path))
+    tracker = TrackerConfig(kind=TrackerKind.none)
+    return RunnerConfig(**{"model": "simulated/m", "dataset": dataset, "tracker": tracker, **settings})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+async def test_rows_are_planned_with_their_reasons_and_nothing_is_touched(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> Any:
+        return refusal(400, "bad") if asked.text == "row 3" else shout(asked)
+
+    run = tmp_path / "run"
+    async with serving(answer) as provider:
+        config = configured(tmp_path, numbered(6), api_base=provider.url)
+        await run_experiment(config, run)
+        before = files(run)
+        rows = [*numbered(4), {"prompt": "changed"}, *numbered(8)[5:], {"nothing": 1}]
+        plan = await make_plan(configured(tmp_path, rows, api_base=provider.url), run)
+        kept = await make_plan(configured(tmp_path, rows, api_base=provider.url, retry_failed=False), run)
+        anew = await make_plan(configured(tmp_path, rows, api_base=provider.url, resume=Resume.fresh), run)
+    assert plan.send == {"failed earlier": 1, "changed": 1, "new": 2}
+    assert plan.keep == {"answered": 4, "cannot be asked": 1}
+    assert kept.keep == {"answered": 4, "failed earlier": 1, "cannot be asked": 1}
+    assert anew.send["asked anew"] == 4
+    assert files(run) == before
+    assert len(provider.requests) == 6
+
+
+async def test_without_a_run_every_row_is_new_and_no_folder_is_made(tmp_path: Path) -> None:
+    plan = await make_plan(configured(tmp_path, numbered(5)), tmp_path / "run")
+    assert (plan.send, plan.keep, plan.basis) == ({"new": 5}, {}, 0)
+    assert "a guess" in str(plan)
+    assert not (tmp_path / "run").exists()
+
+
+async def test_answers_that_were_cut_off_are_planned_as_such(tmp_path: Path) -> None:
+    rows = numbered(4)
+    short = configured(tmp_path, rows, request={"max_tokens": 2}, simulator=SimulatorConfig(latency_s=0.001))
+    await run_experiment(short, tmp_path / "run")
+    longer = replace(short, request={"max_tokens": 50}, retry_truncated=True)
+    plan = await make_plan(longer, tmp_path / "run")
+    assert plan.send == {"truncated": 4}
+
+
+async def test_rows_that_share_an_answer_are_planned_once(tmp_path: Path) -> None:
+    rows = [{"prompt": "the same"}] * 5
+    plan = await make_plan(configured(tmp_path, rows, dedupe=Dedupe.always), tmp_path / "run")
+    assert (plan.send, plan.keep) == ({"new": 1}, {"sharing the answer of another row": 4})
+
+
+async def test_answers_of_other_runs_are_planned_to_be_taken_over(tmp_path: Path) -> None:
+    quick = SimulatorConfig(latency_s=0.001)
+    config = configured(tmp_path, numbered(3), runs_dir=str(tmp_path / "runs"), simulator=quick)
+    await run_experiment(config, tmp_path / "runs" / "one" / "a")
+    plan = await make_plan(replace(config, reuse=True), tmp_path / "runs" / "one" / "b")
+    assert (plan.send, plan.keep) == ({}, {"taken over from elsewhere": 3})
+
+
+async def test_a_run_that_was_killed_is_planned(tmp_path: Path, command: Command) -> None:
+    command.write_rows("rows.jsonl", numbered(200))
+    arguments = ["dataset=jsonl", "dataset.path=rows.jsonl", "name=t", "tracker=none", "limits.concurrency=4"]
+    async with command.running(*arguments) as process:
+        while not any(path.stat().st_size > 50_000 for path in command.folder.glob("runs/*/*/results.sqlite-wal")):
+            assert process.returncode is None
+            await asyncio.sleep(0.02)
+    done = await command(*arguments, "plan=true")
+    assert (done.exit_code, "not answered yet" in done.out) == (0, True), done.out + done.err
+
+
+async def test_a_damaged_run_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.sqlite").write_bytes(random.Random(0).randbytes(5000))
+    with pytest.raises(StoreError, match="cannot be read"):
+        await make_plan(configured(tmp_path, numbered(2)), tmp_path / "run")
+
+
+async def test_what_cannot_be_run_cannot_be_planned(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="samples"):
+        await make_plan(configured(tmp_path, numbered(2), samples=0), tmp_path / "run")
+
+
+# What it takes
+
+
+async def test_a_price_that_is_not_known_is_said(tmp_path: Path) -> None:
+    config = configured(tmp_path, numbered(3), model="hosted_vllm/m", request={"max_tokens": 10})
+    plan = await make_plan(config, tmp_path / "run")
+    assert plan.usd is None
+    assert "no price is known" in str(plan)
+
+    own = DeploymentConfig(model="hosted_vllm/m", price=PriceConfig(prompt=1e6, completion=0.0))
+    priced = await make_plan(replace(config, deployments={"m": own}), tmp_path / "run")
+    assert priced.usd is not None
+    assert priced.usd.expected == pytest.approx(3 * len("row 1") / 4)
+
+
+async def test_limits_say_how_long_it_takes(tmp_path: Path) -> None:
+    config = configured(tmp_path, numbered(30), limits=LimitsConfig(rpm=10))
+    plan = await make_plan(config, tmp_path / "run")
+    assert plan.seconds is not None
+    assert plan.seconds.expected == 180
+
+
+@pytest.mark.parametrize("kind", [TaskKind.embed, TaskKind.generate])
+async def test_after_a_few_answers_the_forecast_is_near_and_its_interval_holds(tmp_path: Path, kind: TaskKind) -> None:
+    """In 19 of 20 seeds, over rows of very different lengths."""
+    held = 0
+    for seed in range(20):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        draw = random.Random(seed)
+        words = [draw.choice(("tree", "river ", "a", "mountains, ")) * draw.randint(2, 300) for _ in range(300)]
+        rows: list[Json] = [{"prompt": f"{n} {text}"} for n, text in enumerate(words)]
+        config = configured(
+            folder,
+            rows,
+            model="simulated/echo" if seed % 2 else "simulated/m",
+            task=TaskConfig(kind=kind, micro_batch_size=4),
+            simulator=SimulatorConfig(seed=seed, latency_s=0.0),
+        )
+        sample = sorted(draw.sample(range(300), 60))
+        first = configured(folder, [rows[n] for n in sample], **_asked(config))
+        await run_experiment(first, folder / "run")
+        paid = sum(row["metrics"]["cost_usd"] for row in read_rows(folder / "run"))
+
+        plan = await make_plan(configured(folder, rows, **_asked(config)), folder / "run")
+        report = await run_experiment(configured(folder, rows, **_asked(config)), folder / "run")
+        tokens = report.summary["tokens"]["total"] - sum(_tokens(rows, sample, folder))
+        assert plan.usd is not None
+        assert plan.basis == 60
+        assert plan.tokens.expected == pytest.approx(tokens, rel=0.1)
+        held += plan.usd.low <= report.summary["cost_usd"] - paid <= plan.usd.high
+    assert held >= 19
+
+
+def _asked(config: RunnerConfig) -> dict[str, Any]:
+    return {"model": config.model, "task": config.task, "simulator": config.simulator}
+
+
+def _tokens(rows: list[Json], sample: list[int], folder: Path) -> list[int]:
+    results = read_rows(folder / "run")
+    return [results[n]["token_usage"]["total_tokens"] for n in sample]
+
+
+def test_a_forecast_is_proportional_to_what_was_expected_of_each_row() -> None:
+    forecast = total_of(10, [2.0, 4.0, 6.0], [1.0, 2.0, 3.0], guessed=50.0)
+    assert (forecast.expected, forecast.low, forecast.high) == (100.0, 100.0, 100.0)
+
+
+def test_an_interval_holds_nearly_always() -> None:
+    held = 0
+    for seed in range(200):
+        draw = random.Random(seed)
+        forecast = total_of(500, [draw.lognormvariate(0, 1) for _ in range(100)])
+        held += forecast.low <= sum(draw.lognormvariate(0, 1) for _ in range(500)) <= forecast.high
+    assert held >= 190
+
+
+def test_a_single_answer_says_little() -> None:
+    forecast = total_of(10, [1.0])
+    assert (forecast.low, forecast.expected) == (0.0, 10.0)
+    assert forecast.high > 30
+
+
+# The command
+
+
+async def test_the_command_explains_and_leaves_no_trace(command: Command) -> None:
+    command.write_rows("rows.jsonl", numbered(7))
+    done = await command("dataset=jsonl", "dataset.path=rows.jsonl", "name=t", "plan=true", "request.max_tokens=8")
+    assert (done.exit_code, done.err) == (0, "")
+    assert "send    7 rows: 7 new" in done.out
+    assert "Nothing was sent" in done.out
+    assert not (command.folder / "runs").exists()
+
+
+async def test_the_plan_finds_the_run_that_the_command_would_go_on_with(command: Command) -> None:
+    command.write_rows("rows.jsonl", numbered(3))
+    cells = ["-m", "dataset=jsonl", "dataset.path=rows.jsonl", "name=t", "tracker=none", "request.temperature=0,1"]
+    assert (await command(*cells)).exit_code == 0
+    done = await command(*cells, "plan=true")
+    assert done.out.count("keep    3 rows: 3 answered") == 2
+    assert "2 runs together\n  send    0 rows\n  keep    6 rows: 6 answered" in done.out
+
+
+async def test_a_plan_of_what_cannot_be_composed_is_a_complaint(command: Command) -> None:
+    done = await command("modle=x", "plan=true")
+    assert (done.exit_code, "model" in done.err, "Traceback" in done.err) == (2, True, False)
+
+
+async def test_plans_of_several_runs_add_up(tmp_path: Path) -> None:
+    plan = await make_plan(configured(tmp_path, numbered(3)), tmp_path / "run")
+    both = together([plan, plan])
+    assert (both.send, both.tokens.expected) == ({"new": 6}, 2 * plan.tokens.expected)
