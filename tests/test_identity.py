@@ -30,7 +30,15 @@ from runner.config import (
     TaskKind,
     TrackerConfig,
 )
-from runner.identity import ContentHasher, answers_alike, dump_json, model_identity, output_limits, run_id
+from runner.identity import (
+    ContentHasher,
+    WorkloadHasher,
+    answers_alike,
+    dump_json,
+    model_identity,
+    output_limits,
+    run_id,
+)
 from runner.types import Endpoint
 
 BASE = RunnerConfig(
@@ -308,3 +316,19 @@ def test_what_is_nested_beyond_measure_is_refused_and_no_crash() -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         dump_json(deep)
+
+
+def test_a_workload_is_known_by_its_rows_and_by_what_is_asked_about_them() -> None:
+    def facts(*rows: tuple[str, Any]) -> dict[str, str]:
+        hasher = WorkloadHasher()
+        for metadata, asked in rows:
+            hasher.add(metadata, asked)
+        return hasher.facts
+
+    first = facts(('{"q":1}', "Say 1"), ('{"q":2}', ["Say 2"]))
+    other_prompt = facts(('{"q":1}', "Name 1"), ('{"q":2}', ["Name 2"]))
+
+    assert first == facts(('{"q":1}', "Say 1"), ('{"q":2}', ["Say 2"]))
+    assert first["rows"] == other_prompt["rows"]
+    assert first["inputs"] != other_prompt["inputs"]
+    assert first["rows"] != facts(('{"q":2}', ["Say 2"]), ('{"q":1}', "Say 1"))["rows"]
