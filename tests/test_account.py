@@ -10,6 +10,7 @@ from runner.config import RetryConfig
 from runner.errors import (
     ConnectError,
     InsufficientQuotaError,
+    NoDeploymentError,
     RequestError,
     ServiceUnavailableError,
     Timeout,
