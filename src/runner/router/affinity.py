@@ -39,11 +39,12 @@ class PrefixAffinity:
     Choose it for self-hosted servers with a prefix cache, where requests share long system prompts, few-shot blocks or
     documents.
 
-    Each prefix has a home. A new one gets the first on a ring of hashes that has no more than its share: consistent
-    hashing with bounded loads (https://arxiv.org/abs/1608.01350). What begins like others, but goes on differently,
-    is at home with them, until that replica has too much to do: then the longer beginning gets a home of its own.
-    While a home is out, its prefixes are guests of the next on the ring. What is left goes where ``otherwise`` says:
-    one prefix that is too much for a replica, and requests without a prefix of 256 characters.
+    Each prefix has a home. A new one gets the first on a ring of hashes that has no more than its share, of requests
+    and of beginnings: consistent hashing with bounded loads (https://arxiv.org/abs/1608.01350). What begins like
+    others, but goes on differently, is at home with them, until that replica has too much to do: then the longer
+    beginning gets a home of its own. While a home is out, its prefixes are guests of the next on the ring. What is
+    left goes where ``otherwise`` says: one prefix that is too much for a replica, and requests without a prefix of
+    256 characters.
     """
 
     def __init__(self, replicas: Sequence[Replica], *, otherwise: Strategy) -> None:
@@ -56,6 +57,7 @@ class PrefixAffinity:
         )
         self._replicas = replicas
         self._counts = dict.fromkeys(replicas, 0.0)  # requests, recent ones above all
+        self._families = dict.fromkeys(replicas, 0.0)  # beginnings that were new, recent ones above all
 
     def pick(self, replicas: Sequence[Replica], request: Request) -> Replica:
         prefixes = prefixes_of(request)
@@ -68,6 +70,7 @@ class PrefixAffinity:
         loads = _Loads(replicas, self._counts)
         if loads.total > _MEMORY * len(replicas):
             self._counts = {replica: count / 2 for replica, count in self._counts.items()}
+            self._families = {replica: count / 2 for replica, count in self._families.items()}
         for place, prefix in enumerate(prefixes):
             home = self._homes.get(prefix)
             if home is None:
@@ -79,10 +82,18 @@ class PrefixAffinity:
             if place == 0:
                 return None if present else self._next_on_ring(prefix, replicas, loads)
             break
-        home = self._next_on_ring(prefixes[0], replicas, loads)
+        is_new = prefixes[-1] not in self._homes
+        roomy = [replica for replica in replicas if self._has_room(replica)] if is_new else replicas
+        home = self._next_on_ring(prefixes[0], roomy, loads)
         if home is not None:
+            self._families[home] += is_new
             self._settle([prefix for prefix in prefixes if prefix not in self._homes], home)
         return home
+
+    def _has_room(self, replica: Replica) -> bool:
+        """Whether it has no more than its share of the beginnings: how much work each will bring is not known yet."""
+        fair = sum(self._families.values()) / sum([each.weight for each in self._replicas])
+        return self._families[replica] / replica.weight <= _SETTLING * fair + 0.5
 
     def _next_on_ring(self, prefix: bytes, replicas: Collection[Replica], loads: _Loads) -> Replica | None:
         start = bisect(self._ring, (prefix, 0))
