@@ -50,10 +50,10 @@ _ECHO_S = 0.3
 """A second signal that follows so closely is the first one, forwarded by a wrapper such as ``timeout``."""
 
 _SUSPECTS = 4
-"""Rows that must fail the same systemic way, with no success between, before the run gives up."""
+"""Requests that must fail the same systemic way, with no success between, before the run gives up."""
 
 _UNREACHED = 8
-"""Rows that must find nobody at the address, with no success between, before the run gives up."""
+"""Requests that must find nobody at the address, with no success between, before the run gives up."""
 
 Claimed: TypeAlias = tuple[Item, int]
 """An item and its occurrence."""
