@@ -16,10 +16,11 @@ from runner.identity import dump_json
 from runner.store import Store
 from runner.vector import unpack
 
-_CURRENT = """
+CURRENT = """
     FROM rows
     JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
 """
+"""The rows that the dataset holds now, each with what came of it, as the end of a SELECT."""
 
 
 async def result_rows(
@@ -36,7 +37,7 @@ async def result_rows(
     """
     meta = await store.meta()
     samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
-    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {_CURRENT}"
+    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
@@ -96,7 +97,7 @@ async def summarize(store: Store) -> dict[str, Any]:
     sessions = await _one(store, "SELECT coalesce(sum(last_seen - started_at), 0) AS elapsed_s FROM sessions")
     rows = await _one(store, "SELECT count(*) AS n FROM rows")
     elapsed_s = sessions["elapsed_s"]
-    measured = (await _one(store, f"SELECT count(*) AS n {_CURRENT} {_MEASURED}"))["n"]
+    measured = (await _one(store, f"SELECT count(*) AS n {CURRENT} {_MEASURED}"))["n"]
     is_bounded = not spent["without_bound"]
     return {
         "rows": rows["n"],
@@ -134,7 +135,7 @@ _TOTALS = f"""
         count(error_type) AS failed,
         count(reused_from) AS taken_over,
         count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
-    {_CURRENT}
+    {CURRENT}
 """
 
 _USED = """
@@ -171,9 +172,7 @@ _DEDUPLICATED = "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM (SEL
 _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""
 
-_ERRORS = (
-    f"SELECT error_type, count(*) AS n {_CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
-)
+_ERRORS = f"SELECT error_type, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
 
 
 def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
@@ -238,7 +237,7 @@ async def _one(store: Store, sql: str) -> Any:
 
 async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
     """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
-    sql = f"SELECT {column} AS value {_CURRENT} {_MEASURED} ORDER BY {column} LIMIT 1 OFFSET ?"
+    sql = f"SELECT {column} AS value {CURRENT} {_MEASURED} ORDER BY {column} LIMIT 1 OFFSET ?"
     return {
         f"p{percent}": (await _one(store, sql.replace("?", str(round((count - 1) * percent / 100)))))["value"]
         if count
@@ -277,7 +276,7 @@ _DEPLOYMENTS = f"""
             service_time_s,
             row_number() OVER (PARTITION BY deployment, error_type IS NULL ORDER BY service_time_s) AS place,
             count(*) OVER (PARTITION BY deployment, error_type IS NULL) AS n
-        {_CURRENT}
+        {CURRENT}
         WHERE deployment IS NOT NULL
     )
     SELECT

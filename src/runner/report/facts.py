@@ -17,7 +17,7 @@ from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
 from runner.intervals import mean_interval, share_interval
-from runner.results import result_rows, summarize
+from runner.results import CURRENT, result_rows, summarize
 from runner.store import Store
 from runner.sweep import Cell, Sweep
 from runner.tracker import redact
@@ -187,12 +187,6 @@ def _overrides(folder: Path) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs if not key.startswith("sweep.")}
 
 
-_CURRENT = """
-    FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
-"""
-
-
 async def _scores(store: Store) -> dict[str, Score]:
     sql = """
         SELECT
@@ -231,7 +225,7 @@ async def _latencies(store: Store) -> list[float]:
                 service_time_s AS value,
                 row_number() OVER (ORDER BY service_time_s) - 1 AS place,
                 count(*) OVER () AS n
-            {_CURRENT}
+            {CURRENT}
             WHERE error_type IS NULL
         )
         SELECT value FROM ranked
@@ -257,7 +251,7 @@ async def _rate(store: Store) -> list[tuple[float, float]]:
 async def _failures(store: Store) -> list[Failure]:
     sql = f"""
         SELECT error_type AS kind, count(*) AS n, min(rows.position) AS position, error_message AS message
-        {_CURRENT}
+        {CURRENT}
         WHERE error_type IS NOT NULL
         GROUP BY error_type
         ORDER BY n DESC
