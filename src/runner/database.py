@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,7 +81,12 @@ class Database:
             uri = f"{path.absolute().as_uri()}?{_mode(path) if readonly else 'mode=rwc'}"
             # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
             opened = sqlite3.connect(
-                uri, uri=True, timeout=patience_s, isolation_level="IMMEDIATE", check_same_thread=False
+                uri,
+                uri=True,
+                timeout=patience_s,
+                isolation_level="IMMEDIATE",
+                check_same_thread=False,
+                cached_statements=_STATEMENTS,
             )
             connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
             try:
@@ -127,18 +133,19 @@ class Database:
 
     async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
         """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
-        whole = len(rows) - len(rows) % _BLOCK
-        mark = f"({', '.join('?' * len(rows[0]))})"
-        block_sql = f"{into} VALUES {', '.join([mark] * _BLOCK)}"
-        blocks = [
-            self._connection.execute(block_sql, [value for row in rows[start : start + _BLOCK] for value in row])
-            for start in range(0, whole, _BLOCK)
-        ]
-        await asyncio.gather(*blocks, self._connection.executemany(f"{into} VALUES {mark}", rows[whole:]))
+        columns = len(rows[0])
+        size = max(1, _VALUES // columns)
+        mark = f"({', '.join('?' * columns)})"
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            await self.execute(f"{into} VALUES {', '.join([mark] * len(block))}", list(chain.from_iterable(block)))
 
 
-_BLOCK = 64
-"""Rows in one INSERT."""
+_VALUES = 2048
+"""Values in one INSERT, at most."""
+
+_STATEMENTS = 512
+"""Statements that are kept compiled: INSERTs of many sizes are among them."""
 
 _CHUNK = 1000
 """Rows read at a time where they are streamed."""

@@ -237,13 +237,14 @@ async def _one(store: Store, sql: str) -> Any:
 
 async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
     """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
-    sql = f"SELECT {column} AS value {CURRENT} {_MEASURED} ORDER BY {column} LIMIT 1 OFFSET ?"
-    return {
-        f"p{percent}": (await _one(store, sql.replace("?", str(round((count - 1) * percent / 100)))))["value"]
-        if count
-        else None
-        for percent in (50, 95, 99)
-    }
+    places = {percent: round((count - 1) * percent / 100) for percent in (50, 95, 99)}
+    sql = f"""
+        SELECT place - 1 AS place, value
+        FROM (SELECT {column} AS value, row_number() OVER (ORDER BY {column}) AS place {CURRENT} {_MEASURED})
+        WHERE place - 1 IN ({", ".join(map(str, places.values()))})
+    """
+    values = {row["place"]: row["value"] async for row in store.query(sql)}
+    return {f"p{percent}": values.get(place) for percent, place in places.items()}
 
 
 async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
