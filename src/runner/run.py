@@ -38,7 +38,7 @@ from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
 from runner.scoring import Scorers
 from runner.store import Key, Known, Outcome, Store, Terms
-from runner.task import Asking, Item
+from runner.task import Asking, Item, Settled
 from runner.transports import DIRECT
 from runner.types import Attempt, Client, Request, Response, Trace
 from runner.workload import ClaimSize
@@ -259,10 +259,10 @@ class Run:
 
     async def _ask(self, group: Sequence[Claimed]) -> None:
         """Ask for the items that share a request, and save what comes of each."""
-        for claimed in group:
+        usable = [claimed for claimed in group if claimed[0].error is None]
+        for claimed in group if len(usable) < len(group) else ():
             if claimed[0].error is not None:
                 await self._fail([claimed], Trace(), claimed[0].error)
-        usable = [claimed for claimed in group if claimed[0].error is None]
         if not usable:
             return
         line = _Line(
@@ -272,18 +272,19 @@ class Run:
             store=self._store,
             flights=self._flights,
             stop=self.stop,
+            settle=self._settle,
         )
         try:
-            async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
-                self._flights.pop(id(settled.trace), None)
-                asked = [usable[place] for place in settled.places]
-                if isinstance(settled.result, ItemError):
-                    await self._failed(asked, settled.trace, settled.result)
-                else:
-                    await self._answered(asked, settled.trace, settled.result)
+            await self._workload.task.ask_for([item for item, _ in usable], line)
         except BudgetExhausted as reason:  # these rows have no outcome: they are left for later
             if self.stop.reason is None:
                 self.stop(reason)
+
+    async def _settle(self, asked: Sequence[Claimed], settled: Settled) -> None:
+        if isinstance(settled.result, ItemError):
+            await self._failed(asked, settled.trace, settled.result)
+        else:
+            await self._answered(asked, settled.trace, settled.result)
 
     async def _answered(self, asked: Sequence[Claimed], trace: Trace, responses: Sequence[Response]) -> None:
         self._any_answer = True
@@ -363,7 +364,7 @@ class _Flight:
 class _Line:
     """A group's way to the client. What goes wrong on it is entered for every item that was asked for.
 
-    A flight begins with its trace and is removed by whoever settles it: one that is cancelled stays in the books.
+    A flight begins with its trace and ends where it is settled: one that is cancelled stays in the books.
     """
 
     def __init__(
@@ -375,6 +376,7 @@ class _Line:
         store: Store,
         flights: dict[int, _Flight],
         stop: Stop,
+        settle: Callable[[Sequence[Claimed], Settled], Awaitable[None]],
     ) -> None:
         self._group = group
         self._samples = samples
@@ -382,6 +384,7 @@ class _Line:
         self._store = store
         self._flights = flights
         self._stop = stop
+        self._settle = settle
 
     def trace(self, places: Sequence[int]) -> Trace:
         first, _ = self._group[places[0]]
@@ -393,6 +396,10 @@ class _Line:
 
     async def send(self, request: Request) -> Response:
         return await self._client.send(request)
+
+    async def settle(self, settled: Settled) -> None:
+        self._flights.pop(id(settled.trace), None)
+        await self._settle([self._group[place] for place in settled.places], settled)
 
     async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
         flight = self._flights.pop(id(trace))
