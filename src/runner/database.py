@@ -196,7 +196,8 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             else "use the version of runner that made it, or start a new run with another name=…"
         )
         raise StoreError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: {way_out}")
-    for pragma in ("synchronous = NORMAL", f"cache_size = {-2048 if readonly else -8192}", "temp_store = MEMORY"):
+    # What is sorted takes as much memory as the cache at most; beyond, it lies in a temporary file.
+    for pragma in ("synchronous = NORMAL", f"cache_size = {-2048 if readonly else -4096}", "temp_store = FILE"):
         await database.execute_fetchall(f"PRAGMA {pragma}")
 
 

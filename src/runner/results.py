@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -239,9 +239,9 @@ async def _quantiles(store: Store, column: str, count: int) -> dict[str, float |
     """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
     places = {percent: round((count - 1) * percent / 100) for percent in (50, 95, 99)}
     sql = f"""
-        SELECT place - 1 AS place, value
-        FROM (SELECT {column} AS value, row_number() OVER (ORDER BY {column}) AS place {CURRENT} {_MEASURED})
-        WHERE place - 1 IN ({", ".join(map(str, places.values()))})
+        SELECT place, value
+        FROM (SELECT {column} AS value, row_number() OVER (ORDER BY {column}) - 1 AS place {CURRENT} {_MEASURED})
+        WHERE place IN ({", ".join(map(str, places.values()))})
     """
     values = {row["place"]: row["value"] async for row in store.query(sql)}
     return {f"p{percent}": values.get(place) for percent, place in places.items()}
@@ -251,6 +251,7 @@ async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
     """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
     retries = {row["deployment"]: row["n"] async for row in store.query(_RETRIES)}
     rows = {row["deployment"]: row async for row in store.query(_DEPLOYMENTS)}
+    latencies = await _latencies(store, {label: row["answered"] for label, row in rows.items() if row["answered"]})
     deployments: dict[str, dict[str, Any]] = {}
     for label in sorted(rows.keys() | retries.keys()):
         row = rows.get(label)
@@ -259,10 +260,25 @@ async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
             "answered": answered,
             "failed": row["failed"] if row else 0,
             "share": answered / answers if answers else 0.0,
-            "latency_s": {"p50": row["p50"] if row else None, "p95": row["p95"] if row else None},
+            "latency_s": latencies.get(label, {"p50": None, "p95": None}),
             "retries": retries.get(label, 0),
         }
     return deployments
+
+
+async def _latencies(store: Store, answered: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """p50 and p95 of the answers of each deployment, of which there are so many."""
+    places = {
+        (label, percent): round((count - 1) * percent / 100)
+        for label, count in answered.items()
+        for percent in (50, 95)
+    }
+    if not places:
+        return {}
+    sql = _RANKED.format(", ".join(["(?, ?)"] * len(places)))
+    parameters = [value for (label, _), place in places.items() for value in (label, place)]
+    values = {(row["deployment"], row["place"]): row["value"] async for row in store.query(sql, parameters)}
+    return {label: {f"p{percent}": values[label, places[label, percent]] for percent in (50, 95)} for label in answered}
 
 
 _RETRIES = (
@@ -270,25 +286,25 @@ _RETRIES = (
 )
 
 _DEPLOYMENTS = f"""
-    WITH ranked AS (
-        SELECT
-            deployment,
-            error_type,
-            service_time_s,
-            row_number() OVER (PARTITION BY deployment, error_type IS NULL ORDER BY service_time_s) AS place,
-            count(*) OVER (PARTITION BY deployment, error_type IS NULL) AS n
-        {CURRENT}
-        WHERE deployment IS NOT NULL
-    )
-    SELECT
-        deployment,
-        count(*) FILTER (WHERE error_type IS NULL) AS answered,
-        count(error_type) AS failed,
-        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.5)) AS p50,
-        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.95)) AS p95
-    FROM ranked
+    SELECT deployment, count(*) FILTER (WHERE error_type IS NULL) AS answered, count(error_type) AS failed
+    {CURRENT}
+    WHERE deployment IS NOT NULL
     GROUP BY deployment
 """
+
+_RANKED = f"""
+    SELECT deployment, place, value
+    FROM (
+        SELECT
+            deployment,
+            service_time_s AS value,
+            row_number() OVER (PARTITION BY deployment ORDER BY service_time_s) - 1 AS place
+        {CURRENT}
+        WHERE error_type IS NULL AND deployment IS NOT NULL
+    )
+    WHERE (deployment, place) IN (VALUES {{}})
+"""
+"""The answers at some places, the fastest of a deployment being at 0."""
 
 
 async def _scores(store: Store) -> dict[str, dict[str, float]]:
