@@ -45,7 +45,8 @@ async def result_rows(
         sql += f" LIMIT {limit:d}"
     async with aclosing(store.query(sql)) as records:
         async for record in records:
-            yield _result_row(record, samples, task)
+            # By name in a dictionary, as SQLite's rows look through all their names each time.
+            yield _result_row(dict(zip(record.keys(), record, strict=True)), samples, task)
 
 
 async def write_jsonl(store: Store, path: Path) -> int:

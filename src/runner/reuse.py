@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +143,7 @@ def first_of(finders: Sequence[Elsewhere]) -> Elsewhere:
 
 def _taken_over(answer: Outcome, key: Key, source: str) -> Outcome:
     """``answer`` as one of this run, which neither asked nor paid."""
-    return replace(
-        answer,
+    return answer._replace(
         content=key[0],
         occurrence=key[1],
         settled_at=time.time(),

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
@@ -263,7 +263,7 @@ class Store:
     def _bounded(self, outcome: Outcome) -> Outcome:
         bound = self._bounds.pop((outcome.content, outcome.occurrence), None)
         if outcome.cost_usd is None and bound is not None:
-            return replace(outcome, cost_bound_usd=bound)
+            return outcome._replace(cost_bound_usd=bound)
         return outcome
 
     async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
