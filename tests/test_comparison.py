@@ -10,6 +10,7 @@ import pytest
 from harness import Command, Json
 from runner.comparison import Comparison, Difference, Pairs, compare, finding, is_run, show_comparisons
 from runner.config import (
+    BudgetConfig,
     DatasetConfig,
     DatasetKind,
     LimitsConfig,
@@ -106,6 +107,22 @@ async def test_other_rows_are_refused(tmp_path: Path) -> None:
     assert not comparison.differences
 
 
+async def test_rows_that_bring_their_own_prompts_are_other_rows_where_these_differ(tmp_path: Path) -> None:
+    async def run(name: str, text: str, **changes: Any) -> tuple[str, Path]:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{text} {number}"}}\n' for number in range(20)))
+        dataset = DatasetConfig(kind=DatasetKind.jsonl, path=str(path))
+        return await Runs(tmp_path, 0).run(name, dataset=dataset, prompt=None, scorers={}, **changes)
+
+    first = await run("a", "Say")
+    other, stopped = await run("b", "Name"), await run("c", "Name", budget=BudgetConfig(requests=5))
+    refusals = [each.refusal or "" for each in await compare([first, other, stopped, await run("d", "Say")])]
+
+    assert "their rows differ" in refusals[0]
+    assert "when both have seen all of them" in refusals[1]
+    assert refusals[2] == ""
+
+
 async def test_prompts_are_compared_over_the_same_rows_and_named_as_that(tmp_path: Path) -> None:
     runs = Runs(tmp_path, 40)
     first, second = await runs.run("a"), await runs.run("b", prompt="Answer briefly: {{ question }}")
@@ -118,9 +135,10 @@ async def test_prompts_are_compared_over_the_same_rows_and_named_as_that(tmp_pat
 
 async def test_samples_of_a_row_count_as_one(tmp_path: Path) -> None:
     runs = Runs(tmp_path, 40)
-    [comparison] = await compare([await runs.run("a", samples=3), await runs.run("b", 0.5, samples=3)])
+    thrice = await runs.run("a", samples=3)
+    comparisons = await compare([thrice, await runs.run("b", 0.5, samples=3), await runs.run("c", 0.5)])
 
-    assert of(comparison, "score accuracy").pairs == 40
+    assert [of(comparison, "score accuracy").pairs for comparison in comparisons] == [40, 40]
 
 
 async def test_a_run_without_answers_is_refused(tmp_path: Path) -> None:
