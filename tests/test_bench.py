@@ -324,6 +324,49 @@ async def test_cells_of_one_level_become_one_table(command: Command) -> None:
     assert {path: path.stat().st_mtime_ns for path in first} == first
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+async def test_a_parallel_launcher_makes_the_same_table(command: Command, launcher: str) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    done = await command(
+        *("-m", "+experiment=concurrency", f"hydra/launcher={launcher}", "limits.concurrency=1,2,4"),
+        *("bench.requests=20", "simulator.latency_s=0.02", "tracker=none"),
+    )
+
+    assert done.exit_code == 0, done.err
+    end = done.out.partition("\ncell ")[2]
+    assert re.findall(r"^c=(\d+)", end, re.M) == ["1", "2", "4"]
+    assert "recommended_max_parallel_requests=" in end
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+async def test_a_killed_sweep_measures_only_what_is_missing(command: Command, launcher: str) -> None:
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    async with serving(lambda asked: 0.02) as provider:
+        arguments = (
+            *("-m", "+experiment=concurrency", f"hydra/launcher={launcher}", "limits.concurrency=1,2,4"),
+            *("model=openai_like/m", f"api_base={provider.url}", "bench.requests=20", "tracker=none"),
+        )
+        async with command.running(*arguments) as process:
+            await _until(lambda: _measurements(command) != {})
+            begun = len(provider.requests)
+            await _until(lambda: len(provider.requests) > begun + 10)
+            process.kill()
+            await process.wait()
+        measured = _measurements(command)
+        finished = await command(*arguments)
+
+    assert finished.exit_code == 0, finished.err
+    assert "in use" not in finished.err
+    assert measured.items() < _measurements(command).items()
+    assert re.findall(r"^c=(\d+)", finished.out.partition("\ncell ")[2], re.M) == ["1", "2", "4"]
+
+
+def _measurements(command: Command) -> dict[Path, int]:
+    """What has been measured, and when."""
+    return {path: path.stat().st_mtime_ns for path in command.folder.glob("runs/*/*/measurements/level-*.jsonl")}
+
+
 async def test_cells_that_run_at_once_take_turns(tmp_path: Path) -> None:
     cells: list[str] = []
 
