@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ async def test_a_model_is_no_different_from_itself(tmp_path: Path) -> None:
     assert accuracy.value == 0
     assert accuracy.interval is not None
     assert 0 in accuracy.interval
-    assert finding(accuracy) == "no difference"
+    assert finding(accuracy) == "cannot tell: no difference in these rows"
+    assert finding(of(comparison, "prompt_tokens")) == "the same"
 
 
 async def test_other_rows_are_refused(tmp_path: Path) -> None:
@@ -222,6 +224,22 @@ async def test_a_multirun_ends_with_the_differences(command: Command) -> None:
     assert "differences over the same rows, with other prompts: prompt=" in done.out
     assert "score right" in done.out
     assert "lower" in done.out
+
+
+async def test_the_shipped_comparison_says_what_a_prompt_costs_and_that_it_cannot_tell(
+    command: Command,
+) -> None:
+    compare_prompts = ("-m", "+experiment=compare_prompts", "dataset.limit=60", "tracker=none", "simulator.latency_s=0")
+    planned = await command(*compare_prompts, "plan=true")
+    done = await command(*compare_prompts)
+    models = await command(*compare_prompts, "model=simulated/a,simulated/b", "prompt='{{ question }}'")
+
+    assert "2 runs together" in planned.out, planned.err
+    assert done.exit_code == 0, done.err
+    assert re.search(r"^score contains .* cannot tell: no difference in these rows$", done.out, re.M)
+    assert re.search(r"^prompt_tokens .* higher$", done.out, re.M)
+    assert len(command.runs()) == 2 + 2, models.err
+    assert re.search(r"^prompt_tokens .* the same$", models.out, re.M)
 
 
 def test_a_folder_without_answers_is_no_run(tmp_path: Path) -> None:

@@ -294,8 +294,12 @@ def finding(difference: Difference) -> str:
         return "too few rows"
     if difference.is_told:
         return "higher" if difference.value > 0 else "lower"
+    if difference.interval.low == difference.interval.high:
+        return "the same"
     wanted = difference.pairs_wanted
-    return "no difference" if wanted is None else f"cannot tell: it would take about {figures.short(wanted)} rows"
+    if wanted is None:
+        return "cannot tell: no difference in these rows"
+    return f"cannot tell: it would take about {figures.short(wanted)} rows"
 
 
 def _percent(value: float) -> str:
