@@ -199,8 +199,7 @@ class _Judge:
             self._say(
                 f"above level {_n(choice.level)}, throughput no longer rises: {best.requests_per_s.value:.4g}/s at most"
             )
-            wide = [each for each in (choice, best) if not _is_narrow(each.requests_per_s)]
-            if wide and choice is not best:
+            if not (_is_narrow(choice.requests_per_s) and any(_is_narrow(facts.requests_per_s) for facts in above)):
                 self._say("the throughputs are not known well enough to be sure: raise bench.requests or bench.repeats")
                 return Standing.unresolved, "throughput"
             return Standing.found, "throughput"
