@@ -82,6 +82,13 @@ def test_one_level_above_that_is_well_known_shows_that_throughput_no_longer_rise
     assert verdict_on([*levels[:2], levels[3]], BenchConfig()).standing is Standing.unresolved
 
 
+def test_a_level_below_that_the_client_limited_is_named() -> None:
+    verdict = verdict_on([facts(4, 2), facts(8, 3, audit=CLIENT), facts(16, 8), facts(32, 8)], BenchConfig())
+
+    assert verdict.level == 16
+    assert "the client is the bottleneck at 8: a smaller level may do as well" in verdict.reasons
+
+
 def test_a_wide_interval_resolves_nothing() -> None:
     wide = [
         replace(facts(level, rate), requests_per_s=Figure(value=rate, interval=Interval(low=1, high=200)))

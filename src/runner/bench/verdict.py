@@ -192,6 +192,9 @@ class _Judge:
         why: str | None,
     ) -> tuple[Standing, str | None]:
         above = [facts for facts in passing if facts.level > choice.level]
+        hidden = [_n(each.level) for each in self._levels if each.level < choice.level and each not in passing]
+        if hidden and self._mode is Mode.closed:
+            self._say(f"the client is the bottleneck at {', '.join(hidden)}: a smaller level may do as well")
         if choice.audit.limited_by == "limits" or best.audit.limited_by == "limits":
             self._say("the configured limits set the pace: raise limits.rpm or limits.tpm if the provider allows it")
             return Standing.found, "the configured limits"
