@@ -244,13 +244,24 @@ def _faults(draw: random.Random) -> Mapping[str, float]:
     return {kind: round(weights.get(kind, 0.0) * total, 4) for kind in kinds}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """When something befalls a session."""
+
+    at_work: bool  # counted from its first request, not from its start
+    after_s: float
+
+    def later(self, seconds: float) -> Moment:
+        return Moment(at_work=self.at_work, after_s=self.after_s + seconds)
+
+
 class Session:
     """One invocation of the command, and what befalls it."""
 
     def __init__(self) -> None:
         self.arguments: list[str] = []
         self.environment: dict[str, str] = {}
-        self.befalls: list[tuple[float, Callable[[Process], None]]] = []  # so many seconds after its start
+        self.befalls: list[tuple[Moment, Callable[[Process], None]]] = []
         self.exits = {0, 3}
         self.held_up_s = 0.0  # for how long requests may have been on their way
         self.may_lose = 0  # answers
@@ -294,6 +305,7 @@ class Episode:
                 self._play_session((), last=True)
                 self._check_results()
                 self._check_limits()
+                self._check_concurrency()
                 self._count()
                 if not self._found.violations:
                     shutil.rmtree(self._folder / "runs", ignore_errors=True)
@@ -390,16 +402,23 @@ class Episode:
                 stderr=out,
                 stdin=subprocess.DEVNULL,
             )
-            due = sorted(session.befalls, key=lambda each: each[0])
+            due = sorted(session.befalls, key=lambda each: each[0].after_s)
+            at_work: float | None = None
             while process.poll() is None:
-                since = time.monotonic() - began
-                if since > PATIENCE_S:
+                now = time.monotonic()
+                if at_work is None and self._requests() > self._found.requests:
+                    at_work = now
+                if now - began > PATIENCE_S:
                     process.send_signal(signal.SIGABRT)  # which shows where it was
                     process.wait()
                     self._blame(f"session {self._found.sessions} did not end")
-                while due and due[0][0] <= since and process.poll() is None:
-                    due.pop(0)[1](process)
-                time.sleep(0.01)
+                for moment, befall in due:
+                    since = at_work if moment.at_work else began
+                    if since is not None and since + moment.after_s <= now:
+                        due.remove((moment, befall))
+                        befall(process)
+                        break
+                time.sleep(0.01 if at_work else 0.05)
         self._worked_s += time.monotonic() - began
         start, slack = self._minutes[-1]
         self._minutes[-1] = start, slack + session.held_up_s
@@ -520,14 +539,14 @@ class Episode:
         begins = self._moment()
         session.befalls += [
             (begins, lambda process: change({**dict.fromkeys(calm, 0.0), **faults})),
-            (begins + self._draw.uniform(0.3, 4), lambda process: change(calm)),
+            (begins.later(self._draw.uniform(0.3, 4)), lambda process: change(calm)),
         ]
         session.afterwards.callback(change, calm)
 
     def _jump(self, session: Session) -> None:
         """The wall clock is wrong, and jumps."""
         far = [-1e6, -4000, -70, -1.5, 1.5, 70, 4000, 1e6]
-        jumps = [(0.0, self._draw.choice(far)), *((self._moment(), self._draw.choice(far)) for _ in range(2))]
+        jumps = [(at, self._draw.choice(far)) for at in (0.0, self._draw.uniform(0, 3), self._draw.uniform(2, 9))]
         session.environment |= jumping_clock(self._folder / "clock", jumps)
 
     def _lose_wandb(self, session: Session) -> None:
@@ -559,7 +578,7 @@ class Episode:
         begins = self._moment()
         session.befalls.append((begins, lambda process: disk.fill()))
         if self._draw.random() < 0.5:
-            session.befalls.append((begins + self._draw.uniform(0.1, 3), lambda process: disk.free()))
+            session.befalls.append((begins.later(self._draw.uniform(0.1, 3)), lambda process: disk.free()))
         session.afterwards.callback(disk.free)
         session.exits |= {2, 4}
 
@@ -570,7 +589,7 @@ class Episode:
         spent, each = {
             "usd": (self._books.at_most_usd, 6e-6),
             "tokens": (self._books.at_most_usd / 0.15e-6, 16.0),
-            "requests": (float(sum(ledger["requests"] for ledger in self._ledgers())), 1 / self._work.group),
+            "requests": (float(self._requests()), 1 / self._work.group),
         }[kind]
         limit = max(spent + share * each * len(self._prompts), each)
         session.budget = kind, math.ceil(limit) if kind != "usd" else limit
@@ -588,10 +607,11 @@ class Episode:
                 self._blame("the same command in the same folder showed a traceback")
 
         session.befalls.append((self._moment(), give))
+        session.exits.add(2)  # where the second one was faster
 
-    def _moment(self) -> float:
-        """When something befalls a session, in seconds after its start."""
-        return min(0.1 + self._draw.expovariate(0.3), 15.0)
+    def _moment(self) -> Moment:
+        at_work = self._draw.random() < 0.8
+        return Moment(at_work=at_work, after_s=min(self._draw.expovariate(0.5), 15.0))
 
     # Checks
 
@@ -632,7 +652,7 @@ class Episode:
         if lost - self._found.lost > may_lose:
             self._blame(f"session {self._found.sessions} cost {lost - self._found.lost} answers")
         self._found.lost = lost
-        self._found.requests = sum(ledger["requests"] for ledger in self._ledgers())
+        self._found.requests = self._requests()
         if exit_code == -signal.SIGTERM and self._found.requests > requests_before:
             self._blame(f"session {self._found.sessions} had begun, and did not heed SIGTERM")
         self._check_budget(session, charged)
@@ -685,6 +705,14 @@ class Episode:
                 if most > limit:
                     self._blame(f"{name}={limit}, but {most:g} came within {window_s:.1f} s")
 
+    def _check_concurrency(self) -> None:
+        """At once no server may see more; where requests time out or are killed, it may notice late that they ended."""
+        late = {"kill", "term", "stop", "server-stop", "spike", "blackout", "double"} & self._found.troubles.keys()
+        overlap = 4 if late or self._plan.faults["hang"] or self._plan.faults["slow"] or self._plan.hedge else 1
+        for server in self._servers:
+            if (peak := server.ledger()["in_flight_peak"]) > overlap * self._plan.concurrency:
+                self._blame(f"limits.concurrency={self._plan.concurrency}, but {peak} came at once")
+
     def _count(self) -> None:
         ledgers = self._ledgers()
         found, books = self._found, self._books
@@ -701,6 +729,9 @@ class Episode:
             for prompt, count in server.get("/ledger/prompts").items():
                 seen[prompt].update(count)
         return seen
+
+    def _requests(self) -> int:
+        return sum(int(ledger["requests"]) for ledger in self._ledgers())
 
     def _ledgers(self) -> list[Json]:
         return [server.ledger() for server in self._servers]
