@@ -405,6 +405,17 @@ async def test_rates_are_over_the_time_of_all_sessions(tmp_path: Path) -> None:
     assert summary["tokens_per_s"] == pytest.approx(100 / summary["elapsed_s"])
 
 
+async def test_a_clock_that_is_set_back_does_not_make_a_session_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.sqlite"
+    async with await Store.open(path) as store:
+        monkeypatch.setattr(time, "time", lambda real=time.time: real() - 3600)
+        await settle(store, 0)
+        summary = await summarize(store)
+    assert 0 <= summary["elapsed_s"] < 60
+
+
 # Money
 
 

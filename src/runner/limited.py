@@ -97,7 +97,7 @@ class Limited:
             self._limiter.heed(handle, error.headers)
         if not error.pauses:
             return error
-        said = readings(error.headers, now=time.time())
+        said = readings(error.headers)
         if not said:
             self._limiter.refused(handle)
         hint_s = _hint_s(error, said)

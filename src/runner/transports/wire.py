@@ -12,7 +12,6 @@ import binascii
 import json
 import math
 import sys
-import time
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from runner import errors
-from runner.quota import retry_after_s
+from runner.quota import clock_of, retry_after_s
 from runner.transports.form import encode_form, form_fields
 from runner.types import (
     EmbeddingRequest,
@@ -237,7 +236,7 @@ def error_from(status: int | None, body: Any, headers: Mapping[str, str]) -> err
     return kind(
         f"{where}: {message}" if message else where,
         status=status,
-        retry_after_s=retry_after_s(headers, body, now=time.time()),
+        retry_after_s=retry_after_s(headers, body, now=clock_of(headers)),
         headers=headers,
     )
 
