@@ -180,6 +180,18 @@ async def test_a_folder_that_cannot_be_made_and_too_many_slots_are_faults(tmp_pa
     assert any("ulimit" in fault for fault in faults(await findings(config)))
 
 
+def test_a_finding_keeps_to_the_width_of_the_terminal() -> None:
+    text = "there is no key in HOSTED_VLLM_API_KEY: right for a server that wants none"
+    finding = Finding(verdict=Verdict.note, subject="local", text=text)
+
+    lines = finding.shown(width=60).splitlines()
+
+    assert max(map(len, lines)) <= 60
+    assert {line[:23].strip() for line in lines[1:]} == {""}
+    assert " ".join(line[23:].strip() for line in lines) == text
+    assert finding.shown().endswith(text)
+
+
 def test_the_command_says_what_is_wrong_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["promt=x"]) == 2
     assert "Did you mean 'prompt'" in capsys.readouterr().err

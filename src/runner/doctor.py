@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from urllib.parse import urlsplit
 
 from runner.checks import check
@@ -34,6 +35,7 @@ from runner.workload import Workload
 _LOW_DISK_BYTES = 2**30
 _WANDB_TIMEOUT_S = 5.0
 _ASK_TIMEOUT_S = 60.0
+_INDENT = 7  # columns before a finding's subject
 
 _LIMIT_KEYS = {
     ("requests", False): "rpm",
@@ -61,6 +63,17 @@ class Finding:
     verdict: Verdict
     subject: str
     text: str  # what was found and, unless it is fine, what to change
+
+    def shown(self, *, width: int | None = None, in_colour: bool = False) -> str:
+        """It in words; on a terminal ``width`` columns wide, the text keeps to a column of its own."""
+        word, colour = self.verdict.value
+        mark = f"\x1b[{colour}m{word:<5}\x1b[0m" if in_colour else f"{word:<5}"
+        subject, text = f"{printable(self.subject):<14}", printable(self.text)
+        if width is None:
+            return f"{mark}  {subject}  {text}"
+        room = max(width - _INDENT, 20)
+        first, *rest = wrap(f"{subject}  {text}", room, subsequent_indent=" " * 16, break_on_hyphens=False)
+        return "\n".join([f"{mark}  {first}", *(f"{'':<{_INDENT}}{line}" for line in rest)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,11 +129,10 @@ def _compose(overrides: Sequence[str]) -> RunnerConfig:
 
 async def _show(config: RunnerConfig, *, ask: bool) -> int:
     faults = 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     async for finding in examine(config, ask=ask):
         faults += finding.verdict is Verdict.fault
-        word, colour = finding.verdict.value
-        mark = f"\x1b[{colour}m{word:<5}\x1b[0m" if _in_colour() else f"{word:<5}"
-        write(sys.stdout, f"{mark}  {printable(finding.subject):<14}  {printable(finding.text)}\n")
+        write(sys.stdout, f"{finding.shown(width=width, in_colour=_in_colour())}\n")
     closing = "Everything is in place." if not faults else f"{faults} to mend." if faults > 1 else "One to mend."
     write(sys.stdout, f"\n{closing}\n")
     return BAD_CONFIG if faults else FINISHED
