@@ -597,3 +597,8 @@ def test_the_first_arguments_are_where_they_were() -> None:
     names = list(inspect.signature(prompt_map).parameters)
 
     assert names[:5] == ["prompts", "worker", "model_name", "openrouter_api_key", "response_model"]
+
+
+async def test_a_misspelt_argument_is_named_with_the_right_one() -> None:
+    with pytest.raises(TypeError, match=r"prompt_map\(\) got .* 'modle'\. Did you mean 'model'\?"):
+        await prompt_map(["a"], modle="simulated/echo")  # type: ignore[call-arg]

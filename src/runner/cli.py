@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in arguments:
         write(sys.stdout, version_text())
         return 0
+    if {"-sc", "--shell-completion"} & set(arguments):
+        sys.argv[0] = "runner"  # what is completed is the script's name, not `python` and all that it starts
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:

@@ -77,7 +77,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
-    workload.check()
+    doubts = workload.check()
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = _open_client(config, window, Tuner.of(config.limits, window), budget)
@@ -105,7 +105,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             settings=settings or {},
         )
         judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
-        notes = [*resumption.notes, *_unpriced(config)]
+        notes = [*doubts, *resumption.notes, *_unpriced(config)]
         with handled_signals(run.on_signal):
             async with _shown(run, config, tracker, settled, notes):
                 try:

@@ -24,6 +24,7 @@ from runner.database_url import DB_URL_DEFAULT, path_of, results_path
 from runner.digests import Digests
 from runner.errors import APIResponseError, ConfigError, Interrupted, ParseError, StoreError, SystemicError
 from runner.identity import ContentHasher, dump_text
+from runner.keywords import spelt
 from runner.limited import Limited
 from runner.limiter import RateLimiter
 from runner.metrics import Meter
@@ -46,6 +47,7 @@ _OPENROUTER = "openrouter/"
 logger = logging.getLogger(__name__)
 
 
+@spelt
 async def prompt_map(
     prompts: Iterable[str],
     worker: Worker | None = None,

@@ -28,6 +28,8 @@ class Files:
         elif os.path.exists(pattern):
             self._pattern = glob.escape(pattern)
         if not self._paths():
+            if os.path.isdir(pattern):
+                raise DatasetError(f"dataset.path={config.path}: this folder holds no files")
             hint = "" if glob.has_magic(pattern) else suggestion(pattern)
             raise DatasetError(f"dataset.path={config.path}: there is no such file.{hint}")
 
