@@ -29,7 +29,7 @@ from runner.limiter import RateLimiter
 from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import printable, write
-from runner.prompt_rows import STORE_KIND, PromptRow, check_form, shaped, write_rows
+from runner.prompt_rows import STORE_KIND, PromptRow, check_form, check_place, shaped, write_rows
 from runner.response_format import Layout, ResponseFormat
 from runner.retry import Retrying
 from runner.run import GRACE_S, Run
@@ -126,6 +126,7 @@ async def prompt_map(
         rpm_limit=1 if rpm_limit is None else rpm_limit,
     )
     cache, results = _paths(cache_db_url, results_db_url)
+    check_place(results)
     form = None if response_model is None else ResponseFormat.of(response_model)
     config = RunnerConfig(
         limits=LimitsConfig(concurrency=concurrency, rpm=rpm_limit, max_request_burst=1),
