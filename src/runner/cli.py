@@ -127,7 +127,7 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     """
     job = HydraConfig.get()
     sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
-    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over, job.sweeper)]
+    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over)]
     cell = Cell(number=job.job.num if sweep else 0, name=" ".join(own), folder=job.runtime.output_dir)
     if sweep is not None:
         write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
