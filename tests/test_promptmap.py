@@ -123,6 +123,8 @@ async def test_a_prompt_without_an_answer_is_missing(caplog: pytest.LogCaptureFi
     unique = await ask(["a", "b", "b"], worker, output_shape="unique")
 
     assert [(row["status"], row["result"]) for row in rows] == [("done", "A"), ("missing", None), ("missing", None)]
+    assert ["error" in row for row in rows] == [False, True, True]
+    assert rows[1]["error"] == "WorkerError: the worker raised ValueError: no answer to b"
     assert [row["prompt"] for row in unique] == ["a"]
     assert "1 of 2 prompts have no answer, for example: WorkerError: the worker raised ValueError" in caplog.text
 

@@ -31,13 +31,15 @@ class PromptRow:
     error: str | None  # why it is missing
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        """The row as it is handed out; one without an answer has an ``error`` too, why there is none."""
+        row = {
             "idx": self.idx,
             "key": self.key,
             "prompt": self.prompt,
             "status": self.status,
             "result": self.result,
         }
+        return row if self.error is None else {**row, "error": self.error}
 
 
 def check_form(return_dtype: str, output_shape: str) -> None:
