@@ -115,6 +115,11 @@ async def test_answers_of_other_runs_are_planned_to_be_taken_over(tmp_path: Path
     assert (plan.send, plan.keep) == ({}, {"taken over from elsewhere": 3})
 
 
+async def test_a_plan_of_a_run_that_must_go_on_and_cannot_names_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'run'} holds no earlier run"):
+        await make_plan(configured(tmp_path, numbered(1), resume=Resume.require), tmp_path / "run")
+
+
 async def test_a_run_that_was_killed_is_planned(tmp_path: Path, command: Command) -> None:
     command.write_rows("rows.jsonl", numbered(200))
     arguments = ["dataset=jsonl", "dataset.path=rows.jsonl", "name=t", "tracker=none", "limits.concurrency=4"]

@@ -83,7 +83,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     client = _open_client(config, window, Tuner.of(config.limits, window), budget)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
-    async with _closing(client, store), resuming(store, config, workload) as resumption:
+    async with _closing(client, store), resuming(store, config, workload, folder=folder) as resumption:
         run = Run(
             config,
             workload,

@@ -98,7 +98,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
     draft = _Draft(config)
     async with _copied(folder) as (store, is_new):
         usual = await _answered(config, folder, store)  # before resume=fresh gives it up
-        async with resuming(store, config, workload) as resumption:
+        async with resuming(store, config, workload, folder=folder) as resumption:
             terms = replace(resumption.terms, cost_bound=None)
             looks_back = not is_new or config.reuse
             digests = Digests(store, max_bytes=config.task.max_bytes)
