@@ -74,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
         sweep = Sweep(sweep_folder(arguments)) if is_multirun(arguments) else None
+        swept = swept_keys(arguments) if sweep is not None else []
     except _BAD_INPUT as error:
         return _complain(explain(error))
     if sweep is not None:
         sweep.forget()
         tie_workers()
-        arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
+        arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept)}"]
     sys.argv[1:] = arguments
     ended: list[int] = []
 
@@ -137,7 +138,7 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     end_with_launcher()
     job = HydraConfig.get()
     sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
-    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over, job.sweeper)]
+    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over)]
     cell = Cell(number=job.job.num if sweep else 0, name=" ".join(own), folder=job.runtime.output_dir)
     if sweep is not None:
         write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")

@@ -242,6 +242,8 @@ async def translated(path: Path) -> AsyncIterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         text = str(error)
+        if text.startswith(_GARBLED):
+            raise StoreError(f"{path} is damaged (it holds text that is none): move it away to start anew") from error
         match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY:
             case sqlite3.SQLITE_FULL:
                 hint = f"{path} cannot be written: {_make_room(path)}"
@@ -267,6 +269,9 @@ def _make_room(path: Path) -> str:
 
 
 _OTHER_FOLDER = "check the folder's permissions, or choose another runs_dir"
+
+_GARBLED = "Could not decode to UTF-8"
+"""What Python's sqlite3 says, with the text, where a column holds bytes that are no text."""
 
 _PRIMARY = 0xFF
 """The bits of SQLite's error code that tell the class of the error."""

@@ -83,7 +83,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     client = _open_client(config, window, Tuner.of(config.limits, window), budget)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
-    async with _closing(client, store), resuming(store, config, workload) as resumption:
+    async with _closing(client, store), resuming(store, config, workload, folder=folder) as resumption:
         run = Run(
             config,
             workload,
@@ -222,10 +222,10 @@ def _unpriced(config: RunnerConfig) -> Iterator[str]:
 async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_size: int) -> None:
     """Say what the rest will take, and stop where the budget has no room for it."""
     await store.flush()
-    if run.total is None:
+    left = await _left(run, store)
+    if left is None:
         logger.warning("the pilot is done; how many rows are left is not known")
         return
-    left = await _left(run, store)
     logger.warning("the pilot is done: %s", left)
     forecasts = {"usd": left.usd, "tokens": left.tokens}
     needed: dict[str, float] = {name: each.high for name, each in forecasts.items() if each is not None}
@@ -237,10 +237,10 @@ async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_s
             run.stop(BudgetExhausted(said))
 
 
-async def _left(run: Run, store: Store) -> Forecast:
-    """What is left to do."""
-    settled = await run.settled()
-    return await forecast(store, max(0, (run.total or settled) - settled))
+async def _left(run: Run, store: Store) -> Forecast | None:
+    """What is left to do, where it is known."""
+    rows = await run.left()
+    return None if rows is None else await forecast(store, rows)
 
 
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:
@@ -251,7 +251,7 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
         await store.flush()
         await write_jsonl(store, folder / "results.jsonl")
         summary = await summarize(store)
-        summary |= {"reused": last.reused - run.sharing, "stopped": reason.reason if reason else None}
+        summary["stopped"] = reason.reason if reason else None
         summary["concurrency"] = {"window": last.window, "why": last.window_why or None}
         if reason is not None and run.total is not None:
             summary["rows"] = run.total
@@ -265,8 +265,8 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
     message = str(reason) if reason else await _first_failure(store)
-    if isinstance(reason, BudgetExhausted) and run.total is not None:
-        message = f"{reason}. {await _left(run, store)}"
+    if isinstance(reason, BudgetExhausted) and (left := await _left(run, store)) is not None:
+        message = f"{reason}. {left}"
     return Report(exit_code=exit_code, summary=summary, message=message)
 
 

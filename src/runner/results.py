@@ -84,8 +84,8 @@ async def summarize(store: Store) -> dict[str, Any]:
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
     tokens per second of all sessions together. Cost and rates count all that was ever answered in this run, the rest
-    what the dataset holds now. ``deduplicated`` rows share the answer of another one, ``taken_over`` ones have that of
-    another run.
+    what the dataset holds now. ``reused`` rows were settled before the last session, or have their answer from
+    elsewhere, as ``taken_over`` ones have that of another run; ``deduplicated`` ones share the answer of another row.
 
     What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
     or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
@@ -104,6 +104,7 @@ async def summarize(store: Store) -> dict[str, Any]:
         "rows": rows["n"],
         "succeeded": totals["succeeded"],
         "failed": totals["failed"],
+        "reused": totals["reused"],
         "tokens": {
             "prompt": used["prompt"],
             "completion": used["completion"],
@@ -134,6 +135,9 @@ _TOTALS = f"""
     SELECT
         count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
         count(error_type) AS failed,
+        count(*) FILTER (
+            WHERE reused_from IS NOT NULL OR settled_at < (SELECT max(started_at) FROM sessions)
+        ) AS reused,
         count(reused_from) AS taken_over,
         count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
     {CURRENT}

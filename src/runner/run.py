@@ -118,6 +118,13 @@ class Run:
             [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
+    async def left(self) -> int | None:
+        """How many rows are still to be asked, those that share an answer counted once; None: it is not known."""
+        if self.total is None:
+            return None
+        [found] = [row async for row in self._store.query(_LEFT, (self._config.retry_failed,))]
+        return max(0, self.total - int(found["seen"])) + int(found["open"])
+
     async def until_done(self, *, after_pilot: Callable[[], Awaitable[None]] | None = None) -> None:
         """Ask until there is nothing left, or `stop`, `end` or `interrupt` is called.
 
@@ -125,6 +132,8 @@ class Run:
             after_pilot: Awaited between the rows that are asked first, ``pilot`` of them, and the others.
         """
         try:
+            if self.total is not None:
+                await self._store.truncate(self.total)
             if self._config.pilot:
                 sample = _spread(self._config.pilot, self.total)
                 await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
@@ -422,6 +431,22 @@ class _Line:
 
 _SETTLED = """
     SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
+"""
+
+# Rows that are not read yet, and those that are and have no outcome: the first of those that share one.
+_LEFT = """
+    SELECT
+        (SELECT ifnull(max(position) + 1, 0) FROM rows) AS seen,
+        count(*) AS open
+    FROM rows
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE (answers.id IS NULL OR (answers.error_type IS NOT NULL AND ?)) AND NOT EXISTS (
+        SELECT 1
+        FROM rows AS earlier
+        WHERE earlier.content = rows.content
+            AND earlier.occurrence = rows.occurrence
+            AND earlier.position < rows.position
+    )
 """
 
 _SETTLED_ROWS = """
