@@ -36,6 +36,7 @@ from runner.composition import (
 from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
+from runner.private import for_owner_only, keep_private
 from runner.progress import printable, summary_table, sweep_table, write
 from runner.sweep import Cell, Sweep
 
@@ -63,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in arguments:
         write(sys.stdout, version_text())
         return 0
+    with for_owner_only():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
@@ -126,6 +132,7 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         Its `Cell` as plain data, which any launcher carries.
     """
     job = HydraConfig.get()
+    keep_private(Path(job.runtime.output_dir))
     sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
     own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over, job.sweeper)]
     cell = Cell(number=job.job.num if sweep else 0, name=" ".join(own), folder=job.runtime.output_dir)
@@ -268,5 +275,5 @@ def _show_differences(cells: Sequence[Cell]) -> None:
 
 
 def _complain(message: str) -> int:
-    write(sys.stderr, f"runner: {message}\n")
+    write(sys.stderr, f"runner: {printable(message)}\n")
     return BAD_CONFIG
