@@ -215,7 +215,7 @@ def _calm_garbage_collector() -> None:
 
 
 def _show_answers(results: Path) -> None:
-    for line in results.read_text(encoding="utf-8").splitlines():
+    for line in results.read_bytes().splitlines():  # as text, an answer's own U+2028 would end a line
         row = json.loads(line)
         error = row["error"]
         text = f"{error['type']}: {error['message']}" if error else _answer_in(row)
