@@ -1,4 +1,4 @@
-"""Fuzz what reads untrusted bytes, guided by coverage: ``nice python scripts/fuzz.py -max_total_time=300 -max_len=600``.
+"""Fuzz what reads untrusted bytes, guided by coverage: ``nice python scripts/fuzz.py -max_total_time=300``.
 
 Whatever the bytes are, each reader ends in a value or in the error that its docstring names. What is found goes into
 the tests as an example. Needs ``pip install atheris``; arguments are libFuzzer's.

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from runner.composition import (
 from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
+from runner.lifeline import end_with_launcher, tie_workers
 from runner.private import for_owner_only, keep_private
 from runner.progress import printable, summary_table, sweep_table, write
 from runner.sweep import Cell, Sweep
@@ -80,6 +82,7 @@ def _main(arguments: list[str]) -> int:
         return _complain(explain(error))
     if sweep is not None:
         sweep.forget()
+        tie_workers()
         arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
     sys.argv[1:] = arguments
     ended: list[int] = []
@@ -97,6 +100,10 @@ def _main(arguments: list[str]) -> int:
         exit_code = _complain(explain(error))
     except KeyboardInterrupt:
         exit_code = 130
+    except Exception as error:
+        if sweep is None:
+            raise
+        exit_code = _launcher_failed(error, sweep.folder)
     if sweep is not None:
         return _conclude_sweep(sweep, exit_code)
     return ended[0] if ended else exit_code
@@ -131,6 +138,7 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     Returns:
         Its `Cell` as plain data, which any launcher carries.
     """
+    end_with_launcher()
     job = HydraConfig.get()
     keep_private(Path(job.runtime.output_dir))
     sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
@@ -155,12 +163,31 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     except (ConfigError, StoreError) as error:
         logger.error(error)
         return replace(cell, exit_code=_complain(str(error)), message=str(error))
-    except Exception as error:  # a bug: said in one line, with the traceback in the folder
-        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        message = f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a bug, or sys.exit in a function of the user's, which would end the other cells
+        whose = "a function of yours ends the process" if isinstance(error, SystemExit) else "this is a fault of runner"
+        message = f"{type(error).__name__}: {error}; {whose}, see {_keep_traceback(folder)}"
         _complain(message)
         return replace(cell, exit_code=BUG, message=message)
     return replace(cell, exit_code=report.exit_code, message=report.message, summary=dict(report.summary))
+
+
+def _launcher_failed(error: Exception, folder: Path) -> int:
+    """Say why a multirun ended before its cells: a worker was killed, a cluster gave up."""
+    first = str(error).strip().partition("\n")[0]
+    _complain(f"the launcher failed with {type(error).__name__}: {first}; see {_keep_traceback(folder)}")
+    write(sys.stderr, "Cells that are done are kept: the same command goes on with the others.\n")
+    return CELLS_FAILED
+
+
+def _keep_traceback(folder: Path) -> Path:
+    """Of the exception that is being handled."""
+    path = folder / "traceback.txt"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    return path
 
 
 def _run(composed: DictConfig, folder: Path) -> Report:

@@ -104,14 +104,7 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
         ConfigError: The name of the first cell is none.
         HydraException: The first cell cannot be composed.
     """
-    parser = OverridesParser.create()
-    overrides = []
-    for argument in _of_the_run(arguments):
-        override = parser.parse_override(argument)
-        if override.is_sweep_override():
-            argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
-        overrides.append(argument)
-    first = _composed(overrides)
+    first = _first_cell(arguments)
     check_name(str(first.name))
     return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
 
@@ -125,13 +118,17 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
     """
     from runner.identity import run_id
 
+    given = {argument.partition("=")[0].lstrip("+"): argument for argument in _of_the_run(arguments)}
+    if is_multirun(arguments):
+        swept_in_files = _first_cell(arguments).hydra.sweeper.get("params") or {}
+        given = {key.lstrip("+"): f"{key}={values}" for key, values in swept_in_files.items()} | given
     parser = OverridesParser.create()
     choices: list[list[str]] = []
-    for argument in _of_the_run(arguments):
+    for argument in given.values():
         override = parser.parse_override(argument)
         values = override.sweep_string_iterator() if override.is_sweep_override() else ()
         choices.append([f"{argument.partition('=')[0]}={value}" for value in values] or [argument])
-    keys = swept_keys(arguments) if is_multirun(arguments) else []
+    keys = swept_keys(list(given.values())) if is_multirun(arguments) else []
     for overrides in product(*choices):
         composed = _composed(list(overrides))
         load_environment(composed.env_file)
@@ -148,6 +145,18 @@ def swept_by(overrides: Sequence[str], keys: Sequence[str], sweeper: Mapping[str
         key, _, value = override.partition("=")
         if key.lstrip("+") in swept:
             yield key.lstrip("+"), value
+
+
+def _first_cell(arguments: Sequence[str]) -> DictConfig:
+    """The first cell of what a command line runs, and ``hydra`` beside it."""
+    parser = OverridesParser.create()
+    overrides = []
+    for argument in _of_the_run(arguments):
+        override = parser.parse_override(argument)
+        if override.is_sweep_override():
+            argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        overrides.append(argument)
+    return _composed(overrides, with_hydra=True)
 
 
 def _of_the_run(arguments: Sequence[str]) -> list[str]:
@@ -211,9 +220,9 @@ def _package_data(name: str) -> str:
     return str(resources.files("runner").joinpath("data", name))
 
 
-def _composed(overrides: list[str]) -> DictConfig:
+def _composed(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return hydra_compose("config", overrides=overrides)
+        return hydra_compose("config", overrides=overrides, return_hydra_config=with_hydra)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
