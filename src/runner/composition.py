@@ -24,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.arguments import friendly
-from runner.checks import check_secrets, unknown_key_message, unknown_keys
+from runner.checks import check_name, check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import RunnerConfig
 from runner.errors import ConfigError, RunnerError
+from runner.private import check_folder
 from runner.sweep import sweep_id
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,11 @@ def sweep_folder(arguments: Sequence[str]) -> Path:
     """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one.
 
     Raises:
+        ConfigError: The name of the first cell is none.
         HydraException: The first cell cannot be composed.
     """
     first = _composed([values[0] for values in _choices(_of_the_run(arguments)).values()])
+    check_name(str(first.name))
     return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
 
 
@@ -205,7 +208,8 @@ def _run_id(*, _root_: DictConfig) -> str:
         except ConfigError:
             return f"rejected-{job.job.num}"
         check_secrets(config)  # Hydra would write them into the cell's folder
-        return run_id(config, swept=dict(swept_by(job.overrides.task, config.sweep.over)))
+        check_name(config.name)  # which is somewhere else where the name leads there
+        return _own(config, run_id(config, swept=dict(swept_by(job.overrides.task, config.sweep.over))))
     load_environment(_root_.env_file)
     config = typed(_root_)
     try:
@@ -214,7 +218,13 @@ def _run_id(*, _root_: DictConfig) -> str:
         raise
     except Exception:  # a bug: the run will meet it too, in a folder for its traceback
         logger.debug("the check failed", exc_info=True)
-    return run_id(config)
+    return _own(config, run_id(config))
+
+
+def _own(config: RunnerConfig, name: str) -> str:
+    """The name of the run's folder, whose files are no links: Hydra writes there before the run begins."""
+    check_folder(Path(config.runs_dir) / config.name / name)
+    return name
 
 
 def _package_data(name: str) -> str:

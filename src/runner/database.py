@@ -12,11 +12,12 @@ from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import aiosqlite
 
 from runner.errors import StoreError
+from runner.private import check_folder, make_private, open_private
 
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
@@ -30,22 +31,24 @@ _HEADER_SIZE = 100
 """Bytes that every SQLite file begins with, at least."""
 
 
-def lock_folder(path: Path) -> IO[str]:
+def lock_folder(path: Path) -> BinaryIO:
     """Hold the run's folder for this process; the lock goes with the process, however it ends.
 
     A run has its folder to itself; a database of another name shares it, and is held alone.
     """
     held, name = (path.parent, ".lock") if path.name == RUN_DATABASE else (path, f".{path.name}.lock")
+    if path.name == RUN_DATABASE:
+        check_folder(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / name).open("a+", encoding="utf-8")
+        file = open_private(path.parent / name, "a+")
     except OSError as error:
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror}): {_way_out(path, error)}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        holder = file.read().strip()
+        holder = file.read().decode("utf-8", "replace").strip()
         file.close()
         raise StoreError(
             f"{held} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
@@ -169,7 +172,7 @@ def _mode(path: Path) -> str:
 
 def _make(path: Path) -> None:
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        make_private(path)
     except OSError as error:
         raise StoreError(f"{path} cannot be made ({error.strerror}): {_way_out(path, error)}") from None
 
@@ -196,9 +199,24 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             else "use the version of runner that made it, or start a new run with another name=…"
         )
         raise StoreError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: {way_out}")
+    if await _number(database, _STRANGE):
+        raise StoreError(
+            f"{path} holds views, triggers or virtual tables, which no store of runner has: it is not used"
+        )
     # What is sorted takes as much memory as the cache at most; beyond, it lies in a temporary file.
-    for pragma in ("synchronous = NORMAL", f"cache_size = {-2048 if readonly else -4096}", "temp_store = FILE"):
+    for pragma in (
+        "trusted_schema = OFF",
+        "synchronous = NORMAL",
+        f"cache_size = {-2048 if readonly else -4096}",
+        "temp_store = FILE",
+    ):
         await database.execute_fetchall(f"PRAGMA {pragma}")
+
+
+_STRANGE = """
+    SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'
+"""
+"""What a store from elsewhere could make a SELECT do more with than read rows."""
 
 
 async def _number(database: aiosqlite.Connection, sql: str) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, StoreError
+from runner.private import make_private
 
 DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 SHAPES = ("original", "unique")
@@ -104,6 +105,7 @@ def write_rows(path: Path, rows: Sequence[PromptRow]) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path)
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
             _check_ours(database, path)

@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 import orjson
 
 from runner.config import TaskKind
+from runner.errors import StoreError
 from runner.identity import dump_json
+from runner.private import open_private
 from runner.store import Store
 from runner.vector import unpack
 
@@ -34,10 +36,13 @@ async def result_rows(
     ``text``, ``language`` and ``duration_s``.
 
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
+
+    Raises:
+        StoreError: There is something else in the store than a run puts there; names the row.
     """
     meta = await store.meta()
-    samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
-    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {CURRENT}"
+    samples, task = samples_of(meta), meta.get("task", TaskKind.generate)
+    sql = f"SELECT rows.position, rows.metadata, rows.scores, {_ARE_JSON} AS are_json, answers.* {CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
@@ -45,8 +50,21 @@ async def result_rows(
         sql += f" LIMIT {limit:d}"
     async with aclosing(store.query(sql)) as records:
         async for record in records:
-            # By name in a dictionary, as SQLite's rows look through all their names each time.
-            yield _result_row(dict(zip(record.keys(), record, strict=True)), samples, task)
+            try:
+                # By name in a dictionary, as SQLite's rows look through all their names each time.
+                row = _result_row(dict(zip(record.keys(), record, strict=True)), samples, task)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise StoreError(f"{store.path} is damaged at row {record['position']} ({error})") from None
+            yield row
+
+
+_ARE_JSON = "json_valid(coalesce(rows.metadata, '{}')) AND json_valid(coalesce(rows.scores, '{}'))"
+
+
+def samples_of(meta: Mapping[str, str]) -> int:
+    """How many rows of a store belong to a row of its dataset, by the facts of the store."""
+    text = str(meta.get("samples", "1"))
+    return max(1, int(text)) if text.isascii() and text.isdigit() else 1
 
 
 async def write_jsonl(store: Store, path: Path) -> int:
@@ -70,7 +88,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole, for its owner only: there are answers in it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open_private(partial, "x") as file:
             yield file
         os.replace(partial, path)
     except BaseException:
@@ -180,7 +199,22 @@ _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 _ERRORS = f"SELECT error_type, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("output_text", "finish_reason", "request_id", "model_id", "deployment", "reused_from"), (str,)),
+    **dict.fromkeys(("error_type", "error_message", "details", "metadata", "scores"), (str,)),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens"), (int,)),
+    **dict.fromkeys(("cached_tokens", "error_status", "retries"), (int,)),
+    **dict.fromkeys(("queue_wait_s", "service_time_s", "end_to_end_s", "ttft_s", "cost_usd"), (float, int)),
+}
+"""What is in the columns of a row, beside null: SQLite keeps a value of any type in any column."""
+
+
 def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
+    for name, types in _TYPES.items():
+        if (value := record[name]) is not None and type(value) not in types:
+            raise TypeError(f"{name} is of type {type(value).__name__}")
+    if not record["are_json"]:
+        raise ValueError("metadata or scores are no JSON")
     details = json.loads(record["details"]) if record["details"] else {}
     details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}

@@ -51,7 +51,7 @@ class OtherRuns:
                     stack.push_async_callback(store.aclose)
                     if asks in json.loads((await store.meta()).get("asks", "{}")):
                         stores[run_name(path.parent)] = store
-                except StoreError as error:
+                except (StoreError, ValueError) as error:
                     notes.append(f"nothing is taken over from there: {error}")
                 if len(stores) == _MOST_RUNS:
                     break

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Ite
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from runner.answers import (
     Entry,
@@ -61,7 +61,7 @@ class Store:
         self,
         database: Database,
         *,
-        lock: IO[str] | None = None,
+        lock: BinaryIO | None = None,
         reserve: Reserve | None = None,
         on_commit: Callable[[Sequence[Outcome]], None] | None = None,
     ) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 import orjson
 
 from runner.config import SECRET_KEYS, TrackerConfig, TrackerKind, TrackerMode
+from runner.private import open_private
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class LocalTracker:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         try:
-            with self._path.open("ab", buffering=0) as file:
+            with open_private(self._path, "a", buffering=0) as file:
                 file.write(self._start + orjson.dumps(dict(line), default=str) + b"\n")
             self._start = b""
         except Exception as error:

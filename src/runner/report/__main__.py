@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.errors import BAD_CONFIG, FINISHED, RunnerError
+from runner.progress import printable
 from runner.report import read_comparisons, read_runs, render
 from runner.results import replace_file
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = render(runs, title=title, comparisons=asyncio.run(read_comparisons(runs)))
         replace_file(given.output, page.encode("utf-8", "backslashreplace"))
     except RunnerError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {printable(str(error))}", file=sys.stderr)
         return BAD_CONFIG
     except OSError as error:
         print(f"report: {given.output} cannot be written: {error.strerror or error}", file=sys.stderr)
