@@ -108,7 +108,9 @@ def _main(arguments: list[str]) -> int:
             raise
         exit_code = _launcher_failed(error, sweep.folder)
     if sweep is not None:
-        return _conclude_sweep(sweep, exit_code)
+        exit_code = _conclude_sweep(sweep, exit_code)
+        _track_sweep(sweep, exit_code)
+        return exit_code
     return ended[0] if ended else exit_code
 
 
@@ -302,6 +304,12 @@ def _show_differences(cells: Sequence[Cell]) -> None:
             show_comparisons(asyncio.run(compare(runs)), stream=sys.stdout)
         except StoreError as error:
             logger.warning(error)
+
+
+def _track_sweep(sweep: Sweep, exit_code: int) -> None:
+    from runner.overview import track_sweep
+
+    track_sweep(sweep, exit_code=exit_code)
 
 
 def _complain(message: str) -> int:

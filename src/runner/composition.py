@@ -67,6 +67,18 @@ def typed(composed: DictConfig) -> RunnerConfig:
     return config
 
 
+def of_run(folder: Path) -> RunnerConfig:
+    """The configuration with which the run in ``folder`` was composed.
+
+    Raises:
+        ConfigError: It holds what no key allows.
+        OSError: There is none.
+    """
+    composed = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(composed, DictConfig)
+    return typed(composed)
+
+
 def conf_folder() -> Path:
     """The shipped configuration: beside the package in a wheel, at the top of a checkout."""
     package = Path(__file__).resolve().parent

@@ -38,7 +38,7 @@ from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
 from runner.stack import Stack, open_stack
 from runner.store import Store
-from runner.tracker import Ending, Tracker, open_tracker
+from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
 from runner.transports.prices import price_for
 from runner.tuner import Tuner
@@ -97,23 +97,17 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
-        tracker = open_tracker(
-            config.tracker,
-            folder=folder,
-            name=config.name,
-            run_id=f"{config.name}-{folder.name}",
-            settings=settings or {},
-        )
         judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
         notes = [*doubts, *resumption.notes, *_unpriced(config)]
-        with handled_signals(run.on_signal):
-            async with _shown(run, config, tracker, settled, notes):
-                try:
-                    async with budget.opened(store, end=run.stop) if budget else nullcontext():
-                        await run.until_done(after_pilot=judge_pilot)
-                except Exception:  # a bug; what was paid for is shown all the same
-                    await _conclude(run, store, folder)
-                    raise
+        async with tracking(config, folder, settings) as tracker:
+            with handled_signals(run.on_signal):
+                async with _shown(run, config, tracker, settled, notes):
+                    try:
+                        async with budget.opened(store, end=run.stop) if budget else nullcontext():
+                            await run.until_done(after_pilot=judge_pilot)
+                    except Exception:  # a bug; what was paid for is shown all the same
+                        await _conclude(run, store, folder)
+                        raise
         report = await _conclude(run, store, folder)
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(

@@ -80,6 +80,11 @@ class Sweep:
             yield
 
     @property
+    def wandb_is_away(self) -> Path:
+        """A file that is there once a cell could not reach W&B, so that the others do not wait for it as well."""
+        return self._cells / "wandb-is-away"
+
+    @property
     def _cells(self) -> Path:
         return self.folder / "cells"
 

@@ -17,10 +17,10 @@ from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
 from runner.intervals import mean_interval, share_interval
+from runner.redaction import redact
 from runner.results import CURRENT, result_rows, samples_of, summarize
 from runner.store import Store
 from runner.sweep import Cell, Sweep
-from runner.tracker import redact
 
 SAMPLES = 20
 """Rows that are shown of those that were answered, and of those that failed."""
@@ -96,6 +96,11 @@ async def read_comparisons(runs: Sequence[RunFacts]) -> list[Comparison]:
     return [*(await compare(named) if len(named) > 1 else []), *compare_benchmarks(read_benchmarks(runs))]
 
 
+def score_names(runs: Sequence[RunFacts]) -> list[str]:
+    """The scorers that there are among the runs."""
+    return list(dict.fromkeys(name for run in runs for name in run.scores))
+
+
 def read_benchmarks(runs: Sequence[RunFacts]) -> list[Gathered]:
     """The benchmarks among the runs; those that differ in their level alone are one."""
     return gather([Cell(number=0, name=run.label, folder=str(run.folder), summary=run.summary) for run in runs])
@@ -117,7 +122,9 @@ def _run_folders(path: Path) -> Iterator[Path]:
 async def _read_cell(cell: Cell) -> RunFacts:
     folder = Path(cell.folder)
     if not is_run(folder) and not (folder / BENCHMARK).is_file():
-        return RunFacts(label=cell.name, folder=folder, state=cell.message or "it did not begin")
+        return RunFacts(
+            label=cell.name, folder=folder, state=cell.message or "it did not begin", overrides=_overrides(folder)
+        )
     return await _read_run(folder, cell.name)
 
 
