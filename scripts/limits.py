@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from runner.config import DeploymentConfig, LimitsConfig, Shared, SimulatorConfi
 from runner.sharing import open_shared
 from runner.simulator import Simulator
 from runner.types import TokenUsage
+from trial.world import Redis
 
 KILLED_AT, STOPPED_AT, STOPPED_S = 0.4, 0.6, 10.0
 """Shares of the time after which one process is killed, and Redis is stopped; and for how long that is."""
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--by", choices=["file", "redis"], default="file")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where a process shares limits and writes down its grants")
+    parser.add_argument("--redis-url", default="", help="where it shares them instead")
     arguments = parser.parse_args()
     if arguments.what == "simulator":
         print(json.dumps(asyncio.run(simulator(arguments))))
@@ -112,10 +115,11 @@ async def ledger(provider: Simulator) -> dict[str, Any]:
 def share(arguments: argparse.Namespace) -> dict[str, Any]:
     """Processes that share a limit; one of them is killed with -9, and Redis is stopped and started again."""
     seconds, rpm = arguments.seconds or 200.0, arguments.rpm or 1_200
-    with tempfile.TemporaryDirectory(prefix="limits-") as name:
+    with tempfile.TemporaryDirectory(prefix="limits-") as name, ExitStack() as stack:
         folder = Path(name)
-        redis = start_redis(folder) if arguments.by == "redis" else None
+        redis = stack.enter_context(Redis().running()) if arguments.by == "redis" else None
         command = [sys.executable, __file__, "process", "--by", arguments.by, "--folder", name, "--rpm", str(rpm)]
+        command += ["--redis-url", redis.url] if redis else []
         began = time.monotonic()
         processes = [subprocess.Popen(command) for _ in range(arguments.processes)]
         stopped_s = 0.0
@@ -127,10 +131,8 @@ def share(arguments: argparse.Namespace) -> dict[str, Any]:
             sleep_until(began + STOPPED_AT * seconds)
             if redis is not None:
                 redis.kill()
-                redis.wait()
-                (folder / "socket").unlink()
                 time.sleep(STOPPED_S)
-                redis = start_redis(folder)
+                redis.start()
                 stopped_s = STOPPED_S + 60.0  # what was granted is forgotten: a minute counts as used up
             sleep_until(began + seconds)
         finally:
@@ -138,9 +140,6 @@ def share(arguments: argparse.Namespace) -> dict[str, Any]:
             for each in processes:
                 each.kill()
                 each.wait()
-            if redis is not None:
-                redis.kill()
-                redis.wait()
         grants = {
             int(path.stem): [float(line) for line in path.read_text().split()] for path in folder.glob("*.grants")
         }
@@ -165,7 +164,7 @@ async def process(arguments: argparse.Namespace) -> None:
     """One that takes what it gets, and writes down when."""
     folder: Path = arguments.folder
     limits = LimitsConfig(rpm=arguments.rpm, shared=Shared(arguments.by), shared_folder=str(folder))
-    limits.redis_url = f"unix://{folder}/socket?db=0"
+    limits.redis_url = arguments.redis_url or limits.redis_url
     deployments = {"a": DeploymentConfig(model="simulated/echo")}
     limiter = RateLimiter.of(limits, quota=open_shared(limits, deployments))
     with (folder / f"{os.getpid()}.grants").open("w", buffering=1) as file:
@@ -178,11 +177,6 @@ async def process(arguments: argparse.Namespace) -> None:
                 handle.settle(TokenUsage())
 
         await asyncio.gather(*(work() for _ in range(32)))
-
-
-def start_redis(folder: Path) -> subprocess.Popen[bytes]:
-    options = ["--port", "0", "--unixsocket", "socket", "--save", "", "--appendonly", "no"]
-    return subprocess.Popen(["redis-server", *options], cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def sleep_until(at: float) -> None:

@@ -59,13 +59,22 @@ def check(config: RunnerConfig) -> None:
     for key, rate in vars(config.simulator.faults).items():
         if not 0 <= rate <= 1:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
-    if not config.name or "/" in config.name or config.name in (".", ".."):
-        raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    check_name(config.name)
     for key, amount in vars(config.budget).items():
         _above_zero(f"budget.{key}", amount, "a number above 0, or null for no limit")
     _at_least("pilot", config.pilot, 1)
     _check_reuse(config)
     _reject_unavailable(config)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that leads out of ``runs_dir``.
+
+    Raises:
+        ConfigError: It does, or is none.
+    """
+    if not name or "/" in name or name in (".", "..") or not name.isprintable():
+        raise ConfigError(f"name={name!r} becomes a folder's name: use letters, digits, '-' and '_'")
 
 
 def check_secrets(config: RunnerConfig) -> None:

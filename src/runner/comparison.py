@@ -23,6 +23,7 @@ from runner import figures
 from runner.database import RUN_DATABASE
 from runner.intervals import Interval, mean_interval, paired_shares_interval
 from runner.progress import printable, show_table, write
+from runner.results import samples_of
 from runner.store import Store
 
 _SHOWN = 10
@@ -145,7 +146,7 @@ class _Row:
 
 async def _rows(store: Store) -> AsyncGenerator[tuple[int, _Row], None]:
     """The settled rows in the dataset's order, samples together."""
-    samples = int((await store.meta()).get("samples", "1"))
+    samples = samples_of(await store.meta())
     index, row = -1, _Row(None)
     async with aclosing(store.query(_SETTLED)) as records:
         async for record in records:

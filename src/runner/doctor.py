@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _compose(overrides)
     except ConfigError as error:
-        write(sys.stderr, f"runner: {error}\n")
+        write(sys.stderr, f"runner: {printable(str(error))}\n")
         return BAD_CONFIG
     return asyncio.run(_show(config, ask=given.ask))
 
