@@ -129,7 +129,12 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
             f"{where}.redis_url: configurations are stored with the run, so a password has no place in them. Put it"
             " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
         )
-    if limits.redis_url != LimitsConfig.redis_url and limits.shared is not Shared.redis:
+    if limits.shared is Shared.redis and not limits.redis_url:
+        raise ConfigError(
+            f"{where}.redis_url is not set: processes on several hosts keep their limits together through a Redis"
+            f" server that all of them reach: {where}.redis_url=redis://HOST:6379/0"
+        )
+    if limits.redis_url not in ("", LimitsConfig.redis_url) and limits.shared is not Shared.redis:
         raise ConfigError(f"{where}.redis_url has no effect without {where}.shared=redis: set that too")
     if limits.shared_folder is not None and limits.shared is not Shared.file:
         raise ConfigError(f"{where}.shared_folder has no effect without {where}.shared=file: set that too")

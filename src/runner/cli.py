@@ -51,6 +51,9 @@ _BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OS
 _SHOWN_ANSWERS = 3
 """A run without a dataset, or over files, shows its answers if there are no more."""
 
+_SHARD = "dataset.shard.index"
+"""A sweep over this key has shards for cells."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _BAD_INPUT as error:
         return _complain(explain(error))
     if sweep is not None:
-        sweep.forget()
+        sweep.begin()
         arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
     sys.argv[1:] = arguments
     ended: list[int] = []
@@ -91,9 +94,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code = _complain(explain(error))
     except KeyboardInterrupt:
         exit_code = 130
+    except Exception as error:
+        if sweep is None:
+            raise
+        exit_code = _complain(_given_up(error))
+    else:
+        if sweep is not None:
+            sweep.end()
     if sweep is not None:
         return _conclude_sweep(sweep, exit_code)
     return ended[0] if ended else exit_code
+
+
+def _given_up(error: Exception) -> str:
+    """What to say where a launcher lost one of its processes, and perhaps ended the others."""
+    reason = str(error).strip().partition("\n")[0]
+    logger.error("the launcher gave up", exc_info=error)
+    return f"the launcher gave up: {type(error).__name__}: {reason}\nThe same command goes on from here."
 
 
 def _asks_for_a_plan(arguments: Sequence[str]) -> bool:
@@ -127,8 +144,16 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     """
     job = HydraConfig.get()
     sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
-    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over, job.sweeper)]
-    cell = Cell(number=job.job.num if sweep else 0, name=" ".join(own), folder=job.runtime.output_dir)
+    own = dict(swept_by(job.overrides.task, composed.sweep.over, job.sweeper))
+    is_shard = _SHARD in own and composed.task.kind is not TaskKind.bench
+    cell = Cell(
+        number=job.job.num if sweep else 0,
+        name=_joined(own),
+        folder=job.runtime.output_dir,
+        shard=composed.dataset.shard.index if is_shard else None,
+        shards=composed.dataset.shard.count,
+        whole=_joined({key: value for key, value in own.items() if key != _SHARD}),
+    )
     if sweep is not None:
         write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
         sweep.note(cell)
@@ -138,6 +163,10 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         if cell.exit_code is not None and cell.exit_code > 128:
             raise KeyboardInterrupt  # ends the sweep too
     return asdict(cell)
+
+
+def _joined(overrides: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def _ended(cell: Cell, composed: DictConfig) -> Cell:
@@ -233,7 +262,8 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
         )
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
-    _show_differences(cells)
+    exit_code = exit_code or _merge_shards(sweep)
+    _show_differences([cell for cell in cells if cell.shard is None])
     exit_codes: set[int | None] = {exit_code, *(cell.exit_code for cell in cells)}
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
@@ -253,6 +283,22 @@ def _show_benchmarks(sweep: Sweep, cells: Sequence[Cell]) -> None:
         show_comparisons(compare_benchmarks(found), stream=sys.stdout)
         write_gathered(found, sweep.folder / "bench.json")
         write(sys.stdout, f"results  {os.path.relpath(sweep.folder / 'bench.json')}\n")
+
+
+def _merge_shards(sweep: Sweep) -> int:
+    """Make one run of the cells that went through one dataset together; returns an exit code."""
+    from runner.shards import find_shards, merge
+
+    for shards in find_shards(sweep):
+        try:
+            summary = asyncio.run(merge(shards))
+        except (StoreError, OSError) as error:
+            return _complain(f"{shards.folder}: the shards were not merged: {error}")
+        write(sys.stdout, f"\n{printable(shards.name) or 'all shards'}\n")
+        summary_table(summary, results=Path(os.path.relpath(shards.folder / "results.jsonl")))
+        if shards.unfinished:
+            write(sys.stderr, f"{len(shards.unfinished)} of {shards.count} shards are not finished\n")
+    return FINISHED
 
 
 def _show_differences(cells: Sequence[Cell]) -> None:

@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.arguments import friendly
-from runner.checks import check_secrets, unknown_key_message, unknown_keys
+from runner.checks import LIMIT_KEYS, check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
-from runner.config import RunnerConfig
+from runner.config import RunnerConfig, Shared
 from runner.errors import ConfigError, RunnerError
 from runner.sweep import sweep_id
 
@@ -197,6 +197,11 @@ def _run_id(*, _root_: DictConfig) -> str:
     return run_id(config)
 
 
+def _where_limited(sharing: str, *, _parent_: DictConfig) -> str:
+    """The ``${where_limited:file}`` of conf/scale: how limits are shared, if there are any."""
+    return sharing if any(_parent_.get(key) for key in LIMIT_KEYS) else Shared.none.value
+
+
 def _package_data(name: str) -> str:
     return str(resources.files("runner").joinpath("data", name))
 
@@ -221,6 +226,7 @@ def _register() -> None:
     Plugins.instance().register(UserConf)
     ConfigStore.instance().store(name="schema", node=_Composed)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
+    OmegaConf.register_new_resolver("where_limited", _where_limited, replace=True)
     OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
 
 

@@ -249,7 +249,7 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     last = run.snapshot()
     try:
         await store.flush()
-        await write_jsonl(store, folder / "results.jsonl")
+        await write_jsonl(result_rows(store), folder / "results.jsonl")
         summary = await summarize(store)
         summary |= {"reused": last.reused - run.sharing, "stopped": reason.reason if reason else None}
         summary["concurrency"] = {"window": last.window, "why": last.window_why or None}

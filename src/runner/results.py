@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
@@ -15,6 +17,8 @@ from runner.config import TaskKind
 from runner.identity import dump_json
 from runner.store import Store
 from runner.vector import unpack
+
+T = TypeVar("T")
 
 CURRENT = """
     FROM rows
@@ -24,17 +28,28 @@ CURRENT = """
 
 
 async def result_rows(
-    store: Store, *, limit: int | None = None, failed: bool | None = None
+    *stores: Store, limit: int | None = None, failed: bool | None = None
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
-    ``failed`` leaves only those that failed, or only those that did not.
+    Several stores are those of a dataset's shards; a row of each is in memory. ``failed`` leaves only the rows that
+    failed, or only those that did not.
 
     What was answered stands under the names of the run's task: ``output_text`` and its like, ``embedding``, or
     ``text``, ``language`` and ``duration_s``.
 
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
     """
+    left = limit
+    shards = [_rows_of(store, limit=limit, failed=failed) for store in stores]
+    async with aclosing(in_order(shards, key=lambda row: (row["_index"], row.get("_sample", 0)))) as rows:
+        async for row in rows:
+            if left is not None and (left := left - 1) < 0:
+                break
+            yield row
+
+
+async def _rows_of(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
     meta = await store.meta()
     samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
     sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {CURRENT}"
@@ -48,13 +63,33 @@ async def result_rows(
             yield _result_row(record, samples, task)
 
 
-async def write_jsonl(store: Store, path: Path) -> int:
-    """Write the settled rows to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
+async def in_order(streams: Sequence[AsyncGenerator[T, None]], *, key: Callable[[T], Any]) -> AsyncGenerator[T, None]:
+    """The entries of several streams in one order, that of ``key``, which each of them keeps for itself."""
+    async with AsyncExitStack() as stack:
+        for stream in streams:
+            await stack.enter_async_context(aclosing(stream))
+        heads = []
+        for place, stream in enumerate(streams):
+            if (first := await anext(stream, None)) is not None:
+                heads.append((key(first), place, first))
+        heapq.heapify(heads)
+        while heads:
+            _, place, entry = heads[0]
+            yield entry
+            if (following := await anext(streams[place], None)) is not None:
+                heapq.heapreplace(heads, (key(following), place, following))
+            else:
+                heapq.heappop(heads)
+
+
+async def write_jsonl(rows: AsyncGenerator[dict[str, Any], None], path: Path) -> int:
+    """Write `result_rows` to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
     count = 0
     with replacing(path) as file:
-        async for row in result_rows(store):
-            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            count += 1
+        async with aclosing(rows):
+            async for row in rows:
+                file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                count += 1
     return count
 
 
@@ -77,27 +112,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-async def summarize(store: Store) -> dict[str, Any]:
-    """The figures of ``summary.json``, from the store alone.
+async def summarize(*stores: Store) -> dict[str, Any]:
+    """The figures of ``summary.json``, from the store alone; or from those of a dataset's shards, as of one run.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
-    tokens per second of all sessions together. Cost and rates count all that was ever answered in this run, the rest
-    what the dataset holds now. ``deduplicated`` rows share the answer of another one, ``taken_over`` ones have that of
-    another run.
+    tokens per second at work, over all sessions; where several overlap, the time counts once. Cost and rates count all
+    that was ever answered in this run, the rest what the dataset holds now. ``deduplicated`` rows share the answer of
+    another one, ``taken_over`` ones have that of another run.
 
     What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
     or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
     ``attempts_without_bound``, and there is no upper bound. Attempts and retries that rows shared count once.
     """
-    dedupe = (await store.meta()).get("dedupe") == "true"
-    totals = await _one(store, _TOTALS)
-    used = await _one(store, _USED)
-    spent = await _one(store, _SPENT)
-    sessions = await _one(store, "SELECT coalesce(sum(last_seen - started_at), 0) AS elapsed_s FROM sessions")
-    rows = await _one(store, "SELECT count(*) AS n FROM rows")
-    elapsed_s = sessions["elapsed_s"]
-    measured = (await _one(store, f"SELECT count(*) AS n {CURRENT} {_MEASURED}"))["n"]
+    deduping = [store for store in stores if (await store.meta()).get("dedupe") == "true"]
+    totals = await _sums(stores, _TOTALS)
+    used = await _sums(stores, _USED)
+    spent = await _sums(stores, _SPENT)
+    rows = await _sums(stores, "SELECT count(*) AS n FROM rows")
+    elapsed_s = await _elapsed_s(stores)
     is_bounded = not spent["without_bound"]
     return {
         "rows": rows["n"],
@@ -114,18 +147,18 @@ async def summarize(store: Store) -> dict[str, Any]:
         "cost_usd_upper_bound": spent["cost_usd"] + spent["bounds_usd"] if is_bounded else None,
         "attempts_of_unknown_cost": spent["unknown_costs"],
         "attempts_without_bound": spent["without_bound"],
-        "deduplicated": (await _one(store, _DEDUPLICATED))["n"] if dedupe else 0,
+        "deduplicated": (await _sums(deduping, _DEDUPLICATED))["n"],
         "taken_over": totals["taken_over"],
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
         "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
-        "latency_s": await _quantiles(store, "service_time_s", measured),
-        "queue_wait_s": await _quantiles(store, "queue_wait_s", measured),
+        "latency_s": await _quantiles(stores, "service_time_s", _MEASURED),
+        "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED),
         "retries": used["retries"],
         "unparsed": totals["unparsed"],
-        "errors": {row["error_type"]: row["n"] async for row in store.query(_ERRORS)},
-        "deployments": await _deployments(store, totals["succeeded"]),
-        "scores": await _scores(store),
+        "errors": dict((await counts(stores, _ERRORS)).most_common()),
+        "deployments": await _deployments(stores, totals["succeeded"]),
+        "scores": await _scores(stores),
     }
 
 
@@ -172,7 +205,9 @@ _DEDUPLICATED = "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM (SEL
 _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""
 
-_ERRORS = f"SELECT error_type, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
+_ERRORS = f"""
+    SELECT error_type AS name, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY name ORDER BY n DESC
+"""
 
 
 def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
@@ -230,72 +265,116 @@ def _fragment(text: str | None) -> orjson.Fragment:
     return orjson.Fragment(text or "{}")
 
 
-async def _one(store: Store, sql: str) -> Any:
-    rows = [row async for row in store.query(sql)]
-    return rows[0]
+async def _sums(stores: Sequence[Store], sql: str) -> Mapping[str, Any]:
+    """The one row of a SELECT of numbers, added up over the stores; of no store, zeros."""
+    sums: dict[str, Any] = defaultdict(int)
+    for store in stores:
+        async for row in store.query(sql):
+            for name in row.keys():  # noqa: SIM118 (a row is no mapping)
+                sums[name] += row[name]
+    return sums
 
 
-async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
-    """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
-    sql = f"SELECT {column} AS value {CURRENT} {_MEASURED} ORDER BY {column} LIMIT 1 OFFSET ?"
+async def counts(stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()) -> Counter[str]:
+    """What a SELECT of ``name`` and ``n`` counts, over the stores."""
+    found: Counter[str] = Counter()
+    for store in stores:
+        async for row in store.query(sql, parameters):
+            found[row["name"]] += row["n"]
+    return found
+
+
+async def _elapsed_s(stores: Sequence[Store]) -> float:
+    """For how long there was a session, of one store or of several."""
+    sql = "SELECT started_at, last_seen FROM sessions"
+    sessions = [(row["started_at"], row["last_seen"]) for store in stores async for row in store.query(sql)]
+    elapsed_s = until = 0.0
+    for began, ended in sorted(sessions):
+        elapsed_s += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return elapsed_s
+
+
+async def _quantiles(
+    stores: Sequence[Store],
+    column: str,
+    where: str,
+    parameters: Sequence[Any] = (),
+    *,
+    percents: Sequence[int] = (50, 95, 99),
+) -> dict[str, float | None]:
+    """Percentiles of a column: the values that stand so far down among those of all stores; None of nothing."""
+    rest = f"{CURRENT} {where}"
+    count = (await counts(stores, f"SELECT 'all' AS name, count(*) AS n {rest}", parameters))["all"]
+    places = {f"p{percent}": round((count - 1) * percent / 100) for percent in percents}
+    sql = f"SELECT {column} AS value {rest}"
+    found = await values_at(places.values(), stores, sql, parameters) if count else {}
+    return {name: found.get(place) for name, place in places.items()}
+
+
+async def values_at(
+    places: Collection[int], stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
+) -> dict[int, float]:
+    """The values of a SELECT that stand at ``places``, from 0, where those of all stores are in ascending order."""
+    last = max(places)
+    streams = [store.query(f"{sql} ORDER BY value LIMIT {last + 1:d}", parameters) for store in stores]
+    found = {}
+    place = 0
+    async with aclosing(in_order(streams, key=lambda row: row["value"])) as rows:
+        async for row in rows:
+            if place in places:
+                found[place] = row["value"]
+            if place == last:
+                break
+            place += 1
+    return found
+
+
+async def _deployments(stores: Sequence[Store], answers: int) -> dict[str, dict[str, Any]]:
+    """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
+    answered, failed, retries = [await counts(stores, sql) for sql in (_ANSWERED, _FAILED, _RETRIES)]
     return {
-        f"p{percent}": (await _one(store, sql.replace("?", str(round((count - 1) * percent / 100)))))["value"]
-        if count
-        else None
-        for percent in (50, 95, 99)
+        label: {
+            "answered": answered.get(label, 0),
+            "failed": failed.get(label, 0),
+            "share": answered.get(label, 0) / answers if answers else 0.0,
+            "latency_s": await _quantiles(
+                stores, "service_time_s", "WHERE error_type IS NULL AND deployment = ?", (label,), percents=(50, 95)
+            ),
+            "retries": retries.get(label, 0),
+        }
+        for label in sorted(answered.keys() | failed.keys() | retries.keys())
     }
 
 
-async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
-    """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
-    retries = {row["deployment"]: row["n"] async for row in store.query(_RETRIES)}
-    rows = {row["deployment"]: row async for row in store.query(_DEPLOYMENTS)}
-    deployments: dict[str, dict[str, Any]] = {}
-    for label in sorted(rows.keys() | retries.keys()):
-        row = rows.get(label)
-        answered = row["answered"] if row else 0
-        deployments[label] = {
-            "answered": answered,
-            "failed": row["failed"] if row else 0,
-            "share": answered / answers if answers else 0.0,
-            "latency_s": {"p50": row["p50"] if row else None, "p95": row["p95"] if row else None},
-            "retries": retries.get(label, 0),
-        }
-    return deployments
+_ANSWERED = f"""
+    SELECT deployment AS name, count(*) AS n {CURRENT} WHERE deployment IS NOT NULL AND error_type IS NULL GROUP BY name
+"""
 
+_FAILED = f"""
+    SELECT deployment AS name, count(*) AS n {CURRENT} WHERE deployment IS NOT NULL AND error_type IS NOT NULL
+    GROUP BY name
+"""
 
-_RETRIES = (
-    "SELECT deployment, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY deployment"
-)
-
-_DEPLOYMENTS = f"""
-    WITH ranked AS (
-        SELECT
-            deployment,
-            error_type,
-            service_time_s,
-            row_number() OVER (PARTITION BY deployment, error_type IS NULL ORDER BY service_time_s) AS place,
-            count(*) OVER (PARTITION BY deployment, error_type IS NULL) AS n
-        {CURRENT}
-        WHERE deployment IS NOT NULL
-    )
-    SELECT
-        deployment,
-        count(*) FILTER (WHERE error_type IS NULL) AS answered,
-        count(error_type) AS failed,
-        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.5)) AS p50,
-        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.95)) AS p95
-    FROM ranked
-    GROUP BY deployment
+_RETRIES = """
+    SELECT deployment AS name, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY name
 """
 
 
-async def _scores(store: Store) -> dict[str, dict[str, float]]:
+async def _scores(stores: Sequence[Store]) -> dict[str, dict[str, float | None]]:
     """Mean and number of rows by scorer."""
-    sql = """
-        SELECT entry.key AS name, avg(entry.value) AS mean, count(entry.value) AS n
-        FROM rows, json_each(rows.scores) AS entry
-        WHERE rows.scores IS NOT NULL
-        GROUP BY entry.key
-    """
-    return {row["name"]: {"mean": row["mean"], "n": row["n"]} async for row in store.query(sql)}
+    sums: dict[str, float] = defaultdict(float)
+    numbers: dict[str, int] = defaultdict(int)
+    for store in stores:
+        async for row in store.query(_SCORES):
+            sums[row["name"]] += row["sum"]
+            numbers[row["name"]] += row["n"]
+    return {name: {"mean": sums[name] / n if n else None, "n": n} for name, n in numbers.items()}
+
+
+_SCORES = """
+    SELECT entry.key AS name, total(entry.value) AS sum, count(entry.value) AS n
+    FROM rows, json_each(rows.scores) AS entry
+    WHERE rows.scores IS NOT NULL
+    GROUP BY entry.key
+"""

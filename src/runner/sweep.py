@@ -11,9 +11,9 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Cell:
     number: int  # in the order of the multirun
     name: str  # its own overrides: what sets it apart
     folder: str  # of its run
+    shard: int | None = None  # the part of the dataset that it goes through, where the sweep is over parts
+    shards: int = 1  # how many parts there are
+    whole: str = ""  # its own overrides but for the part: the cells that share them are one run
     exit_code: int | None = None  # None: at work, or killed
     message: str | None = None  # why it failed or stopped
     summary: Mapping[str, Any] = field(default_factory=dict)  # the content of summary.json
@@ -48,9 +51,15 @@ class Sweep:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def forget(self) -> None:
-        """Forget how the cells ended last time. Their runs stay."""
-        shutil.rmtree(self._cells, ignore_errors=True)
+    def begin(self) -> None:
+        """Forget how the cells ended last time. Their runs stay, and so does the knowledge of where they are."""
+        self._before.mkdir(parents=True, exist_ok=True)
+        for note in self._cells.glob("*.json"):
+            note.replace(self._before / note.name)
+
+    def end(self) -> None:
+        """All cells have had their turn: forget those of an earlier time that are none any more."""
+        shutil.rmtree(self._before, ignore_errors=True)
 
     def note(self, cell: Cell) -> None:
         """Write down how a cell stands. Safe from any process; the last note counts."""
@@ -58,9 +67,12 @@ class Sweep:
         replace_file(self._cells / f"{cell.number}.json", json.dumps(asdict(cell)).encode())
 
     def cells(self) -> list[Cell]:
-        """The cells that have begun, in their order."""
-        notes = (json.loads(path.read_bytes()) for path in self._cells.glob("*.json"))
-        return sorted((Cell(**note) for note in notes), key=lambda cell: cell.number)
+        """The cells in their order. One that had begun at an earlier time alone has no exit code."""
+        cells = {
+            cell.number: replace(cell, exit_code=None, message=_NOT_BEGUN, summary={}) for cell in _read(self._before)
+        }
+        cells |= {cell.number: cell for cell in _read(self._cells)}
+        return [cells[number] for number in sorted(cells)]
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -78,6 +90,19 @@ class Sweep:
     @property
     def _cells(self) -> Path:
         return self.folder / "cells"
+
+    @property
+    def _before(self) -> Path:
+        return self.folder / "cells-before"
+
+
+_NOT_BEGUN = "not begun again"
+
+
+def _read(folder: Path) -> Iterator[Cell]:
+    for path in folder.glob("*.json"):
+        with suppress(FileNotFoundError):  # its cell, or the whole sweep, has just begun anew
+            yield Cell(**json.loads(path.read_bytes()))
 
 
 def sweep_id(arguments: Sequence[str]) -> str:
