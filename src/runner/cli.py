@@ -22,9 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner.arguments import friendly, quoted
+from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
     conf_folder,
+    first_cell,
     is_multirun,
     load_environment,
     planned,
@@ -72,11 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = list(friendly(arguments))
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
-        sweep = Sweep(sweep_folder(arguments)) if is_multirun(arguments) else None
+        sweep = _begin_sweep(arguments) if is_multirun(arguments) else None
     except _BAD_INPUT as error:
         return _complain(explain(error))
     if sweep is not None:
-        sweep.begin()
         arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
     sys.argv[1:] = arguments
     ended: list[int] = []
@@ -104,6 +105,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sweep is not None:
         return _conclude_sweep(sweep, exit_code)
     return ended[0] if ended else exit_code
+
+
+def _begin_sweep(arguments: Sequence[str]) -> Sweep:
+    """The sweep of a command line, with a warning for what its processes would not keep together.
+
+    Raises:
+        ConfigError: They are to share what is nowhere.
+    """
+    first, launcher = first_cell(arguments)
+    load_environment(first.env_file)
+    try:
+        config = typed(first)
+    except ConfigError:  # the cell says so itself, and the others go on
+        pass
+    else:
+        for warning in unshared(config, launcher):
+            write(sys.stderr, f"{warning}\n")
+    sweep = Sweep(sweep_folder(first, arguments))
+    sweep.begin()
+    return sweep
 
 
 def _given_up(error: Exception) -> str:
@@ -160,8 +181,8 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     cell = _ended(cell, composed)
     if sweep is not None:
         sweep.note(cell)
-        if cell.exit_code is not None and cell.exit_code > 128:
-            raise KeyboardInterrupt  # ends the sweep too
+        if cell.exit_code is not None and cell.exit_code > 128 and job.runtime.choices["hydra/launcher"] == "basic":
+            raise KeyboardInterrupt  # ends the sweep too; where each cell has a process, the others go on
     return asdict(cell)
 
 

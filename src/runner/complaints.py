@@ -42,12 +42,17 @@ def explain(error: BaseException) -> str:
 def _unknown_option(found: re.Match[str]) -> str:
     """``dataset=jsnl``: a group's option that does not exist."""
     group, _, option = found[1].rpartition("/")
+    if group == "hydra/launcher" and (extra := _EXTRAS.get(option)):
+        return f"{group}={option} is not installed: pip install 'runner[{extra}]'"
     options = found[2].split()
     near = difflib.get_close_matches(option, options, n=1)
     prefix = "+" if group == "experiment" else ""
     hint = f" Did you mean {prefix}{group}={near[0]}?" if near else ""
     return f"{prefix}{group}={option}: choose one of {', '.join(options)}.{hint}"
 
+
+_EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+"""Our extras that bring Hydra's launchers."""
 
 _EXPLANATIONS = (
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),

@@ -96,20 +96,28 @@ def swept_keys(arguments: Sequence[str]) -> list[str]:
     return [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
 
 
-def sweep_folder(arguments: Sequence[str]) -> Path:
-    """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one.
+def first_cell(arguments: Sequence[str]) -> tuple[DictConfig, str]:
+    """The first cell of a multirun, composed, and the name of what launches it.
 
     Raises:
-        HydraException: The first cell cannot be composed.
+        HydraException: It cannot be composed.
     """
     parser = OverridesParser.create()
     overrides = []
-    for argument in _of_the_run(arguments):
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            continue
         override = parser.parse_override(argument)
         if override.is_sweep_override():
             argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         overrides.append(argument)
-    first = _composed(overrides)
+    composed = _composed(overrides, with_hydra=True)
+    launcher = composed.hydra.runtime.choices["hydra/launcher"]
+    return composed, launcher
+
+
+def sweep_folder(first: DictConfig, arguments: Sequence[str]) -> Path:
+    """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one."""
     return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
 
 
@@ -206,9 +214,9 @@ def _package_data(name: str) -> str:
     return str(resources.files("runner").joinpath("data", name))
 
 
-def _composed(overrides: list[str]) -> DictConfig:
+def _composed(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return hydra_compose("config", overrides=overrides)
+        return hydra_compose("config", overrides=overrides, return_hydra_config=with_hydra)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
