@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,12 @@ def same(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]
     """One run and a sharded one over the same rows, with failures on the way."""
     rows = arguments.rows or 4_000
     write_rows(folder, rows)
-    settings = ["dataset=jsonl", "dataset.path=rows.jsonl", "simulator.latency_s=0.05", "simulator.faults.http_500=0.02"]
+    settings = [
+        "dataset=jsonl",
+        "dataset.path=rows.jsonl",
+        "simulator.latency_s=0.05",
+        "simulator.faults.http_500=0.02",
+    ]
     run(folder, ["name=whole", *settings])
     command = ["-m", "name=parts", *settings, *shards_of(arguments.shards, arguments.by), "limits.concurrency=16"]
     killed: list[int] = []
@@ -80,7 +85,7 @@ def same(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]
         "killed": len(killed),
         "exit_codes": [first_exit, last_exit] if arguments.kill else [last_exit],
         "same": whole == parts,
-        "asked_again": sum(lost(cell) for cell in sweep.cells()),
+        "perhaps_asked_twice": sum(lost(cell) for cell in sweep.cells()),
         "last_go_s": round(took_s, 1),
     }
 
@@ -107,8 +112,9 @@ def kill_some(sweep: Sweep, most: int) -> list[int]:
     for cell in sweep.cells():
         if len(killed) < most and cell.exit_code is None and answers_of(cell) > 50:
             pid = int(Path(cell.folder, ".lock").read_text().removeprefix("pid "))
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
     return killed
 
 
@@ -117,7 +123,7 @@ def answers_of(cell: Cell) -> int:
 
 
 def lost(cell: Cell) -> int:
-    """Requests that were on their way when their process died."""
+    """Rows that had been taken up when their process died, and may have been sent."""
     return count_in(cell, "SELECT count(*) FROM attempts WHERE error_type = 'Lost'")
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.progress import printable, summary_table, sweep_table, write
+from runner.signals import first_signal
 from runner.sweep import Cell, Sweep
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     exit_code = 0
     try:
-        task()
+        with first_signal(sweep.stop) if sweep is not None and sweep.is_parallel else nullcontext():
+            task()
     except _BAD_INPUT as error:
         exit_code = _complain(explain(error))
     except KeyboardInterrupt:
@@ -122,7 +125,7 @@ def _begin_sweep(arguments: Sequence[str]) -> Sweep:
     else:
         for warning in unshared(config, launcher):
             write(sys.stderr, f"{warning}\n")
-    sweep = Sweep(sweep_folder(first, arguments))
+    sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
     return sweep
 
@@ -164,7 +167,9 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         Its `Cell` as plain data, which any launcher carries.
     """
     job = HydraConfig.get()
-    sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
+    sweep = None
+    if composed.sweep.folder:
+        sweep = Sweep(Path(composed.sweep.folder), is_parallel=job.runtime.choices["hydra/launcher"] != "basic")
     own = dict(swept_by(job.overrides.task, composed.sweep.over, job.sweeper))
     is_shard = _SHARD in own and composed.task.kind is not TaskKind.bench
     cell = Cell(
@@ -178,10 +183,13 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     if sweep is not None:
         write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
         sweep.note(cell)
-    cell = _ended(cell, composed)
+    if sweep is not None and (signum := sweep.stopped_by) is not None:
+        cell = replace(cell, exit_code=128 + signum, message="not begun")
+    else:
+        cell = _ended(cell, composed)
     if sweep is not None:
         sweep.note(cell)
-        if cell.exit_code is not None and cell.exit_code > 128 and job.runtime.choices["hydra/launcher"] == "basic":
+        if cell.exit_code is not None and cell.exit_code > 128 and not sweep.is_parallel:
             raise KeyboardInterrupt  # ends the sweep too; where each cell has a process, the others go on
     return asdict(cell)
 
@@ -283,9 +291,9 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
         )
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
-    exit_code = exit_code or _merge_shards(sweep)
+    merged = _merge_shards(sweep)
     _show_differences([cell for cell in cells if cell.shard is None])
-    exit_codes: set[int | None] = {exit_code, *(cell.exit_code for cell in cells)}
+    exit_codes: set[int | None] = {exit_code, merged, *(cell.exit_code for cell in cells)}
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
     return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else FINISHED

@@ -38,6 +38,7 @@ from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
 from runner.stack import Stack, open_stack
 from runner.store import Store
+from runner.sweep import Sweep
 from runner.tracker import Ending, Tracker, open_tracker
 from runner.transports import check_addresses
 from runner.transports.prices import price_for
@@ -47,6 +48,7 @@ from runner.watchdog import Watchdog
 from runner.workload import Workload
 
 _REDRAW_S = 0.2
+_WATCH_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
         notes = [*resumption.notes, *_unpriced(config)]
         with handled_signals(run.on_signal):
-            async with _shown(run, config, tracker, settled, notes):
+            async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
                 try:
                     async with budget.opened(store, end=run.stop) if budget else nullcontext():
                         await run.until_done(after_pilot=judge_pilot)
@@ -178,6 +180,25 @@ async def _shown(
         progress.update(snapshot)
         progress.close()
         tracker.log(snapshot.as_series())
+
+
+@asynccontextmanager
+async def _ending_with_sweep(run: Run, config: RunnerConfig) -> AsyncIterator[None]:
+    """End the run when its sweep is ended, perhaps on another host."""
+    watch = asyncio.create_task(_watch(run, Sweep(Path(config.sweep.folder)))) if config.sweep.folder else None
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+            await asyncio.wait([watch])
+
+
+async def _watch(run: Run, sweep: Sweep) -> None:
+    while (signum := sweep.stopped_by) is None:  # noqa: ASYNC110 (it is another process that says so)
+        await asyncio.sleep(_WATCH_S)
+    if run.stop.reason is None:
+        run.interrupt(Interrupted(signum))
 
 
 class _Warnings(logging.Handler):

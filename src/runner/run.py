@@ -37,6 +37,7 @@ from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
 from runner.scoring import Scorers
+from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item
 from runner.transports import DIRECT
@@ -45,9 +46,6 @@ from runner.workload import ClaimSize
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
-
-_ECHO_S = 0.3
-"""A second signal that follows so closely is the first one, forwarded by a wrapper such as ``timeout``."""
 
 _SUSPECTS = 4
 """Requests that must fail the same systemic way, with no success between, before the run gives up."""
@@ -156,7 +154,7 @@ class Run:
         """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
         if self._interrupted_at is None:
             self.interrupt(Interrupted(signum))
-        elif asyncio.get_running_loop().time() - self._interrupted_at > _ECHO_S:
+        elif asyncio.get_running_loop().time() - self._interrupted_at > ECHO_S:
             print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
 

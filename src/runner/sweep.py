@@ -46,13 +46,16 @@ class Sweep:
 
     Args:
         folder: On a file system that the cells share.
+        is_parallel: Whether its cells run in processes of their own, several at once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_parallel: bool = False) -> None:
         self.folder = folder
+        self.is_parallel = is_parallel
 
     def begin(self) -> None:
         """Forget how the cells ended last time. Their runs stay, and so does the knowledge of where they are."""
+        self._stop.unlink(missing_ok=True)
         self._before.mkdir(parents=True, exist_ok=True)
         for note in self._cells.glob("*.json"):
             note.replace(self._before / note.name)
@@ -74,6 +77,18 @@ class Sweep:
         cells |= {cell.number: cell for cell in _read(self._cells)}
         return [cells[number] for number in sorted(cells)]
 
+    def stop(self, signum: int) -> None:
+        """Have all cells end, wherever they are, as if they had got this signal; those that wait do not begin."""
+        replace_file(self._stop, str(signum).encode())
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the sweep, if one did."""
+        try:
+            return int(self._stop.read_bytes())
+        except FileNotFoundError:
+            return None
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Wait until no other cell is in its turn. A turn ends with its process, however that ends."""
@@ -90,6 +105,10 @@ class Sweep:
     @property
     def _cells(self) -> Path:
         return self.folder / "cells"
+
+    @property
+    def _stop(self) -> Path:
+        return self.folder / "stop"
 
     @property
     def _before(self) -> Path:
