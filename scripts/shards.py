@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from runner.database import RUN_DATABASE
@@ -145,6 +148,65 @@ def comparable(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# The speed
+
+
+def speed(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Rows per second of one process and of two, by what holds them up: the server's latency, or the processors."""
+    for name, latency_s, usual in (("waiting for the server", 1.0, 2_000), ("as fast as it goes", 0.0005, 20_000)):
+        rows = arguments.rows or usual
+        write_rows(folder, rows)
+        with serving(folder, latency_s) as (url, server):
+            measured = [[measure(folder, url, server, n) for n in (1, 2)] for _ in range(arguments.repeats)]
+        one, two = ({key: median(each[key] for each in of) for key in of[0]} for of in zip(*measured, strict=True))
+        yield {
+            "name": name,
+            "rows": rows,
+            "rows_per_s": [round(one["rate"]), round(two["rate"])],
+            "ratio": round(median(after["rate"] / before["rate"] for before, after in measured), 2),
+            "cores": os.cpu_count(),
+            "cores_of_the_clients": [round(one["client"], 2), round(two["client"], 2)],
+            "cores_of_the_server": [round(one["server"], 2), round(two["server"], 2)],
+        }
+
+
+def measure(folder: Path, url: str, server: int, processes: int) -> dict[str, float]:
+    """One sharded run: rows per second at work, and how many cores it and the server kept busy meanwhile."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    command = ["-m", "name=parts", "dataset=jsonl", "dataset.path=rows.jsonl", "limits.concurrency=64"]
+    command += [f"api_base={url}", "model=openai_like/simulated", f"hydra.launcher.n_jobs={processes}"]
+    clients, servers = cpu_of_children(), cpu_of(server)
+    run(folder, [*command, *shards_of(processes, "joblib")])
+    clients, servers = cpu_of_children() - clients, cpu_of(server) - servers
+    summary = json.loads((find_sweep(folder).folder / "summary.json").read_bytes())
+    took_s = summary["elapsed_s"]
+    return {"rate": summary["succeeded"] / took_s, "client": clients / took_s, "server": servers / took_s}
+
+
+def cpu_of_children() -> float:
+    """Seconds of processor time of what was started here and has ended, with all that it started."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cpu_of(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def serving(folder: Path, latency_s: float) -> Iterator[tuple[str, int]]:
+    """A simulated provider in a process of its own: its address and its process."""
+    command = [sys.executable, "-m", "runner.simulator", "--port=0", f"--latency-s={latency_s}"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().rpartition(" ")[2].strip(), process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
 # The command
 
 
@@ -166,10 +228,6 @@ def run(folder: Path, arguments: list[str]) -> int:
     if exit_code:
         print((folder / "log").read_text()[-2_000:], file=sys.stderr)
     return exit_code
-
-
-def speed(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    yield {}
 
 
 if __name__ == "__main__":

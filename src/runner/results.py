@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections import Counter, defaultdict
+import sqlite3
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ async def result_rows(
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
     """
     left = limit
-    shards = [_rows_of(store, limit=limit, failed=failed) for store in stores]
+    shards = [_result_rows(store, limit=limit, failed=failed) for store in stores]
     async with aclosing(in_order(shards, key=lambda row: (row["_index"], row.get("_sample", 0)))) as rows:
         async for row in rows:
             if left is not None and (left := left - 1) < 0:
@@ -49,7 +50,7 @@ async def result_rows(
             yield row
 
 
-async def _rows_of(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
+async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
     meta = await store.meta()
     samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
     sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {CURRENT}"
@@ -126,10 +127,10 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     ``attempts_without_bound``, and there is no upper bound. Attempts and retries that rows shared count once.
     """
     deduping = [store for store in stores if (await store.meta()).get("dedupe") == "true"]
-    totals = await _sums(stores, _TOTALS)
-    used = await _sums(stores, _USED)
-    spent = await _sums(stores, _SPENT)
-    rows = await _sums(stores, "SELECT count(*) AS n FROM rows")
+    totals = await sums(stores, _TOTALS)
+    used = await sums(stores, _USED)
+    spent = await sums(stores, _SPENT)
+    rows = await sums(stores, "SELECT count(*) AS n FROM rows")
     elapsed_s = await _elapsed_s(stores)
     is_bounded = not spent["without_bound"]
     return {
@@ -147,7 +148,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "cost_usd_upper_bound": spent["cost_usd"] + spent["bounds_usd"] if is_bounded else None,
         "attempts_of_unknown_cost": spent["unknown_costs"],
         "attempts_without_bound": spent["without_bound"],
-        "deduplicated": (await _sums(deduping, _DEDUPLICATED))["n"],
+        "deduplicated": (await sums(deduping, _DEDUPLICATED))["n"],
         "taken_over": totals["taken_over"],
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
@@ -156,7 +157,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED),
         "retries": used["retries"],
         "unparsed": totals["unparsed"],
-        "errors": dict((await counts(stores, _ERRORS)).most_common()),
+        "errors": await _counts(stores, _ERRORS),
         "deployments": await _deployments(stores, totals["succeeded"]),
         "scores": await _scores(stores),
     }
@@ -206,7 +207,7 @@ _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""
 
 _ERRORS = f"""
-    SELECT error_type AS name, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY name ORDER BY n DESC
+    SELECT error_type AS name, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY name
 """
 
 
@@ -265,23 +266,29 @@ def _fragment(text: str | None) -> orjson.Fragment:
     return orjson.Fragment(text or "{}")
 
 
-async def _sums(stores: Sequence[Store], sql: str) -> Mapping[str, Any]:
-    """The one row of a SELECT of numbers, added up over the stores; of no store, zeros."""
-    sums: dict[str, Any] = defaultdict(int)
-    for store in stores:
-        async for row in store.query(sql):
-            for name in row.keys():  # noqa: SIM118 (a row is no mapping)
-                sums[name] += row[name]
-    return sums
-
-
-async def counts(stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()) -> Counter[str]:
-    """What a SELECT of ``name`` and ``n`` counts, over the stores."""
-    found: Counter[str] = Counter()
+async def rows_of(
+    stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
+) -> AsyncGenerator[sqlite3.Row, None]:
+    """The rows of a SELECT, of one store after the other."""
     for store in stores:
         async for row in store.query(sql, parameters):
-            found[row["name"]] += row["n"]
-    return found
+            yield row
+
+
+async def sums(stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()) -> Mapping[str, Any]:
+    """The one row of a SELECT of numbers, added up over the stores; of no store, zeros."""
+    return (await sums_by_name(stores, f"SELECT 'all' AS name, * FROM ({sql})", parameters)).get("all", Counter())
+
+
+async def sums_by_name(
+    stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
+) -> dict[Any, Mapping[str, Any]]:
+    """The rows of a SELECT of a ``name`` and numbers, those of one name added up over the stores."""
+    found: dict[Any, Counter[str]] = {}
+    async for row in rows_of(stores, sql, parameters):
+        name, *numbers = row
+        found.setdefault(name, Counter()).update(dict(zip(row.keys()[1:], numbers, strict=True)))
+    return dict(found)
 
 
 async def _elapsed_s(stores: Sequence[Store]) -> float:
@@ -305,7 +312,7 @@ async def _quantiles(
 ) -> dict[str, float | None]:
     """Percentiles of a column: the values that stand so far down among those of all stores; None of nothing."""
     rest = f"{CURRENT} {where}"
-    count = (await counts(stores, f"SELECT 'all' AS name, count(*) AS n {rest}", parameters))["all"]
+    count = (await sums(stores, f"SELECT count(*) AS n {rest}", parameters))["n"]
     places = {f"p{percent}": round((count - 1) * percent / 100) for percent in percents}
     sql = f"SELECT {column} AS value {rest}"
     found = await values_at(places.values(), stores, sql, parameters) if count else {}
@@ -332,7 +339,7 @@ async def values_at(
 
 async def _deployments(stores: Sequence[Store], answers: int) -> dict[str, dict[str, Any]]:
     """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
-    answered, failed, retries = [await counts(stores, sql) for sql in (_ANSWERED, _FAILED, _RETRIES)]
+    answered, failed, retries = [await _counts(stores, sql) for sql in (_ANSWERED, _FAILED, _RETRIES)]
     return {
         label: {
             "answered": answered.get(label, 0),
@@ -361,15 +368,18 @@ _RETRIES = """
 """
 
 
+async def _counts(stores: Sequence[Store], sql: str) -> dict[str, int]:
+    """What a SELECT of ``name`` and ``n`` counts, the most frequent first."""
+    found = {name: numbers["n"] for name, numbers in (await sums_by_name(stores, sql)).items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 async def _scores(stores: Sequence[Store]) -> dict[str, dict[str, float | None]]:
     """Mean and number of rows by scorer."""
-    sums: dict[str, float] = defaultdict(float)
-    numbers: dict[str, int] = defaultdict(int)
-    for store in stores:
-        async for row in store.query(_SCORES):
-            sums[row["name"]] += row["sum"]
-            numbers[row["name"]] += row["n"]
-    return {name: {"mean": sums[name] / n if n else None, "n": n} for name, n in numbers.items()}
+    found = await sums_by_name(stores, _SCORES)
+    return {
+        name: {"mean": each["sum"] / each["n"] if each["n"] else None, "n": each["n"]} for name, each in found.items()
+    }
 
 
 _SCORES = """
