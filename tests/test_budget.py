@@ -385,6 +385,17 @@ async def test_a_pilot_asks_rows_from_everywhere_and_goes_on(tmp_path: Path) -> 
     assert report.summary["reused"] == 0
 
 
+async def test_the_pilot_of_a_shard_asks_rows_of_its_own(tmp_path: Path) -> None:
+    shard = DatasetConfig(
+        kind=DatasetKind.jsonl, path=str(tmp_path / "rows.jsonl"), shard=ShardConfig(index=1, count=4)
+    )
+    async with serving() as provider:
+        await experiment(tmp_path, provider.url)(numbered(80), pilot=5, dataset=shard, samples=2)
+    first = sorted(int(asked.text.removeprefix("row ")) for asked in provider.requests[:5])
+    assert [position // 16 for position in first] == list(range(5))
+    assert all(position % 4 == 1 for position in first)
+
+
 async def test_a_pilot_stops_a_run_that_the_budget_has_no_room_for(tmp_path: Path) -> None:
     async with serving() as provider:
         run = experiment(tmp_path, provider.url)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -54,6 +55,8 @@ _BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OS
 
 _SHOWN_ANSWERS = 3
 """A run without a dataset, or over files, shows its answers if there are no more."""
+
+_LOOK_S = 0.5
 
 _SHARD = "dataset.shard.index"
 """A sweep over this key has shards for cells."""
@@ -102,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sweep is None:
             raise
         exit_code = _complain(_given_up(error))
+        _wait_for_others(sweep)
     else:
         if sweep is not None:
             sweep.end()
@@ -135,6 +139,15 @@ def _given_up(error: Exception) -> str:
     reason = str(error).strip().partition("\n")[0]
     logger.error("the launcher gave up", exc_info=error)
     return f"the launcher gave up: {type(error).__name__}: {reason}\nThe same command goes on from here."
+
+
+def _wait_for_others(sweep: Sweep) -> None:
+    """Where a launcher gives up at the first job that it lost, the others go on: they are not left to themselves."""
+    from runner.database import RUN_DATABASE, is_locked
+
+    with first_signal(sweep.stop):
+        while any(cell.exit_code is None and is_locked(Path(cell.folder, RUN_DATABASE)) for cell in sweep.cells()):
+            time.sleep(_LOOK_S)
 
 
 def _asks_for_a_plan(arguments: Sequence[str]) -> bool:

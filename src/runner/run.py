@@ -124,7 +124,7 @@ class Run:
         """
         try:
             if self._config.pilot:
-                sample = _spread(self._config.pilot, self.total)
+                sample = {self._position(place) for place in _spread(self._config.pilot, self.total)}
                 await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
                 if self.stop.reason is None and after_pilot is not None:
                     await after_pilot()
@@ -178,6 +178,11 @@ class Run:
         for flight in self._flights.values():
             if not flight.trace.on_the_wire:
                 flight.task.cancel()
+
+    def _position(self, place: int) -> int:
+        """The position in the whole dataset of the item that is the ``place``-th of this shard."""
+        shard, samples = self._config.dataset.shard, self._config.samples
+        return (place // samples * shard.count + shard.index) * samples + place % samples
 
     # Taking up
 
