@@ -1,6 +1,7 @@
 """Whether benchmarks and comparisons can be believed, against simulated servers of which all is known.
 
 python scripts/bench.py capacity     # throughput at each level against min(level, slots) / service time
+python scripts/bench.py capacity --slots 3 --service-s 0.1 --levels 1 2 3 4 8 --streamed
 python scripts/bench.py client       # a server faster than the client: nothing may be recommended
 python scripts/bench.py accuracy     # models of 70 % and 75 % on the same rows: does the interval hold the truth?
 """
@@ -43,12 +44,18 @@ NO_TRACKER = TrackerConfig(kind=TrackerKind.none)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["capacity", "client", "accuracy"])
+    parser.add_argument("--slots", type=int, help="of capacity: of this server alone")
+    parser.add_argument("--service-s", type=float, default=0.25, help="of that server (default: %(default)s)")
+    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="of that server")
+    parser.add_argument("--streamed", action="store_true", help="ask that server for streams")
+    parser.add_argument("--requests", type=int, default=100, help="of capacity, at each level (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="of accuracy (default: %(default)s)")
     given = parser.parse_args()
+    own = [(given.slots, given.service_s, given.levels, given.streamed)] if given.slots else CAPACITIES
     with tempfile.TemporaryDirectory() as folder:
         match given.what:
             case "capacity":
-                right = [capacity(Path(folder), *case) for case in CAPACITIES]
+                right = [capacity(Path(folder), *case, requests=given.requests) for case in own]
             case "client":
                 right = [faster_than_the_client(Path(folder))]
             case _:
@@ -56,16 +63,18 @@ def main() -> int:
     return 0 if all(right) else 1
 
 
-CAPACITIES = [(1, 0.25, [1, 2, 4, 8, 16, 32], False), (8, 0.25, [1, 2, 4, 8, 16, 32], False)]
-CAPACITIES += [(8, 0.25, [1, 2, 4, 8, 16, 32], True), (100, 0.5, [1, 2, 4, 8, 16, 32, 100, 200], False)]
+LEVELS = [1, 2, 4, 8, 16, 32]
+
+CAPACITIES = [(1, 0.25, LEVELS, False), (8, 0.25, LEVELS, False), (8, 0.25, LEVELS, True)]
+CAPACITIES += [(100, 0.5, [*LEVELS, 100, 200], False)]
 """Slots, seconds of service, levels, and whether answers are streamed."""
 
 
-def capacity(folder: Path, slots: int, service_s: float, levels: list[int], streamed: bool) -> bool:
+def capacity(folder: Path, slots: int, service_s: float, levels: list[int], streamed: bool, *, requests: int) -> bool:
     """Measure a server whose throughput is min(level, slots) / service time."""
     print(f"\n{slots} slots, {service_s:g} s{', streamed' if streamed else ''}")
     with serving("--slots", str(slots), "--latency-s", str(service_s), "--latency-spread", "0") as url:
-        config = benchmark(url, levels=levels, requests=100)
+        config = benchmark(url, levels=levels, requests=requests)
         config = replace(config, request={"stream": streamed})
         report = asyncio.run(run_bench(config, folder / f"{slots}-{streamed}"))
     right = True
@@ -78,7 +87,7 @@ def capacity(folder: Path, slots: int, service_s: float, levels: list[int], stre
             f" p50 {p50:.3f} s {level['audit']['limited_by'] or ''}"
         )
     verdict = show(report.summary["bench"]["recommendation"])
-    return right and verdict.level == slots
+    return right and verdict.level == min((level for level in levels if level >= slots), default=max(levels))
 
 
 def faster_than_the_client(folder: Path) -> bool:

@@ -17,6 +17,7 @@ import pytest
 from harness import Asked, Command, Json, read_summary, refusal, serving, shout
 from runner.bench import run_bench
 from runner.bench.questions import marked
+from runner.bench.sweeps import compare_benchmarks, gather
 from runner.config import (
     BenchConfig,
     CacheMode,
@@ -35,6 +36,7 @@ from runner.config import (
 )
 from runner.errors import ConfigError
 from runner.experiment import Report
+from runner.sweep import Cell
 
 MARK = re.compile(r"^\[[0-9a-f]{8}-\d+\] ")
 
@@ -215,9 +217,12 @@ async def test_require_wants_an_earlier_measurement(tmp_path: Path) -> None:
 
 
 async def test_a_signal_ends_it_and_keeps_the_levels_that_are_complete(tmp_path: Path) -> None:
+    signals = iter([signal.SIGTERM])
+
     def answer(asked: Asked) -> Any:
-        if len(provider.requests) == 20:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(provider.requests) >= 20:
+            for signum in signals:  # one
+                os.kill(os.getpid(), signum)
         return 0.01
 
     async with serving(answer) as provider:
@@ -251,7 +256,7 @@ async def test_an_adaptive_ladder_is_not_lengthened_by_its_repeats(tmp_path: Pat
         mark = asked.text.split("-")[0]
         if mark not in marks:
             marks.append(mark)
-        return refusal(400, "no") if marks.index(mark) == 1 else shout(asked)
+        return refusal(400, "no") if marks.index(mark) == 1 else 0.05
 
     bench = BenchConfig(levels="auto", requests=12, warmup=1, repeats=2, slo=SloConfig(error_rate=0.5))
     async with serving(answer) as provider:
@@ -324,6 +329,49 @@ async def test_cells_of_one_level_become_one_table(command: Command) -> None:
     assert {path: path.stat().st_mtime_ns for path in first} == first
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+async def test_a_parallel_launcher_makes_the_same_table(command: Command, launcher: str) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    done = await command(
+        *("-m", "+experiment=concurrency", f"hydra/launcher={launcher}", "limits.concurrency=1,2,4"),
+        *("bench.requests=20", "simulator.latency_s=0.02", "tracker=none"),
+    )
+
+    assert done.exit_code == 0, done.err
+    end = done.out.partition("\ncell ")[2]
+    assert re.findall(r"^c=(\d+)", end, re.M) == ["1", "2", "4"]
+    assert "recommended_max_parallel_requests=" in end
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+async def test_a_killed_sweep_measures_only_what_is_missing(command: Command, launcher: str) -> None:
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    async with serving(lambda asked: 0.02) as provider:
+        arguments = (
+            *("-m", "+experiment=concurrency", f"hydra/launcher={launcher}", "limits.concurrency=1,2,4"),
+            *("model=openai_like/m", f"api_base={provider.url}", "bench.requests=20", "tracker=none"),
+        )
+        async with command.running(*arguments) as process:
+            await _until(lambda: _measurements(command) != {})
+            begun = len(provider.requests)
+            await _until(lambda: len(provider.requests) > begun + 10)
+            process.kill()
+            await process.wait()
+        measured = _measurements(command)
+        finished = await command(*arguments)
+
+    assert finished.exit_code == 0, finished.err
+    assert "in use" not in finished.err
+    assert measured.items() < _measurements(command).items()
+    assert re.findall(r"^c=(\d+)", finished.out.partition("\ncell ")[2], re.M) == ["1", "2", "4"]
+
+
+def _measurements(command: Command) -> dict[Path, int]:
+    """What has been measured, and when."""
+    return {path: path.stat().st_mtime_ns for path in command.folder.glob("runs/*/*/measurements/level-*.jsonl")}
+
+
 async def test_cells_that_run_at_once_take_turns(tmp_path: Path) -> None:
     cells: list[str] = []
 
@@ -339,6 +387,24 @@ async def test_cells_that_run_at_once_take_turns(tmp_path: Path) -> None:
 
     assert [cell for cell, _ in groupby(cells)] == list(dict.fromkeys(cells))
     assert len(set(cells)) == 3
+
+
+async def test_prompts_are_compared_over_the_same_rows_and_other_rows_are_refused(tmp_path: Path) -> None:
+    async def cell(number: int, text: str, prompt: str | None) -> Cell:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        dataset = rows_file(folder, [{"prompt": f"{text} {row}"} for row in range(4)])
+        bench = BenchConfig(levels=[2], requests=20)
+        report = await run_bench(configured(dataset=dataset, prompt=prompt, bench=bench), folder)
+        return Cell(number=number, name=f"cell={number}", folder=str(folder), summary=report.summary)
+
+    cells = [await cell(0, "one", None), await cell(1, "one", "Say: {{ prompt }}"), await cell(2, "two", None)]
+    prompts, rows = compare_benchmarks(gather(cells))
+
+    assert prompts.refusal is None
+    assert not prompts.same_prompts
+    assert {each.figure for each in prompts.differences} >= {"latency_s", "prompt_tokens"}
+    assert "their workloads differ" in (rows.refusal or "")
 
 
 async def test_models_are_compared_level_by_level(command: Command) -> None:

@@ -195,6 +195,17 @@ async def test_a_rate_below_the_server_s_is_kept() -> None:
 
 
 @virtual_time
+async def test_a_rate_is_kept_by_a_server_that_takes_long_for_each_request() -> None:
+    """Forty requests are in flight before the first one is answered: the window opens with them."""
+    load = OpenLoop(arrivals=Arrivals.constant, clock=time.perf_counter)
+    facts = facts_of(*await measured(load, Server(100, service_s=cycle([2.0])), 20), Mode.open)
+
+    assert facts.requests_per_s.value == pytest.approx(20, rel=0.02)
+    assert facts.audit.in_flight == pytest.approx(40, rel=0.05)
+    assert verdict_on([facts], BenchConfig(rate=20)).level == 20
+
+
+@virtual_time
 async def test_latency_of_a_rate_counts_from_when_a_request_was_to_be_sent() -> None:
     """At twice the server's rate, request n waits for n more than it should: none is spared by being sent late."""
     load = OpenLoop(arrivals=Arrivals.constant, clock=time.perf_counter)

@@ -73,6 +73,22 @@ def test_a_level_whose_interval_overlaps_the_plateau_s_is_on_it() -> None:
     assert verdict_on(levels, BenchConfig()).level == 8
 
 
+def test_one_level_above_that_is_well_known_shows_that_throughput_no_longer_rises() -> None:
+    """Few requests at high levels are too few for an interval."""
+    levels = [facts(4, 4), facts(8, 8), facts(16, 8), facts(32, 8.1, requests_per_s=Figure(value=8.1))]
+    verdict = verdict_on(levels, BenchConfig())
+
+    assert (verdict.level, verdict.standing) == (8, Standing.found)
+    assert verdict_on([*levels[:2], levels[3]], BenchConfig()).standing is Standing.unresolved
+
+
+def test_a_level_below_that_the_client_limited_is_named() -> None:
+    verdict = verdict_on([facts(4, 2), facts(8, 3, audit=CLIENT), facts(16, 8), facts(32, 8)], BenchConfig())
+
+    assert verdict.level == 16
+    assert "the client is the bottleneck at 8: a smaller level may do as well" in verdict.reasons
+
+
 def test_a_wide_interval_resolves_nothing() -> None:
     wide = [
         replace(facts(level, rate), requests_per_s=Figure(value=rate, interval=Interval(low=1, high=200)))
@@ -229,3 +245,14 @@ def test_a_ladder_ends_where_the_first_level_fails() -> None:
 
 def test_repeats_go_up_and_down_by_turns() -> None:
     assert list(interleaved([1, 2, 4], 3)) == [(1, 1), (2, 1), (4, 1), (4, 2), (2, 2), (1, 2), (1, 3), (2, 3), (4, 3)]
+
+
+def test_percentiles_with_failures_stand_beside_those_without_them() -> None:
+    never = Figure(value=float("inf"), interval=Interval(low=float("inf"), high=float("inf")))
+    level = facts(8, 8, failed=10, latency_with_failures_s={"p50": None, "p95": never, "p99": None})
+    header, [line] = wanted_columns([level])
+
+    assert level_line(level).endswith("  with_failures_p50=-  with_failures_p95=never  with_failures_p99=-")
+    assert "p95" in header
+    assert line[header.index("p50, p95, p99 with failures")] == "-, never, -"
+    assert not any("failures" in name for name in wanted_columns([facts(8, 8)])[0])

@@ -17,11 +17,14 @@ from harness import Command, Experiment, numbered, refusal, serving, shout
 from runner.budget import Budget
 from runner.config import (
     BudgetConfig,
+    DatasetConfig,
+    DatasetKind,
     DeploymentConfig,
     LimitsConfig,
     PriceConfig,
     RetryConfig,
     RunnerConfig,
+    ShardConfig,
     SweepConfig,
 )
 from runner.errors import (

@@ -493,7 +493,7 @@ def test_a_bad_cell_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFi
     assert results == {"a": 1, "b": 1}
     assert len(list(here.glob("runs/*/*/results.jsonl"))) == 4
     lines = [line.split() for line in out.splitlines()]
-    assert ["model=nonsense", "name=b", "2"] in lines
+    assert any(line[:5] == ["model=nonsense", "name=b", "2", "model='nonsense'", "has"] for line in lines)
     assert any(line[:4] == ["model=simulated/other", "name=b", "0", "1"] for line in lines)
 
 
@@ -532,6 +532,61 @@ def test_a_sweep_that_cannot_be_composed_runs_nothing(here: Path, capfd: pytest.
     assert exit_code == 2
     assert capfd.readouterr().err == "runner: unknown key 'limits.rmp'. Did you mean 'limits.rpm'?\n"
     assert Command(here).runs() == []
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+async def test_no_cell_breaks_a_launcher_whatever_it_raises(command: Command, launcher: str) -> None:
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    command.write("odd.py", _ODD)
+    done = await command(
+        *("-m", f"hydra/launcher={launcher}", "dataset=python", "dataset.function=odd:rows", "prompt='{{ q }}'"),
+        *("dataset.arguments.way=fine,odd,exit,base", "simulator.latency_s=0", "tracker=none"),
+        PYTHONPATH=os.pathsep.join([command.environment["PYTHONPATH"], str(command.folder)]),
+    )
+
+    assert done.exit_code == 1, done.err
+    assert "Traceback" not in done.err
+    lines = [" ".join(line.split()) for line in done.out.splitlines()[-4:]]
+    assert lines[0].startswith("dataset.arguments.way=fine 0 2 0 ")
+    assert lines[1].startswith("dataset.arguments.way=odd 2 dataset.function=odd:rows raised after row 1: Odd: ")
+    assert lines[2].startswith("dataset.arguments.way=exit 70 SystemExit: 3; a function of yours ends the process")
+    assert lines[3].startswith("dataset.arguments.way=base 70 BaseException: ")
+
+
+_ODD = """
+import sys
+
+
+class Odd(Exception):
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+def rows(way):
+    yield {"q": "one"}
+    if way == "odd":
+        raise Odd("out of the ordinary")
+    if way == "exit":
+        sys.exit(3)
+    if way == "base":
+        raise BaseException("of another kind")
+    yield {"q": "two"}
+"""
+
+
+async def test_a_launcher_that_gives_up_is_said_beside_the_cells(command: Command) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    command.write("odd.py", "import os\n\n\ndef rows():\n    os.kill(os.getpid(), 9)\n    yield {}\n")
+    done = await command(
+        *("-m", "hydra/launcher=joblib", "dataset=python", "dataset.function=odd:rows", "prompt=a,b", "tracker=none"),
+        PYTHONPATH=os.pathsep.join([command.environment["PYTHONPATH"], str(command.folder)]),
+    )
+
+    assert done.exit_code == 1
+    assert "the launcher failed with TerminatedWorkerError" in done.err
+    assert "Traceback" not in done.err
+    assert re.search(r"^prompt=[ab] +killed", done.out, re.M)
 
 
 async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command: Command) -> None:

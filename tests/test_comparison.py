@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from harness import Command, Json
 from runner.comparison import Comparison, Difference, Pairs, compare, finding, is_run, show_comparisons
 from runner.config import (
+    BudgetConfig,
     DatasetConfig,
     DatasetKind,
     LimitsConfig,
@@ -94,7 +96,8 @@ async def test_a_model_is_no_different_from_itself(tmp_path: Path) -> None:
     assert accuracy.value == 0
     assert accuracy.interval is not None
     assert 0 in accuracy.interval
-    assert finding(accuracy) == "no difference"
+    assert finding(accuracy) == "cannot tell: no difference in these rows"
+    assert finding(of(comparison, "prompt_tokens")) == "the same"
 
 
 async def test_other_rows_are_refused(tmp_path: Path) -> None:
@@ -104,6 +107,22 @@ async def test_other_rows_are_refused(tmp_path: Path) -> None:
 
     assert comparison.refusal == "their rows differ: compare runs over the same dataset"
     assert not comparison.differences
+
+
+async def test_rows_that_bring_their_own_prompts_are_other_rows_where_these_differ(tmp_path: Path) -> None:
+    async def run(name: str, text: str, **changes: Any) -> tuple[str, Path]:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{text} {number}"}}\n' for number in range(20)))
+        dataset = DatasetConfig(kind=DatasetKind.jsonl, path=str(path))
+        return await Runs(tmp_path, 0).run(name, dataset=dataset, prompt=None, scorers={}, **changes)
+
+    first = await run("a", "Say")
+    other, stopped = await run("b", "Name"), await run("c", "Name", budget=BudgetConfig(requests=5))
+    refusals = [each.refusal or "" for each in await compare([first, other, stopped, await run("d", "Say")])]
+
+    assert "their rows differ" in refusals[0]
+    assert "when both have seen all of them" in refusals[1]
+    assert refusals[2] == ""
 
 
 async def test_prompts_are_compared_over_the_same_rows_and_named_as_that(tmp_path: Path) -> None:
@@ -118,9 +137,10 @@ async def test_prompts_are_compared_over_the_same_rows_and_named_as_that(tmp_pat
 
 async def test_samples_of_a_row_count_as_one(tmp_path: Path) -> None:
     runs = Runs(tmp_path, 40)
-    [comparison] = await compare([await runs.run("a", samples=3), await runs.run("b", 0.5, samples=3)])
+    thrice = await runs.run("a", samples=3)
+    comparisons = await compare([thrice, await runs.run("b", 0.5, samples=3), await runs.run("c", 0.5)])
 
-    assert of(comparison, "score accuracy").pairs == 40
+    assert [of(comparison, "score accuracy").pairs for comparison in comparisons] == [40, 40]
 
 
 async def test_a_run_without_answers_is_refused(tmp_path: Path) -> None:
@@ -204,6 +224,22 @@ async def test_a_multirun_ends_with_the_differences(command: Command) -> None:
     assert "differences over the same rows, with other prompts: prompt=" in done.out
     assert "score right" in done.out
     assert "lower" in done.out
+
+
+async def test_the_shipped_comparison_says_what_a_prompt_costs_and_that_it_cannot_tell(
+    command: Command,
+) -> None:
+    compare_prompts = ("-m", "+experiment=compare_prompts", "dataset.limit=60", "tracker=none", "simulator.latency_s=0")
+    planned = await command(*compare_prompts, "plan=true")
+    done = await command(*compare_prompts)
+    models = await command(*compare_prompts, "model=simulated/a,simulated/b", "prompt='{{ question }}'")
+
+    assert "2 runs together" in planned.out, planned.err
+    assert done.exit_code == 0, done.err
+    assert re.search(r"^score contains .* cannot tell: no difference in these rows$", done.out, re.M)
+    assert re.search(r"^prompt_tokens .* higher$", done.out, re.M)
+    assert len(command.runs()) == 2 + 2, models.err
+    assert re.search(r"^prompt_tokens .* the same$", models.out, re.M)
 
 
 def test_a_folder_without_answers_is_no_run(tmp_path: Path) -> None:

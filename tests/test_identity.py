@@ -319,16 +319,16 @@ def test_what_is_nested_beyond_measure_is_refused_and_no_crash() -> None:
 
 
 def test_a_workload_is_known_by_its_rows_and_by_what_is_asked_about_them() -> None:
-    def facts(*rows: tuple[str, Any]) -> dict[str, str]:
+    def facts(*rows: tuple[dict[str, Any], Any]) -> dict[str, str]:
         hasher = WorkloadHasher()
-        for metadata, asked in rows:
-            hasher.add(metadata, asked)
+        for fields, asked in rows:
+            hasher.add(fields, asked)
         return hasher.facts
 
-    first = facts(('{"q":1}', "Say 1"), ('{"q":2}', ["Say 2"]))
-    other_prompt = facts(('{"q":1}', "Name 1"), ('{"q":2}', ["Name 2"]))
+    first = facts(({"q": 1}, "Say 1"), ({"q": 2}, ["Say 2"]))
+    other_prompt = facts(({"q": 1}, "Name 1"), ({"q": 2}, ["Name 2"]))
 
-    assert first == facts(('{"q":1}', "Say 1"), ('{"q":2}', ["Say 2"]))
+    assert first == facts(({"q": 1}, "Say 1"), ({"q": 2}, ["Say 2"]))
     assert first["rows"] == other_prompt["rows"]
     assert first["inputs"] != other_prompt["inputs"]
-    assert first["rows"] != facts(('{"q":2}', ["Say 2"]), ('{"q":1}', "Say 1"))["rows"]
+    assert first["rows"] != facts(({"q": 2}, ["Say 2"]), ({"q": 1}, "Say 1"))["rows"]

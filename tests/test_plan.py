@@ -141,6 +141,32 @@ async def test_limits_say_how_long_it_takes(tmp_path: Path) -> None:
     assert plan.seconds.expected == 180
 
 
+async def test_a_run_without_answers_follows_another_of_its_name_and_deployment(tmp_path: Path) -> None:
+    """Which is what a changed prompt, another temperature or another dataset begins with."""
+    quick = SimulatorConfig(latency_s=0.001, output_tokens=40)
+    config = configured(tmp_path, numbered(50), model="simulated/m", simulator=quick)
+    report = await run_experiment(config, tmp_path / "a")
+    other = configured(tmp_path, numbered(50), model="simulated/m", simulator=quick, request={"temperature": 1})
+    plan = await make_plan(other, tmp_path / "b")
+    assert (plan.send, plan.basis, plan.like) == ({"new": 50}, 50, str(tmp_path / "a"))
+    assert plan.tokens.expected == pytest.approx(report.summary["tokens"]["total"], rel=0.1)
+    assert "by      50 answers of " in str(plan)
+
+    short = await make_plan(replace(other, request={"max_tokens": 3}), tmp_path / "b")
+    assert short.completion_tokens.expected == 150
+    another = await make_plan(replace(other, model="simulated/another"), tmp_path / "b")
+    assert (another.basis, another.like) == (0, None)
+
+
+async def test_a_guess_is_what_answers_usually_take_and_never_above_what_they_may(tmp_path: Path) -> None:
+    limits = LimitsConfig(default_output_tokens=100)
+    config = configured(tmp_path, numbered(10), limits=limits)
+    for max_tokens, expected in [(None, 1000.0), (1, 10.0), (100, 632.0), (10_000, 1000.0)]:
+        request = {} if max_tokens is None else {"max_tokens": max_tokens}
+        plan = await make_plan(replace(config, request=request), tmp_path / "run")
+        assert plan.completion_tokens.expected == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", [TaskKind.embed, TaskKind.generate])
 async def test_after_a_few_answers_the_forecast_is_near_and_its_interval_holds(tmp_path: Path, kind: TaskKind) -> None:
     """In 19 of 20 seeds, over rows of very different lengths."""

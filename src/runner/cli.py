@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from runner.composition import (
 from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
+from runner.lifeline import end_with_launcher, tie_workers
 from runner.progress import printable, summary_table, sweep_table, write
 from runner.signals import first_signal
 from runner.sweep import Cell, Sweep
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _BAD_INPUT as error:
         return _complain(explain(error))
     if sweep is not None:
+        tie_workers()
         arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
     sys.argv[1:] = arguments
     ended: list[int] = []
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if sweep is None:
             raise
-        exit_code = _complain(_given_up(error))
+        exit_code = _launcher_failed(error, sweep.folder)
         _wait_for_others(sweep)
     else:
         if sweep is not None:
@@ -120,7 +122,8 @@ def _begin_sweep(arguments: Sequence[str]) -> Sweep:
     Raises:
         ConfigError: They are to share what is nowhere.
     """
-    first, launcher = first_cell(arguments)
+    first = first_cell(arguments)
+    launcher = first.hydra.runtime.choices["hydra/launcher"]
     load_environment(first.env_file)
     try:
         config = typed(first)
@@ -132,13 +135,6 @@ def _begin_sweep(arguments: Sequence[str]) -> Sweep:
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
     return sweep
-
-
-def _given_up(error: Exception) -> str:
-    """What to say where a launcher lost one of its processes, and perhaps ended the others."""
-    reason = str(error).strip().partition("\n")[0]
-    logger.error("the launcher gave up", exc_info=error)
-    return f"the launcher gave up: {type(error).__name__}: {reason}\nThe same command goes on from here."
 
 
 def _wait_for_others(sweep: Sweep) -> None:
@@ -179,6 +175,7 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     Returns:
         Its `Cell` as plain data, which any launcher carries.
     """
+    end_with_launcher()
     job = HydraConfig.get()
     sweep = None
     if composed.sweep.folder:
@@ -219,12 +216,31 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     except (ConfigError, StoreError) as error:
         logger.error(error)
         return replace(cell, exit_code=_complain(str(error)), message=str(error))
-    except Exception as error:  # a bug: said in one line, with the traceback in the folder
-        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        message = f"{type(error).__name__}: {error}; this is a fault of runner, see {folder / 'traceback.txt'}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a bug, or sys.exit in a function of the user's, which would end the other cells
+        whose = "a function of yours ends the process" if isinstance(error, SystemExit) else "this is a fault of runner"
+        message = f"{type(error).__name__}: {error}; {whose}, see {_keep_traceback(folder)}"
         _complain(message)
         return replace(cell, exit_code=BUG, message=message)
     return replace(cell, exit_code=report.exit_code, message=report.message, summary=dict(report.summary))
+
+
+def _launcher_failed(error: Exception, folder: Path) -> int:
+    """Say why a multirun ended before its cells: a worker was killed, a cluster gave up."""
+    first = str(error).strip().partition("\n")[0]
+    _complain(f"the launcher failed with {type(error).__name__}: {first}; see {_keep_traceback(folder)}")
+    write(sys.stderr, "Cells that are done are kept: the same command goes on with the others.\n")
+    return CELLS_FAILED
+
+
+def _keep_traceback(folder: Path) -> Path:
+    """Of the exception that is being handled."""
+    path = folder / "traceback.txt"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    return path
 
 
 def _run(composed: DictConfig, folder: Path) -> Report:

@@ -82,8 +82,8 @@ async def compare(runs: Sequence[tuple[str, Path]]) -> list[Comparison]:
     """Each run, a name and a folder, against the first one.
 
     Runs over other rows are refused. A run that has not seen its whole dataset is compared over the rows that it has,
-    if their metadata agree. Samples of a row are averaged first, as they are not independent of each other. Memory does
-    not grow with the rows.
+    if their metadata agree and hold the whole row: not where rows bring their own prompts. Samples of a row are
+    averaged first, as they are not independent of each other. Memory does not grow with the rows.
 
     Raises:
         StoreError: A run's database cannot be read.
@@ -104,6 +104,8 @@ async def _compare(first: tuple[str, Path], second: tuple[str, Path]) -> Compari
         known = all(each.get("rows") for each in facts)  # both have seen their whole dataset
         if known and facts[0]["rows"] != facts[1]["rows"]:
             return replace(names, refusal="their rows differ: compare runs over the same dataset")
+        if not known and any(each.get("whole_rows") != "true" for each in facts):
+            return replace(names, refusal="whether their rows are the same is known when both have seen all of them")
         tally = Pairs()
         async with aclosing(_pairs(one, two)) as pairs:
             async for index, here, there in pairs:
@@ -292,8 +294,12 @@ def finding(difference: Difference) -> str:
         return "too few rows"
     if difference.is_told:
         return "higher" if difference.value > 0 else "lower"
+    if difference.interval.low == difference.interval.high:
+        return "the same"
     wanted = difference.pairs_wanted
-    return "no difference" if wanted is None else f"cannot tell: it would take about {figures.short(wanted)} rows"
+    if wanted is None:
+        return "cannot tell: no difference in these rows"
+    return f"cannot tell: it would take about {figures.short(wanted)} rows"
 
 
 def _percent(value: float) -> str:

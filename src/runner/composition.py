@@ -96,8 +96,8 @@ def swept_keys(arguments: Sequence[str]) -> list[str]:
     return [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
 
 
-def first_cell(arguments: Sequence[str]) -> tuple[DictConfig, str]:
-    """The first cell of a multirun, composed, and the name of what launches it.
+def first_cell(arguments: Sequence[str]) -> DictConfig:
+    """The first cell of what a command line runs, and ``hydra`` beside it.
 
     Raises:
         HydraException: It cannot be composed.
@@ -111,9 +111,7 @@ def first_cell(arguments: Sequence[str]) -> tuple[DictConfig, str]:
         if override.is_sweep_override():
             argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         overrides.append(argument)
-    composed = _composed(overrides, with_hydra=True)
-    launcher = composed.hydra.runtime.choices["hydra/launcher"]
-    return composed, launcher
+    return _composed(overrides, with_hydra=True)
 
 
 def sweep_folder(first: DictConfig, arguments: Sequence[str]) -> Path:
@@ -130,13 +128,17 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
     """
     from runner.identity import run_id
 
+    given = {argument.partition("=")[0].lstrip("+"): argument for argument in _of_the_run(arguments)}
+    if is_multirun(arguments):
+        swept_in_files = first_cell(arguments).hydra.sweeper.get("params") or {}
+        given = {key.lstrip("+"): f"{key}={values}" for key, values in swept_in_files.items()} | given
     parser = OverridesParser.create()
     choices: list[list[str]] = []
-    for argument in _of_the_run(arguments):
+    for argument in given.values():
         override = parser.parse_override(argument)
         values = override.sweep_string_iterator() if override.is_sweep_override() else ()
         choices.append([f"{argument.partition('=')[0]}={value}" for value in values] or [argument])
-    keys = swept_keys(arguments) if is_multirun(arguments) else []
+    keys = swept_keys(list(given.values())) if is_multirun(arguments) else []
     for overrides in product(*choices):
         composed = _composed(list(overrides))
         load_environment(composed.env_file)

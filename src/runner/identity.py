@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,12 @@ class WorkloadHasher:
         self._rows = hashlib.blake2b(digest_size=8)
         self._inputs = hashlib.blake2b(digest_size=8)
 
-    def add(self, metadata: str, asked: Any) -> None:
-        """The next row: its own fields as JSON, and the input that was made of it (JSON-like)."""
-        self._rows.update(metadata.encode("utf-8", "surrogatepass"))
-        self._inputs.update(asked.encode("utf-8", "surrogatepass") if isinstance(asked, str) else dump_json(asked))
+    def add(self, fields: Mapping[str, Any], asked: Any) -> None:
+        """The next row: its fields as the dataset has them, and the input that was made of it (JSON-like)."""
+        for digest, value in ((self._rows, fields), (self._inputs, asked)):
+            with suppress(ValueError):  # nested beyond measure: such a row fails, whoever is asked
+                digest.update(dump_json(value))
+            digest.update(b"\n")
 
     @property
     def facts(self) -> dict[str, str]:

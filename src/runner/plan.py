@@ -6,11 +6,12 @@ Rows are taken up in a copy of the run's database, by the very code that a run t
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from runner.errors import StoreError
 from runner.estimate import Estimate, Estimator
 from runner.forecast import SAMPLE, ZERO, Interval, total_of
 from runner.resume import resuming
+from runner.reuse import PATIENCE_S, latest_runs
 from runner.store import Known, Store
 from runner.task import Item
 from runner.transports.prices import longest_answer_of, price_for
@@ -48,10 +50,16 @@ class Plan:
 
     send: Mapping[str, int]  # rows by why they are sent
     keep: Mapping[str, int]  # rows by why they are not
-    tokens: Interval
+    prompt_tokens: Interval
+    completion_tokens: Interval
     usd: Interval | None  # None: a price is unknown
     seconds: Interval | None  # None: there is nothing to go by
-    basis: int  # answers that the forecast follows; 0: it is a guess
+    basis: int = 0  # answers of this run, or of the one in ``like``, that the forecast follows; 0: it is a guess
+    like: str | None = None  # another run of the same name, whose answers' lengths these are taken to have
+
+    @property
+    def tokens(self) -> Interval:
+        return self.prompt_tokens + self.completion_tokens
 
     def __str__(self) -> str:
         cost = self.usd.shown("usd") if self.usd else "unknown: no price is known, see deployments.LABEL.price"
@@ -60,13 +68,21 @@ class Plan:
             _counts("send", self.send),
             _counts("keep", self.keep),
             f"  tokens  {self.tokens.shown('tokens')}",
+            f"  prompt  {self.prompt_tokens.shown('tokens')}",
+            f"  answer  {self.completion_tokens.shown('tokens')}",
             f"  cost    {cost}",
             f"  time    {time}",
         ]
         if sum(self.send.values()):
-            guess = "a guess: no answer is there to go by; pilot=100 asks a few rows first"
-            lines.append(f"  by      {f'{self.basis:,} answers' if self.basis else guess}")
+            lines.append(f"  by      {self._by()}")
         return "\n".join(lines)
+
+    def _by(self) -> str:
+        if self.like is not None:
+            return f"{self.basis:,} answers of {self.like}; pilot=100 asks a few rows first"
+        if self.basis:
+            return f"{self.basis:,} answers"
+        return "a guess of limits.default_output_tokens an answer; pilot=100 asks a few rows first"
 
 
 async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
@@ -92,7 +108,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
             facts = {row["position"]: row async for row in store.query(_FACTS, places)} if looks_back else {}
             for item, fact in zip(chunk, known, strict=True):
                 draft.add(item, fact, facts.get(item.position))
-    return draft.finish()
+    return draft.finish(await _usual(config, folder))
 
 
 def together(plans: Sequence[Plan]) -> Plan:
@@ -102,7 +118,8 @@ def together(plans: Sequence[Plan]) -> Plan:
     return Plan(
         send=sum((Counter(plan.send) for plan in plans), Counter()),
         keep=sum((Counter(plan.keep) for plan in plans), Counter()),
-        tokens=sum((plan.tokens for plan in plans), ZERO),
+        prompt_tokens=sum((plan.prompt_tokens for plan in plans), ZERO),
+        completion_tokens=sum((plan.completion_tokens for plan in plans), ZERO),
         usd=sum(costs, ZERO) if len(costs) == len(plans) else None,
         seconds=sum(times, ZERO) if len(times) == len(plans) else None,
         basis=sum(plan.basis for plan in plans),
@@ -142,15 +159,21 @@ class _Draft:
             self._guessed.prompt_tokens += estimate.prompt_tokens
             self._guessed.completion_tokens += estimate.completion_tokens
 
-    def finish(self) -> Plan:
-        tokens = self._tokens() if self._answers else self._guessed_tokens()
+    def finish(self, usual: _Usual) -> Plan:
+        if self._answers:
+            usual = _Usual(service_times_s=[each.service_time_s for each in self._answers])
+            prompts, completions = self._tokens()
+        else:
+            prompts, completions = self._guessed_tokens(usual)
         return Plan(
             send=self._send,
             keep=self._keep,
-            tokens=tokens[0] + tokens[1],
-            usd=self._usd(*tokens),
-            seconds=self._seconds(tokens[0] + tokens[1]),
-            basis=len(self._answers),
+            prompt_tokens=prompts,
+            completion_tokens=completions,
+            usd=self._usd(prompts, completions),
+            seconds=self._seconds(prompts + completions, usual),
+            basis=len(self._answers) or len(usual.completion_tokens),
+            like=usual.run,
         )
 
     def _estimate(self, item: Item) -> Estimate:
@@ -174,17 +197,24 @@ class _Draft:
         )
         return prompts, total_of(rows, [each.usage.completion_tokens for each in answers])
 
-    def _guessed_tokens(self) -> tuple[Interval, Interval]:
-        """Of prompts and of answers, by what may be asked for."""
+    def _guessed_tokens(self, usual: _Usual) -> tuple[Interval, Interval]:
+        """Of prompts by their lengths; of answers by those of another run, or by what may be asked for."""
         rows, prompt = self._guessed.rows, self._guessed.prompt_tokens
         prompts = Interval(expected=prompt, low=prompt / _UNLEARNT, high=(prompt + 16 * rows) * _UNLEARNT)
         most = self._guessed.completion_tokens
-        if not any(self._config.request.get(key) for key in OUTPUT_LIMITS):
-            longest = [longest_answer_of(each) for each in self._deployments]
-            bound = max((each for each in longest if each is not None), default=None)
-            high = most * _UNBOUNDED if bound is None or None in longest else float(bound * rows)
+        is_limited = any(self._config.request.get(key) for key in OUTPUT_LIMITS)
+        if usual.completion_tokens:
+            longest = most / max(rows, 1) if is_limited else math.inf
+            alike = total_of(rows, [min(each, longest) for each in usual.completion_tokens])
+            return prompts, replace(alike, low=alike.low / _UNLEARNT, high=alike.high * _UNLEARNT)
+        if not is_limited:
+            bounds = [longest_answer_of(each) for each in self._deployments]
+            known = [each for each in bounds if each is not None]
+            high = float(max(known) * rows) if len(known) == len(bounds) else most * _UNBOUNDED
             return prompts, Interval(expected=most, low=min(most, float(rows)), high=max(most, high))
-        return prompts, Interval(expected=most / 2, low=min(most, float(rows)), high=most)
+        usually = float(self._config.limits.default_output_tokens * rows)
+        expected = -math.expm1(-most / usually) * usually if rows else 0.0  # exponentially distributed, and cut off
+        return prompts, Interval(expected=expected, low=min(most, float(rows)), high=most)
 
     def _usd(self, prompts: Interval, completions: Interval) -> Interval | None:
         known = [price_for(each, self._config.simulator) for each in self._deployments]
@@ -213,15 +243,14 @@ class _Draft:
             expected=cost.expected, low=cost.low * min(shares, default=1.0), high=cost.high * max(shares, default=1.0)
         )
 
-    def _seconds(self, tokens: Interval) -> Interval | None:
+    def _seconds(self, tokens: Interval, usual: _Usual) -> Interval | None:
         """By the slots and by the limits, whichever holds it up more."""
         limits, rows = self._config.limits, self._guessed.rows
         times = [(limits.rpm, Interval(expected=rows, low=rows, high=rows)), (limits.tpm, tokens)]
         lasting = [of * (60 / limit) for limit, of in times if limit]
-        if self._answers and isinstance(limits.concurrency, int):
-            services = [each.service_time_s for each in self._answers]
+        if usual.service_times_s and isinstance(limits.concurrency, int):
             group = self._config.task.micro_batch_size if self._config.task.kind is TaskKind.embed else 1
-            lasting.append(total_of(rows, services) * (1 / (limits.concurrency * group)))
+            lasting.append(total_of(rows, usual.service_times_s) * (1 / (limits.concurrency * group)))
         if not lasting:
             return None if rows else ZERO
         lasting.append(_OWN_TIME * rows)
@@ -257,6 +286,33 @@ class _Answer:
             cached_tokens=fact["cached_tokens"],
         )
         return cls(guess=estimate.prompt_tokens, usage=usage, service_time_s=fact["service_time_s"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Usual:
+    """What answers took elsewhere."""
+
+    run: str | None = None
+    completion_tokens: Sequence[int] = ()
+    service_times_s: Sequence[float] = ()
+
+
+async def _usual(config: RunnerConfig, folder: Path) -> _Usual:
+    """What the same deployments answered in the latest other run of the same name; nothing if none can be read."""
+    marks = ", ".join("?" * len(replicas(config)))
+    for path in latest_runs(folder.parent, "*", own=folder / RUN_DATABASE):
+        with suppress(StoreError):
+            async with await Store.open_readonly(path, patience_s=PATIENCE_S) as store:
+                if (await store.meta()).get("task") != config.task.kind.value:
+                    continue
+                answers = [row async for row in store.query(_USUAL.format(marks=marks), (*replicas(config), SAMPLE))]
+            if answers:
+                return _Usual(
+                    run=str(path.parent),
+                    completion_tokens=[row["completion_tokens"] or 0 for row in answers],
+                    service_times_s=[row["service_time_s"] for row in answers],
+                )
+    return _Usual()
 
 
 def _why_kept(fact: Any) -> str:
@@ -338,4 +394,12 @@ _FACTS = """
     LEFT JOIN before ON before.position = rows.position
     LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
     WHERE rows.position BETWEEN ? AND ?
+"""
+
+_USUAL = """
+    SELECT completion_tokens, service_time_s
+    FROM answers
+    WHERE error_type IS NULL AND reused_from IS NULL AND total_tokens IS NOT NULL AND deployment IN ({marks})
+    ORDER BY id DESC
+    LIMIT ?
 """

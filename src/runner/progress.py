@@ -105,14 +105,16 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     """Print the cells of a sweep side by side: a table where ``stream`` is a terminal, otherwise aligned text.
 
     Args:
-        cells: Each with its ``name``, what sets it apart, its ``exit_code`` (None: killed), and the ``summary`` of
-            its run.
+        cells: Each with its ``name``, what sets it apart, its ``exit_code`` (None: killed), the ``summary`` of its
+            run, and the ``message`` that says why it failed.
         stream: Where to; ``sys.stdout`` by default.
     """
     stream = sys.stdout if stream is None else stream
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
-    header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
+    header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate", ""]
     lines = [_cell_line(cell, scores) for cell in cells]
+    if not any(line[-1] for line in lines):  # none failed
+        header, lines = header[:-1], [line[:-1] for line in lines]
     styles = {"0": "", "3": "yellow"}
     show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
 
@@ -165,7 +167,14 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
         *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,
         f"{figures.short(rate)}/s" if rate else "",
+        _why(cell) if cell["exit_code"] not in (0, 3) else "",
     ]
+
+
+def _why(cell: Mapping[str, Any]) -> str:
+    """Why a cell failed, as long as a line of a table may be."""
+    message = printable(cell.get("message") or "")
+    return message if len(message) <= _WHY_LENGTH else f"{message[: _WHY_LENGTH - 1]}…"
 
 
 def printable(text: str) -> str:
@@ -191,6 +200,7 @@ def write(stream: TextIO | None, text: str) -> None:
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_WHY_LENGTH = 100
 _NOTE_CHARACTERS = 2_000  # of a note: servers answer with whole pages
 
 

@@ -44,6 +44,7 @@ async def resuming(store: Store, config: RunnerConfig, workload: Workload) -> As
         "scorers": workload.scorers.fingerprint,
         "dedupe": json.dumps(dedupe),
         "task": config.task.kind.value,
+        "whole_rows": json.dumps(config.prompt is not None and config.task.image is None),  # are the metadata
     }
     before = {**facts, "dedupe": json.dumps(False), **meta}
     if any(before[name] != facts[name] for name in ("samples", "dedupe")):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.claims import Elsewhere
+from runner.database import RUN_DATABASE
 from runner.errors import StoreError
 from runner.store import Key, Outcome, Store
 from runner.task import Item
@@ -19,7 +20,7 @@ from runner.workload import Workload
 _MOST_RUNS = 64
 """Runs that are looked into at most, the latest ones."""
 
-_PATIENCE_S = 0.2
+PATIENCE_S = 0.2
 """How long to wait for a run that another program has to itself."""
 
 
@@ -45,9 +46,9 @@ class OtherRuns:
         async with AsyncExitStack() as stack:
             stores: dict[str, Store] = {}
             notes: list[str] = []
-            for path in _latest(runs_dir, own):
+            for path in latest_runs(runs_dir, "*/*", own=own):
                 try:
-                    store = await Store.open_readonly(path, patience_s=_PATIENCE_S)
+                    store = await Store.open_readonly(path, patience_s=PATIENCE_S)
                     stack.push_async_callback(store.aclose)
                     if asks in json.loads((await store.meta()).get("asks", "{}")):
                         stores[f"{path.parent.parent.name}/{path.parent.name}"] = store
@@ -77,12 +78,12 @@ class OtherRuns:
         return found
 
 
-def _latest(runs_dir: Path, own: Path) -> list[Path]:
-    """The databases below ``runs_dir``, those that were written last first."""
+def latest_runs(folder: Path, runs: str, *, own: Path) -> list[Path]:
+    """The databases of the ``runs`` (a pattern) in ``folder`` save ``own``, those that were written last first."""
     found: list[tuple[float, Path]] = []
-    for path in runs_dir.glob("*/*/results.sqlite"):
+    for path in folder.glob(f"{runs}/{RUN_DATABASE}"):
         with suppress(OSError):
-            if not path.samefile(own):
+            if not (own.exists() and path.samefile(own)):
                 found.append((path.stat().st_mtime, path))
     return [path for _, path in sorted(found, reverse=True)]
 

@@ -208,7 +208,8 @@ class Run:
                 raise ahead
             chunk, length = ahead, ahead[-1].position + 1
             for item in chunk:
-                workload.add(item.metadata, item.input)
+                if item.position % self._config.samples == 0:
+                    workload.add(item.fields, item.input)
             # While the store looks up what was read, in its thread, the next chunk is read.
             known, ahead = await asyncio.gather(self._store.claim(chunk, terms), self._read(items, size))
             await self._score_known(chunk, known)

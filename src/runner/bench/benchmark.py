@@ -31,7 +31,7 @@ from runner.config import Resume, RunnerConfig, SloConfig, replicas
 from runner.database import RUN_DATABASE, lock_folder
 from runner.errors import FINISHED, SOME_FAILED, STOPPED, ConfigError, Interrupted, RunStopped, SystemicError
 from runner.experiment import Report
-from runner.identity import dump_json, run_id
+from runner.identity import WorkloadHasher, dump_json, run_id
 from runner.metrics import Meter, Snapshot
 from runner.progress import Progress, open_progress
 from runner.results import replace_file
@@ -294,7 +294,7 @@ def _conclude(
     levels = sorted(benchmark.levels.values(), key=lambda facts: facts.level)
     verdict = benchmark.verdict() if levels else None
     bench = {
-        "workload": _workload_id(config, workload),
+        **_identity(config, workload),
         "levels": [facts.as_json() for facts in levels],
         "recommendation": verdict and verdict.as_json(),
     }
@@ -345,12 +345,15 @@ def _summary(levels: list[LevelFacts], verdict: Verdict | None) -> dict[str, Any
     return summary
 
 
-def _workload_id(config: RunnerConfig, workload: Workload) -> str:
-    """What is asked, as a hash: benchmarks with the same one can be compared."""
-    inputs = [item.input for item in islice(workload.items(), _LOOKED_AT)]
+def _identity(config: RunnerConfig, workload: Workload) -> dict[str, str]:
+    """The rows and how they are asked about, as a hash: benchmarks with the same one are compared. And the inputs."""
+    hasher = WorkloadHasher()
+    for item in islice(workload.items(), _LOOKED_AT):
+        hasher.add(item.fields, item.input)
     params = {key: value for key, value in config.request.items() if key != "timeout"}
-    asked = [inputs, params, config.bench.cache.value, config.endpoint.value, workload.task.group_size]
-    return hashlib.blake2b(dump_json(asked), digest_size=8).hexdigest()
+    facts = hasher.facts
+    asked = [facts["rows"], params, config.bench.cache.value, config.endpoint.value, workload.task.group_size]
+    return {"workload": hashlib.blake2b(dump_json(asked), digest_size=8).hexdigest(), "inputs": facts["inputs"]}
 
 
 def _within(slo: SloConfig) -> Within:

@@ -53,7 +53,7 @@ Take: TypeAlias = Callable[[Sample], None]
 class Extent:
     """How much is measured at a level: until the first of both ends comes."""
 
-    warmup: int  # requests before, at least
+    warmup: int  # requests that end before, at least
     requests: int | None  # None: until the time is over
     duration_s: float | None  # None: until so many requests
 
@@ -156,8 +156,9 @@ class OpenLoop:
     """Requests sent at a rate, whether the others have been answered or not.
 
     Latency counts from the moment at which a request was to be sent, so that a server that falls behind cannot hide
-    it. All requests that were to be sent within the window are waited for. Warm-up requests that end in it count for
-    the throughput, and not for the latencies.
+    it. All requests that were to be sent within the window are waited for. It opens when the warm-up's requests have
+    ended, so that as many are in flight as the rate brings about; those that end in it count for the throughput, and
+    not for the latencies.
 
     Args:
         arrivals: Evenly spaced, or at random with the same mean (a Poisson process, the same for each repeat).
@@ -190,18 +191,20 @@ class OpenLoop:
         self, rate: float, repeat: int, extent: Extent, course: _Course
     ) -> AsyncIterator[Sequence[float]]:
         """When each request is to be sent, handed on at that time."""
-        last = None if extent.requests is None else extent.warmup + extent.requests
         end = float("inf")
+        sent = 0  # in the window
         due = self._clock()
-        for number, pause_s in enumerate(self._pauses(rate, repeat)):
+        for pause_s in self._pauses(rate, repeat):
             due += pause_s
             await asyncio.sleep(due - self._clock())
-            if number == extent.warmup:
+            if not course.has_opened and course.ended >= extent.warmup:
                 course.open(due)
                 end = due + (extent.duration_s or float("inf"))
-            if number == last or due >= end:
-                course.close(due)
-                return
+            if course.has_opened:
+                if sent == extent.requests or due >= end:
+                    course.close(due)
+                    return
+                sent += 1
             yield [due]
 
     def _pauses(self, rate: float, repeat: int) -> Iterator[float]:
@@ -247,6 +250,7 @@ class _Course:
         self._most = 0
         self._unfinished: tuple[float, ...] = ()
         self._reading: Reading | None = None
+        self.ended = 0
         self.has_opened = False
         self.has_closed = False
 
@@ -280,6 +284,7 @@ class _Course:
         now = self._clock()
         self._integrate(now)
         started = self._flights.pop(flight)
+        self.ended += 1
         if self.has_opened and (self._late or not self.has_closed):
             self._take(Sample(started_s=started - self._opened, ended_s=now - self._opened, **vars(answer)))
         if self._on_end is not None:

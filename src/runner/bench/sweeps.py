@@ -32,7 +32,8 @@ class Gathered:
     levels: Sequence[LevelFacts]
     verdict: Verdict
     folders: Mapping[float, Path]  # of the run that measured each level
-    workload: str  # identity of what was asked
+    workload: str  # identity of the rows, and of how they were asked about
+    inputs: str  # identity of what was asked about them
 
 
 def gather(cells: Sequence[Cell]) -> list[Gathered]:
@@ -72,13 +73,14 @@ def _gathered(name: str, levels: Mapping[float, tuple[LevelFacts, Cell]]) -> Gat
         verdict=verdict_on(facts, _settings(Path(first.folder))),
         folders=folders,
         workload=first.summary["bench"]["workload"],
+        inputs=first.summary["bench"]["inputs"],
     )
 
 
 def _compare(first: Gathered, second: Gathered) -> Iterator[Comparison]:
-    names = Comparison(first=first.name, second=second.name)
+    names = Comparison(first=first.name, second=second.name, same_prompts=first.inputs == second.inputs)
     if first.workload != second.workload:
-        yield replace(names, refusal="their workloads differ: compare benchmarks that ask the same")
+        yield replace(names, refusal="their workloads differ: compare benchmarks with the same rows and parameters")
         return
     for level in sorted(first.folders.keys() & second.folders.keys()):
         rows, others = (_rows(each.folders[level], level) for each in (first, second))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -10,7 +11,12 @@ from runner.bench.levels import Figure, LevelFacts, Mode
 from runner.bench.verdict import Standing, Verdict
 from runner.progress import show_table, write
 
-HEADER = ("level", "requests/s", "p50", "p95", "p99", "TTFT p95", "ITL p95", "queue p95", "tokens/s", "failed", "")
+HEADER = (
+    *("level", "requests/s", "p50", "p95", "p99", "TTFT p95", "ITL p95", "queue p95", "tokens/s", "failed"),
+    *("p50, p95, p99 with failures", ""),
+)
+
+_PERCENTS = (50, 95, 99)
 
 
 def show_levels(levels: Sequence[LevelFacts], verdict: Verdict, *, stream: TextIO) -> None:
@@ -28,21 +34,29 @@ def show_levels(levels: Sequence[LevelFacts], verdict: Verdict, *, stream: TextI
 
 
 def level_line(facts: LevelFacts) -> str:
-    """``c=8    rps=3.14  p50=0.401s  …``; a percentile that so few requests do not tell is ``-``."""
+    """``c=8    rps=3.14  p50=0.401s  …``; a percentile that so few requests do not tell is ``-``.
+
+    Where requests failed, the percentiles that count them as answers that never come follow:
+    ``with_failures_p95=never``.
+    """
 
     def seconds(what: str, percent: int) -> str:
         figure = facts.percentile(what, percent)
-        return "-" if figure is None else f"{figure.value:.3f}s"
+        if figure is None:
+            return "-"
+        return f"{figure.value:.3f}s" if math.isfinite(figure.value) else "never"
 
     load = f"c={facts.level:<4g}" if facts.mode is Mode.closed else f"rate={facts.level:<4g}"
     parts = [
         f"{load} rps={facts.requests_per_s.value:.2f}",
-        *(f"p{percent}={seconds('latency_s', percent)}" for percent in (50, 95, 99)),
+        *(f"p{percent}={seconds('latency_s', percent)}" for percent in _PERCENTS),
         f"svc_p95={seconds('service_time_s', 95)}",
         f"q_p95={seconds('queue_wait_s', 95)}",
         f"err={facts.failed}/{facts.requests}",
         f"elapsed={facts.elapsed_s:.1f}s",
     ]
+    if facts.failed:
+        parts += (f"with_failures_p{percent}={seconds('latency_with_failures_s', percent)}" for percent in _PERCENTS)
     if facts.audit.limited_by == "client":
         parts.append("client-limited")
     return "  ".join(parts)
@@ -72,14 +86,22 @@ def level_cells(facts: LevelFacts) -> list[str]:
     return [
         f"{facts.level:g}" if facts.mode is Mode.closed else f"{facts.level:g}/s",
         _rate(facts.requests_per_s),
-        *(_seconds(facts.percentile("latency_s", percent)) for percent in (50, 95, 99)),
+        *(_seconds(facts.percentile("latency_s", percent)) for percent in _PERCENTS),
         _seconds(facts.percentile("ttft_s", 95)),
         _seconds(facts.percentile("itl_s", 95)),
         _seconds(facts.percentile("queue_wait_s", 95)),
         figures.short(tokens["completion"] or tokens["prompt"]) if tokens else "",
         f"{facts.failed}/{facts.requests}",
+        _with_failures(facts),
         note(facts),
     ]
+
+
+def _with_failures(facts: LevelFacts) -> str:
+    """The percentiles that count a failure as an answer that never comes, where there was one."""
+    found = [facts.percentile("latency_with_failures_s", percent) for percent in _PERCENTS] if facts.failed else []
+    shown = ["-" if each is None else _seconds(each) if math.isfinite(each.value) else "never" for each in found]
+    return ", ".join(shown)
 
 
 def note(facts: LevelFacts) -> str:

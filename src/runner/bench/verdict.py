@@ -192,6 +192,9 @@ class _Judge:
         why: str | None,
     ) -> tuple[Standing, str | None]:
         above = [facts for facts in passing if facts.level > choice.level]
+        hidden = [_n(each.level) for each in self._levels if each.level < choice.level and each not in passing]
+        if hidden and self._mode is Mode.closed:
+            self._say(f"the client is the bottleneck at {', '.join(hidden)}: a smaller level may do as well")
         if choice.audit.limited_by == "limits" or best.audit.limited_by == "limits":
             self._say("the configured limits set the pace: raise limits.rpm or limits.tpm if the provider allows it")
             return Standing.found, "the configured limits"
@@ -199,8 +202,7 @@ class _Judge:
             self._say(
                 f"above level {_n(choice.level)}, throughput no longer rises: {best.requests_per_s.value:.4g}/s at most"
             )
-            wide = [each for each in (choice, best) if not _is_narrow(each.requests_per_s)]
-            if wide and choice is not best:
+            if not (_is_narrow(choice.requests_per_s) and any(_is_narrow(facts.requests_per_s) for facts in above)):
                 self._say("the throughputs are not known well enough to be sure: raise bench.requests or bench.repeats")
                 return Standing.unresolved, "throughput"
             return Standing.found, "throughput"

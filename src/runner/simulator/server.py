@@ -132,13 +132,17 @@ class Simulator:
         ledger.requests += 1
         ledger.in_flight_peak = max(ledger.in_flight_peak, self._in_flight)
         try:
-            await call.read()
-            return await self._answer(call)
-        except Refusal as refusal:
-            return await call.send(refusal.status, refusal.body, refusal.headers)
-        except (asyncio.CancelledError, ConnectionError):
+            try:
+                await call.read()
+                return await self._answer(call)
+            except Refusal as refusal:
+                return await call.send(refusal.status, refusal.body, refusal.headers)
+        except asyncio.CancelledError:
             ledger.abandoned += 1
             raise
+        except ConnectionError:
+            ledger.abandoned += 1
+            return web.Response()  # nobody is there to read it
         finally:
             self._in_flight -= 1
 
