@@ -42,7 +42,7 @@ from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, Co
 from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
 from runner.progress import printable, summary_table, sweep_table, write
-from runner.signals import first_signal
+from runner.signals import first_signal, is_requeued
 from runner.sweep import Cell, Sweep
 
 if TYPE_CHECKING:
@@ -219,6 +219,8 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a bug, or sys.exit in a function of the user's, which would end the other cells
+        if isinstance(error, SystemExit) and is_requeued():
+            raise
         whose = "a function of yours ends the process" if isinstance(error, SystemExit) else "this is a fault of runner"
         message = f"{type(error).__name__}: {error}; {whose}, see {_keep_traceback(folder)}"
         _complain(message)

@@ -17,6 +17,11 @@ PREEMPTION = signal.SIGUSR2
 """With it, submitit's jobs are told to save themselves and to get back into the queue."""
 
 
+def is_requeued() -> bool:
+    """Whether a scheduler's wrapper is around this process, which ends it to have it run again."""
+    return callable(signal.getsignal(PREEMPTION))
+
+
 @contextmanager
 def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
     """Have SIGINT and SIGTERM handled on the event loop; only the main thread can.
