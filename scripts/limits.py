@@ -4,8 +4,10 @@
     python scripts/limits.py simulator --over 1.2        # with limits that are set 20 % too high
     python scripts/limits.py share --by file             # four processes, one of which is killed
     python scripts/limits.py share --by redis            # and Redis is stopped for ten seconds
+    python scripts/limits.py ray                         # four workers of Ray share one limit through Redis
 
-Prints a JSON line. `share` measures where requests are granted; ``most_in_a_minute`` is over all processes.
+Prints a JSON line. `share` measures where requests are granted; ``most_in_a_minute`` is over all processes. In `ray`
+the judge is the simulator: what it served in each sliding minute.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["simulator", "share", "process"])
+    parser.add_argument("what", choices=["simulator", "share", "ray", "process"])
     parser.add_argument("--seconds", type=float, default=None)
     parser.add_argument("--rpm", type=int, default=None)
     parser.add_argument("--tpm", type=int, default=100_000)
@@ -55,6 +57,8 @@ def main() -> None:
         print(json.dumps(asyncio.run(simulator(arguments))))
     elif arguments.what == "share":
         print(json.dumps(share(arguments)))
+    elif arguments.what == "ray":
+        print(json.dumps(asyncio.run(ray(arguments))))
     else:
         asyncio.run(process(arguments))
 
@@ -177,6 +181,41 @@ async def process(arguments: argparse.Namespace) -> None:
                 handle.settle(TokenUsage())
 
         await asyncio.gather(*(work() for _ in range(32)))
+
+
+async def ray(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A multirun of shards on a local Ray cluster, all against one simulator."""
+    seconds, rpm, count = arguments.seconds or 100.0, arguments.rpm or 1_200, arguments.processes
+    served: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="limits-") as name, Redis().running() as redis:
+        folder = Path(name)
+        rows = round(rpm * seconds / 60)
+        (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "row {n}"}}\n' for n in range(rows)))
+        async with Simulator(SimulatorConfig(latency_s=0.05)) as provider:
+            command = [
+                *(sys.executable, "-m", "runner", "-m", "+scale=ray", "tracker=none", "dataset=jsonl"),
+                *("dataset.path=rows.jsonl", "model=openai_like/simulated", f"api_base={provider.url}"),
+                *(f"limits.rpm={rpm}", f"limits.redis_url={redis.url}", "retry.max_retries=0"),
+                *(f"dataset.shard.index=range(0,{count})", f"dataset.shard.count={count}"),
+                f"+hydra.launcher.ray.init.num_cpus={count}",
+            ]
+            process = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=asyncio.subprocess.DEVNULL)
+            ended = asyncio.create_task(process.wait())
+            seen = 0
+            while not ended.done():
+                await asyncio.wait([ended], timeout=0.02)
+                now, total = time.monotonic(), (await ledger(provider))["by_status"].get("200", 0)
+                served += [now] * (total - seen)
+                seen = total
+    took_s = served[-1] - served[0]
+    return {
+        "name": f"{count} workers of Ray share {rpm} rpm by redis",
+        "exit_code": process.returncode,
+        "seconds": round(took_s, 1),
+        "answered": len(served),
+        "used": round(len(served) / (took_s * rpm / 60), 4),
+        "most_in_a_minute": most_in(served, 60.0),
+    }
 
 
 def sleep_until(at: float) -> None:

@@ -17,12 +17,15 @@ from harness import Command, Experiment, numbered, refusal, serving, shout
 from runner.budget import Budget
 from runner.config import (
     BudgetConfig,
+    DatasetConfig,
+    DatasetKind,
     Dedupe,
     DeploymentConfig,
     LimitsConfig,
     PriceConfig,
     RetryConfig,
     RunnerConfig,
+    ShardConfig,
     SweepConfig,
     TaskConfig,
     TaskKind,
@@ -446,6 +449,17 @@ async def test_rows_that_are_gone_are_so_in_a_run_that_ends_before_their_place(t
         await run(numbered(40))
         report = await run(numbered(10), budget=BudgetConfig(requests=40))
     assert (report.exit_code, report.summary["rows"], report.summary["succeeded"]) == (4, 10, 9)
+
+
+async def test_the_pilot_of_a_shard_asks_rows_of_its_own(tmp_path: Path) -> None:
+    shard = DatasetConfig(
+        kind=DatasetKind.jsonl, path=str(tmp_path / "rows.jsonl"), shard=ShardConfig(index=1, count=4)
+    )
+    async with serving() as provider:
+        await experiment(tmp_path, provider.url)(numbered(80), pilot=5, dataset=shard, samples=2)
+    first = sorted(int(asked.text.removeprefix("row ")) for asked in provider.requests[:5])
+    assert [position // 16 for position in first] == list(range(5))
+    assert all(position % 4 == 1 for position in first)
 
 
 async def test_a_pilot_stops_a_run_that_the_budget_has_no_room_for(tmp_path: Path) -> None:

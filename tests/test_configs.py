@@ -18,10 +18,20 @@ FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yam
 OPTIONS = [path.relative_to(CONF).with_suffix("").as_posix() for path in FILES]
 
 
+_LAUNCHERS = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "ray": "ray",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+}
+"""What each scale needs: an extra."""
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_can_be_run(option: str) -> None:
     group, _, name = option.partition("/")
-    override = f"+{group}={name}" if group == "experiment" else f"{group}={name}"
+    override = f"+{group}={name}" if group in ("experiment", "scale") else f"{group}={name}"
+    if group == "scale":
+        pytest.importorskip(_LAUNCHERS[name])
 
     needed = {"dataset/single": [], "dataset/python": ["dataset.function=rows:all"]}.get(option)
     if needed is None:

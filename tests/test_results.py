@@ -211,14 +211,14 @@ async def test_the_file_has_a_line_for_each_settled_row(store: Store, tmp_path: 
     for position in range(3):
         await settle(store, position, output_text=f"line\nbreak {position}")
     path = tmp_path / "results.jsonl"
-    assert await write_jsonl(store, path) == 3
+    assert await write_jsonl(result_rows(store), path) == 3
     assert lines(path) == await rows(store)
     assert path.read_bytes().endswith(b"}\n")
 
 
 async def test_a_store_without_results_makes_an_empty_file(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    assert await write_jsonl(store, path) == 0
+    assert await write_jsonl(result_rows(store), path) == 0
     assert path.read_bytes() == b""
 
 
@@ -230,9 +230,9 @@ async def test_the_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> 
     reader = await Store.open_readonly(tmp_path / "results.sqlite")
     await reader.aclose()
     with pytest.raises((StoreError, ValueError)):
-        await write_jsonl(reader, path)
+        await write_jsonl(result_rows(reader), path)
     assert path.read_text() == "the old results\n"
-    await write_jsonl(store, path)
+    await write_jsonl(result_rows(store), path)
     assert len(lines(path)) == 1
     await store.aclose()
     assert {each.name for each in tmp_path.iterdir()} <= {"results.jsonl", "results.sqlite", ".lock"}
@@ -259,7 +259,7 @@ async def test_the_file_can_be_written_while_another_connection_writes(store: St
 
     writing = asyncio.create_task(keep_writing())
     async with await Store.open_readonly(store.path) as reader:
-        written = [await write_jsonl(reader, tmp_path / f"{n}.jsonl") for n in range(3)]
+        written = [await write_jsonl(result_rows(reader), tmp_path / f"{n}.jsonl") for n in range(3)]
     stopped = True
     assert await writing > 0
     assert written == sorted(written)
@@ -295,7 +295,7 @@ ODD_VALUES: dict[str, Any] = {
 async def test_half_a_surrogate_pair_is_no_text_and_becomes_a_question_mark(store: Store, tmp_path: Path) -> None:
     await settle(store, 0, metadata={"odd": "x\ud83dy", "\udc00": 1})
     path = tmp_path / "results.jsonl"
-    await write_jsonl(store, path)
+    await write_jsonl(result_rows(store), path)
     assert lines(path)[0]["metadata"] == {"odd": "x?y", "?": 1}
 
 
@@ -304,7 +304,7 @@ async def test_odd_values_in_a_rows_fields_survive_to_the_file(store: Store, tmp
     await settle(store, 0, metadata={"odd": value, "plain": 1})
     await settle(store, 1)
     path = tmp_path / "results.jsonl"
-    assert await write_jsonl(store, path) == 2
+    assert await write_jsonl(result_rows(store), path) == 2
     assert lines(path)[0]["metadata"] == {"odd": value, "plain": 1}
 
 
@@ -313,7 +313,7 @@ async def test_odd_values_in_an_answer_survive_to_the_file(store: Store, tmp_pat
     details = {"output_parsed": value, "choices": [value], "tool_calls": [{"id": "1", "name": "f", "arguments": value}]}
     await settle(store, 0, details=dump_json(details).decode())
     path = tmp_path / "results.jsonl"
-    assert await write_jsonl(store, path) == 1
+    assert await write_jsonl(result_rows(store), path) == 1
     [row] = lines(path)
     assert {name: row[name] for name in details} == details
 
@@ -479,7 +479,7 @@ async def test_an_answer_that_rows_share_counts_once(store: Store) -> None:
 
 async def test_the_files_can_be_read_by_their_owner_only(store: Store, tmp_path: Path) -> None:
     await settle(store, 0)
-    await write_jsonl(store, tmp_path / "results.jsonl")
+    await write_jsonl(result_rows(store), tmp_path / "results.jsonl")
     replace_file(tmp_path / "summary.json", b"{}")
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("results.jsonl", "summary.json")] == [0o600] * 2
 

@@ -24,12 +24,29 @@ def test_a_cell_that_began_and_did_not_end_has_no_exit_code(tmp_path: Path) -> N
     assert [cell.exit_code for cell in sweep.cells()] == [None]
 
 
-def test_a_sweep_begun_anew_has_forgotten_its_cells(tmp_path: Path) -> None:
+def test_a_sweep_begun_anew_knows_where_its_cells_are_and_not_how_they_ended(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path)
-    sweep.note(Cell(number=7, name="", folder=""))
-    sweep.forget()
+    first, second = (Cell(number=n, name="", folder=f"runs/{n}", exit_code=0, summary={"rows": 1}) for n in range(2))
+    sweep.note(first)
+    sweep.note(second)
+    sweep.begin()
+    sweep.note(first)
 
-    assert sweep.cells() == []
+    again, waiting = sweep.cells()
+    assert again == first
+    assert (waiting.folder, waiting.exit_code, waiting.summary) == ("runs/1", None, {})
+
+
+def test_cells_that_are_none_any_more_are_forgotten_in_the_end(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path)
+    cells = [Cell(number=n, name="", folder="", exit_code=0) for n in range(2)]
+    for cell in cells:
+        sweep.note(cell)
+    sweep.begin()
+    sweep.note(cells[0])
+    sweep.end()
+
+    assert sweep.cells() == cells[:1]
 
 
 def test_the_same_cells_are_the_same_sweep_wherever_they_run() -> None:

@@ -136,10 +136,45 @@ def check_limits(where: str, limits: LimitsConfig) -> None:
             f"{prefix}redis_url: configurations are stored with the run, so a password has no place in them. Put it"
             " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
         )
-    if limits.redis_url != LimitsConfig.redis_url and limits.shared is not Shared.redis:
+    _check_redis(where, limits)
+    if limits.redis_url not in ("", LimitsConfig.redis_url) and limits.shared is not Shared.redis:
         raise ConfigError(f"{prefix}redis_url has no effect without {prefix}shared=redis: set that too")
     if limits.shared_folder is not None and limits.shared is not Shared.file:
         raise ConfigError(f"{prefix}shared_folder has no effect without {prefix}shared=file: set that too")
+
+
+def unshared(config: RunnerConfig, launcher: str) -> Iterator[str]:
+    """Warnings of limits that each process of a multirun would keep by itself, where ``launcher`` starts several.
+
+    Raises:
+        ConfigError: The limits are to be shared, and nobody said where.
+    """
+    if launcher == "basic":
+        return
+    own = {f"deployments.{label}.limits": each.limits for label, each in config.deployments.items() if each.limits}
+    for where, limits in {"limits": config.limits, **own}.items():
+        _check_redis(where, limits)
+        if not any(getattr(limits, key) for key in LIMIT_KEYS):
+            continue
+        if limits.shared is Shared.none:
+            yield (
+                f"{where}: each of the processes keeps to them by itself, so that all together send more: set"
+                f" {where}.shared=file, or redis on several hosts"
+            )
+        elif limits.shared is Shared.file and launcher in _LAUNCHERS_OF_HOSTS:
+            yield f"{where}.shared=file: only the processes of one host keep to them together; redis is for several"
+
+
+_LAUNCHERS_OF_HOSTS = ("ray", "ray_aws", "submitit_slurm")
+"""Launchers whose processes may be on several hosts."""
+
+
+def _check_redis(where: str, limits: LimitsConfig) -> None:
+    if limits.shared is Shared.redis and not limits.redis_url:
+        raise ConfigError(
+            f"{where}.redis_url is not set: processes on several hosts keep their limits together through a Redis"
+            f" server that all of them reach: {where}.redis_url=redis://HOST:6379/0"
+        )
 
 
 LIMIT_KEYS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")

@@ -8,9 +8,10 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner.arguments import friendly, quoted
+from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
     conf_folder,
+    first_cell,
     is_multirun,
     load_environment,
     planned,
@@ -40,6 +43,7 @@ from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
 from runner.private import for_owner_only, keep_private
 from runner.progress import printable, summary_table, sweep_table, write
+from runner.signals import first_signal, is_requeued
 from runner.sweep import Cell, Sweep
 
 if TYPE_CHECKING:
@@ -53,6 +57,11 @@ _BAD_INPUT = (HydraException, OmegaConfBaseException, YAMLError, RunnerError, OS
 
 _SHOWN_ANSWERS = 3
 """A run without a dataset, or over files, shows its answers if there are no more."""
+
+_LOOK_S = 0.5
+
+_SHARD = "dataset.shard.index"
+"""A sweep over this key has shards for cells."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +88,10 @@ def _main(arguments: list[str]) -> int:
         arguments = list(friendly(arguments))
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
-        sweep = Sweep(sweep_folder(arguments)) if is_multirun(arguments) else None
-        swept = swept_keys(arguments) if sweep is not None else []
+        sweep, swept = _begin_sweep(arguments) if is_multirun(arguments) else (None, [])
     except _BAD_INPUT as error:
         return _complain(explain(error))
     if sweep is not None:
-        sweep.forget()
         tie_workers()
         arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept)}"]
     sys.argv[1:] = arguments
@@ -98,7 +105,8 @@ def _main(arguments: list[str]) -> int:
 
     exit_code = 0
     try:
-        task()
+        with first_signal(sweep.stop) if sweep is not None and sweep.is_parallel else nullcontext():
+            task()
     except _BAD_INPUT as error:
         exit_code = _complain(explain(error))
     except KeyboardInterrupt:
@@ -107,11 +115,45 @@ def _main(arguments: list[str]) -> int:
         if sweep is None:
             raise
         exit_code = _launcher_failed(error, sweep.folder)
+        _wait_for_others(sweep)
+    else:
+        if sweep is not None:
+            sweep.end()
     if sweep is not None:
         exit_code = _conclude_sweep(sweep, exit_code)
         _track_sweep(sweep, exit_code)
         return exit_code
     return ended[0] if ended else exit_code
+
+
+def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """The sweep of a command line and the keys that it is over; warns of what its processes would not keep together.
+
+    Raises:
+        ConfigError: They are to share what is nowhere.
+    """
+    first = first_cell(arguments)
+    launcher = first.hydra.runtime.choices["hydra/launcher"]
+    load_environment(first.env_file)
+    try:
+        config = typed(first)
+    except ConfigError:  # the cell says so itself, and the others go on
+        pass
+    else:
+        for warning in unshared(config, launcher):
+            write(sys.stderr, f"{warning}\n")
+    sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
+    sweep.begin()
+    return sweep, swept_keys(first, arguments)
+
+
+def _wait_for_others(sweep: Sweep) -> None:
+    """Where a launcher gives up at the first job that it lost, the others go on: they are not left to themselves."""
+    from runner.database import RUN_DATABASE, is_locked
+
+    with first_signal(sweep.stop):
+        while any(cell.exit_code is None and is_locked(Path(cell.folder, RUN_DATABASE)) for cell in sweep.cells()):
+            time.sleep(_LOOK_S)
 
 
 def _asks_for_a_plan(arguments: Sequence[str]) -> bool:
@@ -146,18 +188,35 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     end_with_launcher()
     job = HydraConfig.get()
     keep_private(Path(job.runtime.output_dir))
-    sweep = Sweep(Path(composed.sweep.folder)) if composed.sweep.folder else None
-    own = [f"{key}={value}" for key, value in swept_by(job.overrides.task, composed.sweep.over)]
-    cell = Cell(number=job.job.num if sweep else 0, name=" ".join(own), folder=job.runtime.output_dir)
+    sweep = None
+    if composed.sweep.folder:
+        sweep = Sweep(Path(composed.sweep.folder), is_parallel=job.runtime.choices["hydra/launcher"] != "basic")
+    own = dict(swept_by(job.overrides.task, composed.sweep.over))
+    is_shard = _SHARD in own and composed.task.kind is not TaskKind.bench
+    cell = Cell(
+        number=job.job.num if sweep else 0,
+        name=_joined(own),
+        folder=job.runtime.output_dir,
+        shard=composed.dataset.shard.index if is_shard else None,
+        shards=composed.dataset.shard.count,
+        whole=_joined({key: value for key, value in own.items() if key != _SHARD}),
+    )
     if sweep is not None:
         write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
         sweep.note(cell)
-    cell = _ended(cell, composed)
+    if sweep is not None and (signum := sweep.stopped_by) is not None:
+        cell = replace(cell, exit_code=128 + signum, message="not begun")
+    else:
+        cell = _ended(cell, composed)
     if sweep is not None:
         sweep.note(cell)
-        if cell.exit_code is not None and cell.exit_code > 128:
-            raise KeyboardInterrupt  # ends the sweep too
+        if cell.exit_code is not None and cell.exit_code > 128 and not sweep.is_parallel:
+            raise KeyboardInterrupt  # ends the sweep too; where each cell has a process, the others go on
     return asdict(cell)
+
+
+def _joined(overrides: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def _ended(cell: Cell, composed: DictConfig) -> Cell:
@@ -171,6 +230,8 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a bug, or sys.exit in a function of the user's, which would end the other cells
+        if isinstance(error, SystemExit) and is_requeued():
+            raise
         whose = "a function of yours ends the process" if isinstance(error, SystemExit) else "this is a fault of runner"
         message = f"{type(error).__name__}: {error}; {whose}, see {_keep_traceback(folder)}"
         _complain(message)
@@ -272,8 +333,9 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
         )
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
-    _show_differences(cells)
-    exit_codes: set[int | None] = {exit_code, *(cell.exit_code for cell in cells)}
+    merged = _merge_shards(sweep)
+    _show_differences([cell for cell in cells if cell.shard is None])
+    exit_codes: set[int | None] = {exit_code, merged, *(cell.exit_code for cell in cells)}
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
     return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else FINISHED
@@ -292,6 +354,22 @@ def _show_benchmarks(sweep: Sweep, cells: Sequence[Cell]) -> None:
         show_comparisons(compare_benchmarks(found), stream=sys.stdout)
         write_gathered(found, sweep.folder / "bench.json")
         write(sys.stdout, f"results  {os.path.relpath(sweep.folder / 'bench.json')}\n")
+
+
+def _merge_shards(sweep: Sweep) -> int:
+    """Make one run of the cells that went through one dataset together; returns an exit code."""
+    from runner.shards import find_shards, merge
+
+    for shards in find_shards(sweep):
+        try:
+            summary = asyncio.run(merge(shards))
+        except (StoreError, OSError) as error:
+            return _complain(f"{shards.folder}: the shards were not merged: {error}")
+        write(sys.stdout, f"\n{printable(shards.name) or 'all shards'}\n")
+        summary_table(summary, results=Path(os.path.relpath(shards.folder / "results.jsonl")))
+        if shards.unfinished:
+            write(sys.stderr, f"{len(shards.unfinished)} of {shards.count} shards are not finished\n")
+    return FINISHED
 
 
 def _show_differences(cells: Sequence[Cell]) -> None:

@@ -41,6 +41,8 @@ def explain(error: BaseException) -> str:
 def _unknown_option(found: re.Match[str]) -> str:
     """``dataset=jsnl``: a group's option that does not exist."""
     group, _, option = found[1].rpartition("/")
+    if group == "hydra/launcher" and (extra := _EXTRAS.get(option)):
+        return f"{group}={option} is not installed: pip install 'runner[{extra}]'"
     prefix = "+" if group == "experiment" else ""
     return no_choice_message(f"{prefix}{group}", option, found[2].split())
 
@@ -63,6 +65,9 @@ def _no_choice(found: re.Match[str]) -> str:
     """``resume=freh``: none of an enum's names."""
     return no_choice_message(found[3], found[1], found[2].split(", "))
 
+
+_EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+"""Our extras that bring Hydra's launchers."""
 
 _EXPLANATIONS = (
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),

@@ -24,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.arguments import friendly
-from runner.checks import check_name, check_secrets, unknown_key_message, unknown_keys
+from runner.checks import LIMIT_KEYS, check_name, check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
-from runner.config import RunnerConfig
+from runner.config import RunnerConfig, Shared
 from runner.errors import ConfigError, RunnerError
 from runner.private import check_folder
 from runner.sweep import sweep_id
@@ -104,26 +104,30 @@ def is_multirun(arguments: Sequence[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def swept_keys(arguments: Sequence[str]) -> list[str]:
-    """The keys that a multirun sweeps over, by its command line and by ``hydra.sweeper.params``.
+def first_cell(arguments: Sequence[str]) -> DictConfig:
+    """The first cell of what a command line runs, and ``hydra`` beside it.
 
     Raises:
-        HydraException: The first cell cannot be composed.
+        HydraException: It cannot be composed.
     """
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    return _composed([values[0] for values in _choices(overrides).values()], with_hydra=True)
+
+
+def swept_keys(first: DictConfig, arguments: Sequence[str]) -> list[str]:
+    """The keys that a multirun sweeps over, by its command line and by ``hydra.sweeper.params`` of its first cell."""
     parser = OverridesParser.create()
     overrides = parser.parse_overrides([each for each in arguments if "=" in each and not each.startswith("-")])
     swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
-    return list(dict.fromkeys(key.lstrip("+") for key in (*_sweeper_params(arguments), *swept)))
+    return list(dict.fromkeys(key.lstrip("+") for key in (*_sweeper_params(first), *swept)))
 
 
-def sweep_folder(arguments: Sequence[str]) -> Path:
+def sweep_folder(first: DictConfig, arguments: Sequence[str]) -> Path:
     """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one.
 
     Raises:
-        ConfigError: The name of the first cell is none.
-        HydraException: The first cell cannot be composed.
+        ConfigError: Its name is none.
     """
-    first = _composed([values[0] for values in _choices(_of_the_run(arguments)).values()])
     check_name(str(first.name))
     return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
 
@@ -140,8 +144,9 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
     keys: list[str] = []
     asked = _of_the_run(arguments)
     if is_multirun(arguments):
-        keys = swept_keys(arguments)
-        asked = [f"{key}={values}" for key, values in _sweeper_params(arguments).items()] + asked
+        first = first_cell(arguments)
+        keys = swept_keys(first, arguments)
+        asked = [f"{key}={values}" for key, values in _sweeper_params(first).items()] + asked
     for overrides in product(*_choices(asked).values()):
         composed = _composed(list(overrides))
         load_environment(composed.env_file)
@@ -172,11 +177,9 @@ def _choices(overrides: Sequence[str]) -> dict[str, list[str]]:
     return choices
 
 
-def _sweeper_params(arguments: Sequence[str]) -> dict[str, str]:
-    """What the configuration itself sweeps over: ``hydra.sweeper.params``."""
-    first = [values[0] for values in _choices(_of_the_run(arguments)).values()]
-    composed = _composed(first + [each for each in arguments if each.startswith(_OF_HYDRA)], with_hydra=True)
-    return {str(key): str(value) for key, value in (composed.hydra.sweeper.get("params") or {}).items()}
+def _sweeper_params(first: DictConfig) -> dict[str, str]:
+    """What the configuration itself sweeps over."""
+    return {str(key): str(value) for key, value in (first.hydra.sweeper.get("params") or {}).items()}
 
 
 def _of_the_run(arguments: Sequence[str]) -> list[str]:
@@ -239,6 +242,11 @@ def _own(config: RunnerConfig, name: str) -> str:
     return name
 
 
+def _where_limited(sharing: str, *, _parent_: DictConfig) -> str:
+    """The ``${where_limited:file}`` of conf/scale: how limits are shared, if there are any."""
+    return sharing if any(_parent_.get(key) for key in LIMIT_KEYS) else Shared.none.value
+
+
 def _package_data(name: str) -> str:
     return str(resources.files("runner").joinpath("data", name))
 
@@ -268,6 +276,7 @@ def _register() -> None:
     Plugins.instance().register(UserConf)
     ConfigStore.instance().store(name="schema", node=_Composed)
     OmegaConf.register_new_resolver("run_id", _run_id, replace=True)
+    OmegaConf.register_new_resolver("where_limited", _where_limited, replace=True)
     OmegaConf.register_new_resolver("package_data", _package_data, replace=True)
 
 

@@ -60,6 +60,18 @@ def lock_folder(path: Path) -> BinaryIO:
     return file
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process that this host can know of holds the folder of a run's database ``path``."""
+    try:
+        with (path.parent / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 class Database:
     """The open file: one connection on one thread (aiosqlite's), transactions one at a time.
 

@@ -38,6 +38,7 @@ from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
 from runner.stack import Stack, open_stack
 from runner.store import Store
+from runner.sweep import Sweep
 from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
 from runner.transports.prices import price_for
@@ -47,6 +48,7 @@ from runner.watchdog import Watchdog
 from runner.workload import Workload
 
 _REDRAW_S = 0.2
+_WATCH_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         notes = [*doubts, *resumption.notes, *_unpriced(config)]
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
-                async with _shown(run, config, tracker, settled, notes):
+                async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
                     try:
                         async with budget.opened(store, end=run.stop) if budget else nullcontext():
                             await run.until_done(after_pilot=judge_pilot)
@@ -174,6 +176,25 @@ async def _shown(
         tracker.log(snapshot.as_series())
 
 
+@asynccontextmanager
+async def _ending_with_sweep(run: Run, config: RunnerConfig) -> AsyncIterator[None]:
+    """End the run when its sweep is ended, perhaps on another host."""
+    watch = asyncio.create_task(_watch(run, Sweep(Path(config.sweep.folder)))) if config.sweep.folder else None
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+            await asyncio.wait([watch])
+
+
+async def _watch(run: Run, sweep: Sweep) -> None:
+    while (signum := sweep.stopped_by) is None:  # noqa: ASYNC110 (it is another process that says so)
+        await asyncio.sleep(_WATCH_S)
+    if run.stop.reason is None:
+        run.interrupt(Interrupted(signum))
+
+
 class _Warnings(logging.Handler):
     """Shows them (a long pause, shared limits out of reach) to the person who watches, beside the log."""
 
@@ -243,7 +264,7 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     last = run.snapshot()
     try:
         await store.flush()
-        await write_jsonl(store, folder / "results.jsonl")
+        await write_jsonl(result_rows(store), folder / "results.jsonl")
         summary = await summarize(store)
         summary["stopped"] = reason.reason if reason else None
         summary["concurrency"] = {"window": last.window, "why": last.window_why or None}

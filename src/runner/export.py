@@ -21,7 +21,9 @@ from runner.errors import BAD_CONFIG, ConfigError, StoreError
 from runner.progress import printable, write
 from runner.prompt_rows import STORE_KIND, holds_rows, read_rows
 from runner.results import replacing, result_rows
+from runner.shards import find_shards, opened
 from runner.store import Store
+from runner.sweep import Sweep
 from runner.tables import Columns, Csv, JsonLines, Parquet, Writer
 
 FORMATS = ("jsonl", "csv", "parquet")
@@ -90,29 +92,50 @@ async def export_jsonl(db_url: str | Path, out: str | Path = "results.jsonl") ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedRun:
-    """A run's database, and what the run is called."""
+    """The databases of a run, and what it is called."""
 
-    name: str  # run id; the whole path where two runs share one
-    store: Path
+    name: str  # run id; the whole path where two runs share one; of shards, what sets them apart
+    stores: Sequence[Path]  # one, or one a shard
 
 
 def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
-    """The runs at ``paths``: a run's folder, one with runs below it (a sweep's, an experiment's), or a database.
+    """The runs at ``paths``: a run's folder, one with runs below it, a sweep's, or a database.
+
+    The shards of a dataset, which are cells of a sweep, are one run.
 
     Raises:
         ConfigError: There is none at one of them.
     """
+    runs: list[ExportedRun] = []
     stores: dict[Path, None] = {}
     for path in paths:
-        found = [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE))
-        if not found:
+        sharded, found = _of_sweep(path)
+        found += [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE))
+        if not found and not sharded:
             raise ConfigError(
-                f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID) or a sweep's (runs/NAME)"
+                f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's (runs/NAME/sweep-ID), or"
+                " one with runs in it (runs/NAME)"
             )
+        runs += sharded
         stores |= dict.fromkeys(found)
     names = {store: store.absolute().parent.name if store.name == RUN_DATABASE else store.stem for store in stores}
     ambiguous = {name for name, count in Counter(names.values()).items() if count > 1}
-    return [ExportedRun(name=str(store) if name in ambiguous else name, store=store) for store, name in names.items()]
+    runs += [
+        ExportedRun(name=str(store) if name in ambiguous else name, stores=[store]) for store, name in names.items()
+    ]
+    return runs
+
+
+def _of_sweep(path: Path) -> tuple[list[ExportedRun], list[Path]]:
+    """The runs whose shards are cells of the sweep in this folder, and the databases of its other cells."""
+    sweep = Sweep(path)
+    sharded = [
+        ExportedRun(name=shards.name or path.name, stores=shards.stores)
+        for shards in find_shards(sweep)
+        if shards.stores
+    ]
+    others = (Path(cell.folder, RUN_DATABASE) for cell in sweep.cells() if cell.shard is None)
+    return sharded, [store for store in others if store.is_file()]
 
 
 async def export_runs(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -> int:
@@ -134,7 +157,7 @@ async def export_runs(runs: Sequence[ExportedRun], file: BinaryIO, form: str) ->
     count = 0
     with closing(await _open_writer(runs, file, form)) as writer:
         for run in runs:
-            async with await Store.open_readonly(run.store) as store, aclosing(result_rows(store)) as rows:
+            async with opened(run.stores) as stores, aclosing(result_rows(*stores)) as rows:
                 async for row in rows:
                     writer.write({"run": run.name, **row} if len(runs) > 1 else row)
                     count += 1
@@ -146,9 +169,9 @@ async def _open_writer(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -
         return JsonLines(file)
     fields = {"run"} if len(runs) > 1 else set()
     for run in runs:
-        async with await Store.open_readonly(run.store) as store:
-            fields |= {field async for row in result_rows(store, limit=1) for field in row}
-            fields |= {row["field"] async for row in store.query(_RARE_FIELDS)}
+        async with opened(run.stores) as stores:
+            fields |= {field async for row in result_rows(*stores, limit=1) for field in row}
+            fields |= {row["field"] for store in stores async for row in store.query(_RARE_FIELDS)}
     return Csv(file, Columns(fields)) if form == "csv" else Parquet(file, Columns(fields))
 
 
@@ -172,7 +195,7 @@ def _opened(output: str, runs: Sequence[ExportedRun]) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
     else:
-        if path in {run.store.resolve() for run in runs}:
+        if path in {store.resolve() for run in runs for store in run.stores}:
             raise ConfigError(f"--output {output} is the run's own database: name another file")
         if not path.parent.is_dir():
             raise ConfigError(f"--output {output}: there is no folder {path.parent}")

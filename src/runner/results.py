@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
@@ -18,6 +21,8 @@ from runner.private import open_private
 from runner.store import Store
 from runner.vector import unpack
 
+T = TypeVar("T")
+
 CURRENT = """
     FROM rows
     JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
@@ -26,11 +31,12 @@ CURRENT = """
 
 
 async def result_rows(
-    store: Store, *, limit: int | None = None, failed: bool | None = None
+    *stores: Store, limit: int | None = None, failed: bool | None = None
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
 
-    ``failed`` leaves only those that failed, or only those that did not.
+    Several stores are those of a dataset's shards; a row of each is in memory. ``failed`` leaves only the rows that
+    failed, or only those that did not.
 
     What was answered stands under the names of the run's task: ``output_text`` and its like, ``embedding``, or
     ``text``, ``language`` and ``duration_s``.
@@ -40,6 +46,16 @@ async def result_rows(
     Raises:
         StoreError: There is something else in the store than a run puts there; names the row.
     """
+    left = limit
+    shards = [_result_rows(store, limit=limit, failed=failed) for store in stores]
+    async with aclosing(in_order(shards, key=lambda row: (row["_index"], row.get("_sample", 0)))) as rows:
+        async for row in rows:
+            if left is not None and (left := left - 1) < 0:
+                break
+            yield row
+
+
+async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
     meta = await store.meta()
     samples, task = samples_of(meta), meta.get("task", TaskKind.generate)
     sql = f"SELECT rows.position, rows.metadata, rows.scores, {_ARE_JSON} AS are_json, answers.* {CURRENT}"
@@ -67,13 +83,33 @@ def samples_of(meta: Mapping[str, str]) -> int:
     return max(1, int(text)) if text.isascii() and text.isdigit() else 1
 
 
-async def write_jsonl(store: Store, path: Path) -> int:
-    """Write the settled rows to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
+async def in_order(streams: Sequence[AsyncGenerator[T, None]], *, key: Callable[[T], Any]) -> AsyncGenerator[T, None]:
+    """The entries of several streams in one order, that of ``key``, which each of them keeps for itself."""
+    async with AsyncExitStack() as stack:
+        for stream in streams:
+            await stack.enter_async_context(aclosing(stream))
+        heads = []
+        for place, stream in enumerate(streams):
+            if (first := await anext(stream, None)) is not None:
+                heads.append((key(first), place, first))
+        heapq.heapify(heads)
+        while heads:
+            _, place, entry = heads[0]
+            yield entry
+            if (following := await anext(streams[place], None)) is not None:
+                heapq.heapreplace(heads, (key(following), place, following))
+            else:
+                heapq.heappop(heads)
+
+
+async def write_jsonl(rows: AsyncGenerator[dict[str, Any], None], path: Path) -> int:
+    """Write `result_rows` to ``path``, which is replaced as a whole or not at all. Returns how many they are."""
     count = 0
     with replacing(path) as file:
-        async for row in result_rows(store):
-            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            count += 1
+        async with aclosing(rows):
+            async for row in rows:
+                file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                count += 1
     return count
 
 
@@ -97,27 +133,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-async def summarize(store: Store) -> dict[str, Any]:
-    """The figures of ``summary.json``, from the store alone.
+async def summarize(*stores: Store) -> dict[str, Any]:
+    """The figures of ``summary.json``, from the store alone; or from those of a dataset's shards, as of one run.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
-    tokens per second of all sessions together. Cost and rates count all that was ever answered in this run, the rest
-    what the dataset holds now. ``reused`` rows were settled before the last session, or have their answer from
-    elsewhere, as ``taken_over`` ones have that of another run; ``deduplicated`` ones share the answer of another row.
+    tokens per second at work, over all sessions; where several overlap, the time counts once. Cost and rates count all
+    that was ever answered in this run, the rest what the dataset holds now. ``reused`` rows were settled before the
+    last session, or have their answer from elsewhere, as ``taken_over`` ones have that of another run;
+    ``deduplicated`` ones share the answer of another row.
 
     What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
     or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
     ``attempts_without_bound``, and there is no upper bound. Attempts and retries that rows shared count once.
     """
-    dedupe = (await store.meta()).get("dedupe") == "true"
-    totals = await _one(store, _TOTALS)
-    used = await _one(store, _USED)
-    spent = await _one(store, _SPENT)
-    sessions = await _one(store, "SELECT coalesce(sum(last_seen - started_at), 0) AS elapsed_s FROM sessions")
-    rows = await _one(store, "SELECT count(*) AS n FROM rows")
-    elapsed_s = sessions["elapsed_s"]
-    measured = (await _one(store, f"SELECT count(*) AS n {CURRENT} {_MEASURED}"))["n"]
+    deduping = [store for store in stores if (await store.meta()).get("dedupe") == "true"]
+    totals = await sums(stores, _TOTALS)
+    used = await sums(stores, _USED)
+    spent = await sums(stores, _SPENT)
+    rows = await sums(stores, "SELECT count(*) AS n FROM rows")
+    elapsed_s = await _elapsed_s(stores)
     is_bounded = not spent["without_bound"]
     return {
         "rows": rows["n"],
@@ -135,18 +170,18 @@ async def summarize(store: Store) -> dict[str, Any]:
         "cost_usd_upper_bound": spent["cost_usd"] + spent["bounds_usd"] if is_bounded else None,
         "attempts_of_unknown_cost": spent["unknown_costs"],
         "attempts_without_bound": spent["without_bound"],
-        "deduplicated": (await _one(store, _DEDUPLICATED))["n"] if dedupe else 0,
+        "deduplicated": (await sums(deduping, _DEDUPLICATED))["n"],
         "taken_over": totals["taken_over"],
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
         "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
-        "latency_s": await _quantiles(store, "service_time_s", measured),
-        "queue_wait_s": await _quantiles(store, "queue_wait_s", measured),
+        "latency_s": await _quantiles(stores, "service_time_s", _MEASURED),
+        "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED),
         "retries": used["retries"],
         "unparsed": totals["unparsed"],
-        "errors": {row["error_type"]: row["n"] async for row in store.query(_ERRORS)},
-        "deployments": await _deployments(store, totals["succeeded"]),
-        "scores": await _scores(store),
+        "errors": await _counts(stores, _ERRORS),
+        "deployments": await _deployments(stores, totals["succeeded"]),
+        "scores": await _scores(stores),
     }
 
 
@@ -196,7 +231,9 @@ _DEDUPLICATED = "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM (SEL
 _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""
 
-_ERRORS = f"SELECT error_type, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
+_ERRORS = f"""
+    SELECT error_type AS name, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY name
+"""
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -269,66 +306,109 @@ def _fragment(text: str | None) -> orjson.Fragment:
     return orjson.Fragment(text or "{}")
 
 
-async def _one(store: Store, sql: str) -> Any:
-    rows = [row async for row in store.query(sql)]
-    return rows[0]
+async def rows_of(
+    stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
+) -> AsyncGenerator[sqlite3.Row, None]:
+    """The rows of a SELECT, of one store after the other."""
+    for store in stores:
+        async for row in store.query(sql, parameters):
+            yield row
 
 
-async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
-    """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
-    places = {percent: round((count - 1) * percent / 100) for percent in (50, 95, 99)}
-    sql = f"""
-        SELECT place, value
-        FROM (SELECT {column} AS value, row_number() OVER (ORDER BY {column}) - 1 AS place {CURRENT} {_MEASURED})
-        WHERE place IN ({", ".join(map(str, places.values()))})
-    """
-    values = {row["place"]: row["value"] async for row in store.query(sql)}
-    return {f"p{percent}": values.get(place) for percent, place in places.items()}
+async def sums(stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()) -> Mapping[str, Any]:
+    """The one row of a SELECT of numbers, added up over the stores; of no store, zeros."""
+    return (await sums_by_name(stores, f"SELECT 'all' AS name, * FROM ({sql})", parameters)).get("all", Counter())
 
 
-async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
+async def sums_by_name(
+    stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
+) -> dict[Any, Mapping[str, Any]]:
+    """The rows of a SELECT of a ``name`` and numbers, those of one name added up over the stores."""
+    found: dict[Any, Counter[str]] = {}
+    async for row in rows_of(stores, sql, parameters):
+        name, *numbers = row
+        found.setdefault(name, Counter()).update(dict(zip(row.keys()[1:], numbers, strict=True)))
+    return dict(found)
+
+
+async def _elapsed_s(stores: Sequence[Store]) -> float:
+    """For how long there was a session, of one store or of several."""
+    sql = "SELECT started_at, last_seen FROM sessions"
+    sessions = [(row["started_at"], row["last_seen"]) for store in stores async for row in store.query(sql)]
+    elapsed_s = until = 0.0
+    for began, ended in sorted(sessions):
+        elapsed_s += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return elapsed_s
+
+
+async def _quantiles(
+    stores: Sequence[Store],
+    column: str,
+    where: str,
+    parameters: Sequence[Any] = (),
+    *,
+    percents: Sequence[int] = (50, 95, 99),
+) -> dict[str, float | None]:
+    """Percentiles of a column: the values that stand so far down among those of all stores; None of nothing."""
+    rest = f"{CURRENT} {where}"
+    count = (await sums(stores, f"SELECT count(*) AS n {rest}", parameters))["n"]
+    places = {f"p{percent}": round((count - 1) * percent / 100) for percent in percents}
+    sql = f"SELECT {column} AS value {rest}"
+    found = await values_at(places.values(), stores, sql, parameters) if count else {}
+    return {name: found.get(place) for name, place in places.items()}
+
+
+async def values_at(
+    places: Collection[int], stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
+) -> dict[int, float]:
+    """The values of a SELECT that stand at ``places``, from 0, where those of all stores are in ascending order."""
+    if len(stores) == 1:  # where SQLite counts
+        ranked = f"SELECT value, row_number() OVER (ORDER BY value) - 1 AS place FROM ({sql})"
+        sql = f"SELECT value, place FROM ({ranked}) WHERE place IN ({', '.join(map(str, places))})"
+        return {row["place"]: row["value"] async for row in stores[0].query(sql, parameters)}
+    last = max(places)
+    streams = [store.query(f"{sql} ORDER BY value LIMIT {last + 1:d}", parameters) for store in stores]
+    found = {}
+    place = 0
+    async with aclosing(in_order(streams, key=lambda row: row["value"])) as rows:
+        async for row in rows:
+            if place in places:
+                found[place] = row["value"]
+            if place == last:
+                break
+            place += 1
+    return found
+
+
+async def _deployments(stores: Sequence[Store], answers: int) -> dict[str, dict[str, Any]]:
     """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
-    retries = {row["deployment"]: row["n"] async for row in store.query(_RETRIES)}
-    rows = {row["deployment"]: row async for row in store.query(_DEPLOYMENTS)}
-    latencies = await _latencies(store, {label: row["answered"] for label, row in rows.items() if row["answered"]})
-    deployments: dict[str, dict[str, Any]] = {}
-    for label in sorted(rows.keys() | retries.keys()):
-        row = rows.get(label)
-        answered = row["answered"] if row else 0
-        deployments[label] = {
-            "answered": answered,
-            "failed": row["failed"] if row else 0,
-            "share": answered / answers if answers else 0.0,
-            "latency_s": latencies.get(label, {"p50": None, "p95": None}),
+    answered, failed, retries = [await _counts(stores, sql) for sql in (_ANSWERED, _FAILED, _RETRIES)]
+    return {
+        label: {
+            "answered": answered.get(label, 0),
+            "failed": failed.get(label, 0),
+            "share": answered.get(label, 0) / answers if answers else 0.0,
+            "latency_s": await _quantiles(
+                stores, "service_time_s", "WHERE error_type IS NULL AND deployment = ?", (label,), percents=(50, 95)
+            ),
             "retries": retries.get(label, 0),
         }
-    return deployments
-
-
-async def _latencies(store: Store, answered: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """p50 and p95 of the answers of each deployment, of which there are so many."""
-    places = {
-        (label, percent): round((count - 1) * percent / 100)
-        for label, count in answered.items()
-        for percent in (50, 95)
+        for label in sorted(answered.keys() | failed.keys() | retries.keys())
     }
-    if not places:
-        return {}
-    sql = _RANKED.format(", ".join(["(?, ?)"] * len(places)))
-    parameters = [value for (label, _), place in places.items() for value in (label, place)]
-    values = {(row["deployment"], row["place"]): row["value"] async for row in store.query(sql, parameters)}
-    return {label: {f"p{percent}": values[label, places[label, percent]] for percent in (50, 95)} for label in answered}
 
 
-_RETRIES = (
-    "SELECT deployment, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY deployment"
-)
+_ANSWERED = f"""
+    SELECT deployment AS name, count(*) AS n {CURRENT} WHERE deployment IS NOT NULL AND error_type IS NULL GROUP BY name
+"""
 
-_DEPLOYMENTS = f"""
-    SELECT deployment, count(*) FILTER (WHERE error_type IS NULL) AS answered, count(error_type) AS failed
-    {CURRENT}
-    WHERE deployment IS NOT NULL
-    GROUP BY deployment
+_FAILED = f"""
+    SELECT deployment AS name, count(*) AS n {CURRENT} WHERE deployment IS NOT NULL AND error_type IS NOT NULL
+    GROUP BY name
+"""
+
+_RETRIES = """
+    SELECT deployment AS name, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY name
 """
 
 _RANKED = f"""
@@ -346,12 +426,23 @@ _RANKED = f"""
 """The answers at some places, the fastest of a deployment being at 0."""
 
 
-async def _scores(store: Store) -> dict[str, dict[str, float]]:
+async def _counts(stores: Sequence[Store], sql: str) -> dict[str, int]:
+    """What a SELECT of ``name`` and ``n`` counts, the most frequent first."""
+    found = {name: numbers["n"] for name, numbers in (await sums_by_name(stores, sql)).items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+async def _scores(stores: Sequence[Store]) -> dict[str, dict[str, float | None]]:
     """Mean and number of rows by scorer."""
-    sql = """
-        SELECT entry.key AS name, avg(entry.value) AS mean, count(entry.value) AS n
-        FROM rows, json_each(rows.scores) AS entry
-        WHERE rows.scores IS NOT NULL
-        GROUP BY entry.key
-    """
-    return {row["name"]: {"mean": row["mean"], "n": row["n"]} async for row in store.query(sql)}
+    found = await sums_by_name(stores, _SCORES)
+    return {
+        name: {"mean": each["sum"] / each["n"] if each["n"] else None, "n": each["n"]} for name, each in found.items()
+    }
+
+
+_SCORES = """
+    SELECT entry.key AS name, total(entry.value) AS sum, count(entry.value) AS n
+    FROM rows, json_each(rows.scores) AS entry
+    WHERE rows.scores IS NOT NULL
+    GROUP BY entry.key
+"""

@@ -37,6 +37,7 @@ from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
 from runner.retry import failed_attempt
 from runner.scoring import Scorers
+from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item, Settled
 from runner.transports import DIRECT
@@ -45,9 +46,6 @@ from runner.workload import ClaimSize
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
-
-_ECHO_S = 0.3
-"""A second signal that follows so closely is the first one, forwarded by a wrapper such as ``timeout``."""
 
 _SUSPECTS = 4
 """Requests that must fail the same systemic way, with no success between, before the run gives up."""
@@ -135,7 +133,7 @@ class Run:
             if self.total is not None:
                 await self._store.truncate(self.total)
             if self._config.pilot:
-                sample = _spread(self._config.pilot, self.total)
+                sample = {self._position(place) for place in _spread(self._config.pilot, self.total)}
                 await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
                 if self.stop.reason is None and after_pilot is not None:
                     await after_pilot()
@@ -165,7 +163,7 @@ class Run:
         """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
         if self._interrupted_at is None:
             self.interrupt(Interrupted(signum))
-        elif asyncio.get_running_loop().time() - self._interrupted_at > _ECHO_S:
+        elif asyncio.get_running_loop().time() - self._interrupted_at > ECHO_S:
             print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
 
@@ -189,6 +187,11 @@ class Run:
         for flight in self._flights.values():
             if not flight.trace.on_the_wire:
                 flight.task.cancel()
+
+    def _position(self, place: int) -> int:
+        """The position in the whole dataset of the item that is the ``place``-th of this shard."""
+        shard, samples = self._config.dataset.shard, self._config.samples
+        return (place // samples * shard.count + shard.index) * samples + place % samples
 
     # Taking up
 

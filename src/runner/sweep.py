@@ -11,9 +11,9 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Cell:
     number: int  # in the order of the multirun
     name: str  # its own overrides: what sets it apart
     folder: str  # of its run
+    shard: int | None = None  # the part of the dataset that it goes through, where the sweep is over parts
+    shards: int = 1  # how many parts there are
+    whole: str = ""  # its own overrides but for the part: the cells that share them are one run
     exit_code: int | None = None  # None: at work, or killed
     message: str | None = None  # why it failed or stopped
     summary: Mapping[str, Any] = field(default_factory=dict)  # the content of summary.json
@@ -44,14 +47,23 @@ class Sweep:
 
     Args:
         folder: On a file system that the cells share.
+        is_parallel: Whether its cells run in processes of their own, several at once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_parallel: bool = False) -> None:
         self.folder = folder
+        self.is_parallel = is_parallel
 
-    def forget(self) -> None:
-        """Forget how the cells ended last time. Their runs stay."""
-        shutil.rmtree(self._cells, ignore_errors=True)
+    def begin(self) -> None:
+        """Forget how the cells ended last time. Their runs stay, and so does the knowledge of where they are."""
+        self._stop.unlink(missing_ok=True)
+        self._before.mkdir(parents=True, exist_ok=True)
+        for note in self._cells.glob("*.json"):
+            note.replace(self._before / note.name)
+
+    def end(self) -> None:
+        """All cells have had their turn: forget those of an earlier time that are none any more."""
+        shutil.rmtree(self._before, ignore_errors=True)
 
     def note(self, cell: Cell) -> None:
         """Write down how a cell stands. Safe from any process; the last note counts."""
@@ -59,12 +71,28 @@ class Sweep:
         replace_file(self._cells / f"{cell.number}.json", json.dumps(asdict(cell)).encode())
 
     def cells(self) -> list[Cell]:
-        """The cells that have begun, in their order.
+        """The cells in their order. One that had begun at an earlier time alone has no exit code.
 
         Raises:
             StoreError: A note is none of a cell.
         """
-        return sorted(map(_read, self._cells.glob("*.json")), key=lambda cell: cell.number)
+        cells = {
+            cell.number: replace(cell, exit_code=None, message=_NOT_BEGUN, summary={}) for cell in _read(self._before)
+        }
+        cells |= {cell.number: cell for cell in _read(self._cells)}
+        return [cells[number] for number in sorted(cells)]
+
+    def stop(self, signum: int) -> None:
+        """Have all cells end, wherever they are, as if they had got this signal; those that wait do not begin."""
+        replace_file(self._stop, str(signum).encode())
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the sweep, if one did."""
+        try:
+            return int(self._stop.read_bytes())
+        except FileNotFoundError:
+            return None
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -88,13 +116,33 @@ class Sweep:
     def _cells(self) -> Path:
         return self.folder / "cells"
 
+    @property
+    def _stop(self) -> Path:
+        return self.folder / "stop"
 
-def _read(path: Path) -> Cell:
+    @property
+    def _before(self) -> Path:
+        return self.folder / "cells-before"
+
+
+_NOT_BEGUN = "not begun again"
+
+
+def _read(folder: Path) -> Iterator[Cell]:
+    for path in folder.glob("*.json"):
+        with suppress(FileNotFoundError):  # its cell, or the whole sweep, has just begun anew
+            yield _cell(path)
+
+
+def _cell(path: Path) -> Cell:
     try:
         cell = Cell(**json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise StoreError(f"{path} is no note of a sweep's cell ({error})") from None
-    types = (cell.number, int), (cell.name, str), (cell.folder, str), (cell.summary, dict), (cell.message, str | None)
+    types = (
+        *((cell.number, int), (cell.name, str), (cell.folder, str), (cell.summary, dict), (cell.message, str | None)),
+        *((cell.shard, int | None), (cell.shards, int), (cell.whole, str)),
+    )
     if not all(isinstance(value, kind) for value, kind in types):
         raise StoreError(f"{path} is no note of a sweep's cell")
     return cell

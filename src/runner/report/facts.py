@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
 from runner.intervals import mean_interval, share_interval
 from runner.redaction import redact
-from runner.results import CURRENT, result_rows, samples_of, summarize
+from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
+from runner.shards import Shards, find_shards, opened, summarize_shards
 from runner.store import Store
 from runner.sweep import Cell, Sweep
 
@@ -75,9 +76,10 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
     """
     runs: list[RunFacts] = []
     for path in paths:
-        cells = Sweep(path).cells()
-        if cells:
-            runs += [await _read_cell(cell) for cell in cells]
+        sweep = Sweep(path)
+        if cells := sweep.cells():
+            runs += [await _read_shards(shards) for shards in find_shards(sweep) if shards.stores]
+            runs += [await _read_cell(cell) for cell in cells if cell.shard is None]
             continue
         folders = sorted(_run_folders(path))
         if not folders:
@@ -128,6 +130,34 @@ async def _read_cell(cell: Cell) -> RunFacts:
     return await _read_run(folder, cell.name)
 
 
+async def _read_shards(shards: Shards) -> RunFacts:
+    """All of them as the one run that they are."""
+    first = Path(shards.cells[0].folder)
+    async with opened(shards.stores) as stores:
+        summary = await summarize_shards(shards, stores)
+        facts = RunFacts(
+            label=shards.name or f"{shards.count} shards",
+            folder=shards.folder,
+            state=str(summary["stopped"] or "finished"),
+            summary=summary,
+            settings=_settings(first),
+            overrides={key: value for key, value in _overrides(first).items() if not key.startswith("dataset.shard.")},
+        )
+        return await _with_rows(facts, stores)
+
+
+async def _with_rows(facts: RunFacts, stores: Sequence[Store]) -> RunFacts:
+    """With what the rows of all its stores say."""
+    return replace(
+        facts,
+        scores=await _scores(stores),
+        latencies_s=await _latencies(stores),
+        rate=await _rate(stores),
+        failures=await _failures(stores),
+        samples=await _samples(stores),
+    )
+
+
 async def _read_run(folder: Path, label: str) -> RunFacts:
     if not is_run(folder):
         measured = _last_summary(folder) or {}
@@ -144,19 +174,15 @@ async def _read_run(folder: Path, label: str) -> RunFacts:
         summary = _last_summary(folder) if ended else None
         if summary is None:
             summary = await summarize(store)
-        return RunFacts(
+        facts = RunFacts(
             label=label,
             folder=folder,
             state=str(summary.get("stopped") or "finished") if ended else "running or killed",
             summary=summary,
             settings=_settings(folder),
             overrides=_overrides(folder),
-            scores=await _scores(store),
-            latencies_s=await _latencies(store),
-            rate=await _rate(store),
-            failures=await _failures(store),
-            samples=await _samples(store),
         )
+        return await _with_rows(facts, [store])
 
 
 async def _ended(store: Store) -> bool:
@@ -218,12 +244,12 @@ def _read_yaml(path: Path) -> Any:
 _DEEPEST = 100
 
 
-async def _scores(store: Store) -> dict[str, Score]:
+async def _scores(stores: Sequence[Store]) -> dict[str, Score]:
     sql = """
         SELECT
             entry.key AS name,
-            avg(entry.value) AS mean,
-            avg(entry.value * entry.value) AS square,
+            total(entry.value) AS sum,
+            total(entry.value * entry.value) AS squares,
             count(entry.value) AS n,
             count(*) FILTER (WHERE entry.value NOT IN (0, 1)) AS graded
         FROM rows, json_each(rows.scores) AS entry
@@ -231,10 +257,11 @@ async def _scores(store: Store) -> dict[str, Score]:
         GROUP BY entry.key
     """
     scores = {}
-    async for row in store.query(sql):
-        mean, n = row["mean"], row["n"]
-        low, high = _of_mean(mean, row["square"], n) if row["graded"] else _of_share(mean, n)
-        scores[row["name"]] = Score(mean=mean, n=n, low=low, high=high)
+    for name, found in (await sums_by_name(stores, sql)).items():
+        n = found["n"]
+        mean = found["sum"] / n
+        low, high = _of_mean(mean, found["squares"] / n, n) if found["graded"] else _of_share(mean, n)
+        scores[name] = Score(mean=mean, n=n, low=low, high=high)
     return scores
 
 
@@ -249,52 +276,49 @@ def _of_mean(mean: float, square: float, n: int) -> tuple[float, float]:
     return (-math.inf, math.inf) if interval is None else (interval.low, interval.high)
 
 
-async def _latencies(store: Store) -> list[float]:
-    sql = f"""
-        WITH ranked AS (
-            SELECT
-                service_time_s AS value,
-                row_number() OVER (ORDER BY service_time_s) - 1 AS place,
-                count(*) OVER () AS n
-            {CURRENT}
-            WHERE error_type IS NULL
-        )
-        SELECT value FROM ranked
-        WHERE n <= ? OR place = n - 1 OR place * ? / n > (place - 1) * ? / n OR place = 0
-        ORDER BY place
-    """
-    return [row["value"] async for row in store.query(sql, (_QUANTILES, _QUANTILES, _QUANTILES))]
+async def _latencies(stores: Sequence[Store]) -> list[float]:
+    answered = f"{CURRENT} WHERE error_type IS NULL"
+    n = (await sums(stores, f"SELECT count(*) AS n {answered}"))["n"]
+    if not n:
+        return []
+    places = sorted({round(step * (n - 1) / _QUANTILES) for step in range(_QUANTILES + 1)})
+    found = await values_at(places, stores, f"SELECT service_time_s AS value {answered}")
+    return [found[place] for place in places]
 
 
-async def _rate(store: Store) -> list[tuple[float, float]]:
+async def _rate(stores: Sequence[Store]) -> list[tuple[float, float]]:
     """Answers per second over the run's time, the pauses between its sessions included."""
-    span = [row async for row in store.query("SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers")]
-    first, last = span[0]["first"], span[0]["last"]
-    if first is None or last - first < 1:
+    sql = "SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers"
+    spans = [row async for row in rows_of(stores, sql) if row["first"] is not None]
+    first, last = (min(row["first"] for row in spans), max(row["last"] for row in spans)) if spans else (0.0, 0.0)
+    if last - first < 1:
         return []
     width = max(1.0, (last - first) / _BUCKETS)
-    sql = "SELECT CAST((settled_at - ?) / ? AS INTEGER) AS bucket, count(*) AS n FROM answers GROUP BY bucket"
-    counts = {row["bucket"]: row["n"] async for row in store.query(sql, (first, width))}
+    sql = "SELECT CAST((settled_at - ?) / ? AS INTEGER) AS name, count(*) AS n FROM answers GROUP BY name"
+    counts = {name: found["n"] for name, found in (await sums_by_name(stores, sql, (first, width))).items()}
     whole = int((last - first) / width)  # the last bucket is cut short
     return [((bucket + 0.5) * width, counts.get(bucket, 0) / width) for bucket in range(max(1, whole))]
 
 
-async def _failures(store: Store) -> list[Failure]:
+async def _failures(stores: Sequence[Store]) -> list[Failure]:
     sql = f"""
         SELECT error_type AS kind, count(*) AS n, min(rows.position) AS position, error_message AS message
         {CURRENT}
         WHERE error_type IS NOT NULL
         GROUP BY error_type
-        ORDER BY n DESC
     """
-    samples = samples_of(await store.meta())
-    return [
-        Failure(kind=row["kind"], count=row["n"], index=row["position"] // samples, message=row["message"] or "")
-        async for row in store.query(sql)
-    ]
+    samples = samples_of(await stores[0].meta())
+    found: dict[str, Failure] = {}
+    async for row in rows_of(stores, sql):
+        kind, index = row["kind"], row["position"] // samples
+        failure = Failure(kind=kind, count=row["n"], index=index, message=row["message"] or "")
+        if before := found.get(kind):
+            failure = replace(min(before, failure, key=lambda each: each.index), count=before.count + failure.count)
+        found[kind] = failure
+    return sorted(found.values(), key=lambda failure: -failure.count)
 
 
-async def _samples(store: Store) -> list[dict[str, Any]]:
-    rows = [row async for row in result_rows(store, limit=SAMPLES, failed=False)]
-    rows += [row async for row in result_rows(store, limit=SAMPLES, failed=True)]
+async def _samples(stores: Sequence[Store]) -> list[dict[str, Any]]:
+    rows = [row async for row in result_rows(*stores, limit=SAMPLES, failed=False)]
+    rows += [row async for row in result_rows(*stores, limit=SAMPLES, failed=True)]
     return [orjson.loads(orjson.dumps(row)) for row in rows]
