@@ -328,6 +328,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "rows": 0,
         "succeeded": 0,
         "failed": 0,
+        "reused": 0,
         "tokens": {"prompt": 0, "completion": 0, "total": 0, "cached": 0, "reasoning": 0},
         "cost_usd": 0.0,
         "cost_usd_upper_bound": 0.0,

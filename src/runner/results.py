@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 import orjson
 
 from runner.config import TaskKind
+from runner.errors import StoreError
 from runner.identity import dump_json
+from runner.private import open_private
 from runner.store import Store
 from runner.vector import unpack
 
@@ -34,10 +36,13 @@ async def result_rows(
     ``text``, ``language`` and ``duration_s``.
 
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
+
+    Raises:
+        StoreError: There is something else in the store than a run puts there; names the row.
     """
     meta = await store.meta()
-    samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
-    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {CURRENT}"
+    samples, task = samples_of(meta), meta.get("task", TaskKind.generate)
+    sql = f"SELECT rows.position, rows.metadata, rows.scores, {_ARE_JSON} AS are_json, answers.* {CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
@@ -45,7 +50,21 @@ async def result_rows(
         sql += f" LIMIT {limit:d}"
     async with aclosing(store.query(sql)) as records:
         async for record in records:
-            yield _result_row(record, samples, task)
+            try:
+                # By name in a dictionary, as SQLite's rows look through all their names each time.
+                row = _result_row(dict(zip(record.keys(), record, strict=True)), samples, task)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise StoreError(f"{store.path} is damaged at row {record['position']} ({error})") from None
+            yield row
+
+
+_ARE_JSON = "json_valid(coalesce(rows.metadata, '{}')) AND json_valid(coalesce(rows.scores, '{}'))"
+
+
+def samples_of(meta: Mapping[str, str]) -> int:
+    """How many rows of a store belong to a row of its dataset, by the facts of the store."""
+    text = str(meta.get("samples", "1"))
+    return max(1, int(text)) if text.isascii() and text.isdigit() else 1
 
 
 async def write_jsonl(store: Store, path: Path) -> int:
@@ -69,7 +88,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole, for its owner only: there are answers in it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open_private(partial, "x") as file:
             yield file
         os.replace(partial, path)
     except BaseException:
@@ -83,8 +103,8 @@ async def summarize(store: Store) -> dict[str, Any]:
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
     tokens per second of all sessions together. Cost and rates count all that was ever answered in this run, the rest
-    what the dataset holds now. ``deduplicated`` rows share the answer of another one, ``taken_over`` ones have that of
-    another run.
+    what the dataset holds now. ``reused`` rows were settled before the last session, or have their answer from
+    elsewhere, as ``taken_over`` ones have that of another run; ``deduplicated`` ones share the answer of another row.
 
     What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
     or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
@@ -103,6 +123,7 @@ async def summarize(store: Store) -> dict[str, Any]:
         "rows": rows["n"],
         "succeeded": totals["succeeded"],
         "failed": totals["failed"],
+        "reused": totals["reused"],
         "tokens": {
             "prompt": used["prompt"],
             "completion": used["completion"],
@@ -133,6 +154,9 @@ _TOTALS = f"""
     SELECT
         count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
         count(error_type) AS failed,
+        count(*) FILTER (
+            WHERE reused_from IS NOT NULL OR settled_at < (SELECT max(started_at) FROM sessions)
+        ) AS reused,
         count(reused_from) AS taken_over,
         count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
     {CURRENT}
@@ -175,7 +199,22 @@ _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 _ERRORS = f"SELECT error_type, count(*) AS n {CURRENT} WHERE error_type IS NOT NULL GROUP BY error_type ORDER BY n DESC"
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("output_text", "finish_reason", "request_id", "model_id", "deployment", "reused_from"), (str,)),
+    **dict.fromkeys(("error_type", "error_message", "details", "metadata", "scores"), (str,)),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens"), (int,)),
+    **dict.fromkeys(("cached_tokens", "error_status", "retries"), (int,)),
+    **dict.fromkeys(("queue_wait_s", "service_time_s", "end_to_end_s", "ttft_s", "cost_usd"), (float, int)),
+}
+"""What is in the columns of a row, beside null: SQLite keeps a value of any type in any column."""
+
+
 def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
+    for name, types in _TYPES.items():
+        if (value := record[name]) is not None and type(value) not in types:
+            raise TypeError(f"{name} is of type {type(value).__name__}")
+    if not record["are_json"]:
+        raise ValueError("metadata or scores are no JSON")
     details = json.loads(record["details"]) if record["details"] else {}
     details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}
@@ -237,19 +276,21 @@ async def _one(store: Store, sql: str) -> Any:
 
 async def _quantiles(store: Store, column: str, count: int) -> dict[str, float | None]:
     """p50, p95 and p99 of a column over ``count`` measured rows; SQLite sorts, one row a quantile comes back."""
-    sql = f"SELECT {column} AS value {CURRENT} {_MEASURED} ORDER BY {column} LIMIT 1 OFFSET ?"
-    return {
-        f"p{percent}": (await _one(store, sql.replace("?", str(round((count - 1) * percent / 100)))))["value"]
-        if count
-        else None
-        for percent in (50, 95, 99)
-    }
+    places = {percent: round((count - 1) * percent / 100) for percent in (50, 95, 99)}
+    sql = f"""
+        SELECT place, value
+        FROM (SELECT {column} AS value, row_number() OVER (ORDER BY {column}) - 1 AS place {CURRENT} {_MEASURED})
+        WHERE place IN ({", ".join(map(str, places.values()))})
+    """
+    values = {row["place"]: row["value"] async for row in store.query(sql)}
+    return {f"p{percent}": values.get(place) for percent, place in places.items()}
 
 
 async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
     """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
     retries = {row["deployment"]: row["n"] async for row in store.query(_RETRIES)}
     rows = {row["deployment"]: row async for row in store.query(_DEPLOYMENTS)}
+    latencies = await _latencies(store, {label: row["answered"] for label, row in rows.items() if row["answered"]})
     deployments: dict[str, dict[str, Any]] = {}
     for label in sorted(rows.keys() | retries.keys()):
         row = rows.get(label)
@@ -258,10 +299,25 @@ async def _deployments(store: Store, answers: int) -> dict[str, dict[str, Any]]:
             "answered": answered,
             "failed": row["failed"] if row else 0,
             "share": answered / answers if answers else 0.0,
-            "latency_s": {"p50": row["p50"] if row else None, "p95": row["p95"] if row else None},
+            "latency_s": latencies.get(label, {"p50": None, "p95": None}),
             "retries": retries.get(label, 0),
         }
     return deployments
+
+
+async def _latencies(store: Store, answered: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """p50 and p95 of the answers of each deployment, of which there are so many."""
+    places = {
+        (label, percent): round((count - 1) * percent / 100)
+        for label, count in answered.items()
+        for percent in (50, 95)
+    }
+    if not places:
+        return {}
+    sql = _RANKED.format(", ".join(["(?, ?)"] * len(places)))
+    parameters = [value for (label, _), place in places.items() for value in (label, place)]
+    values = {(row["deployment"], row["place"]): row["value"] async for row in store.query(sql, parameters)}
+    return {label: {f"p{percent}": values[label, places[label, percent]] for percent in (50, 95)} for label in answered}
 
 
 _RETRIES = (
@@ -269,25 +325,25 @@ _RETRIES = (
 )
 
 _DEPLOYMENTS = f"""
-    WITH ranked AS (
-        SELECT
-            deployment,
-            error_type,
-            service_time_s,
-            row_number() OVER (PARTITION BY deployment, error_type IS NULL ORDER BY service_time_s) AS place,
-            count(*) OVER (PARTITION BY deployment, error_type IS NULL) AS n
-        {CURRENT}
-        WHERE deployment IS NOT NULL
-    )
-    SELECT
-        deployment,
-        count(*) FILTER (WHERE error_type IS NULL) AS answered,
-        count(error_type) AS failed,
-        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.5)) AS p50,
-        max(service_time_s) FILTER (WHERE error_type IS NULL AND place = 1 + round((n - 1) * 0.95)) AS p95
-    FROM ranked
+    SELECT deployment, count(*) FILTER (WHERE error_type IS NULL) AS answered, count(error_type) AS failed
+    {CURRENT}
+    WHERE deployment IS NOT NULL
     GROUP BY deployment
 """
+
+_RANKED = f"""
+    SELECT deployment, place, value
+    FROM (
+        SELECT
+            deployment,
+            service_time_s AS value,
+            row_number() OVER (PARTITION BY deployment ORDER BY service_time_s) - 1 AS place
+        {CURRENT}
+        WHERE error_type IS NULL AND deployment IS NOT NULL
+    )
+    WHERE (deployment, place) IN (VALUES {{}})
+"""
+"""The answers at some places, the fastest of a deployment being at 0."""
 
 
 async def _scores(store: Store) -> dict[str, dict[str, float]]:

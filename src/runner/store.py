@@ -11,10 +11,10 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from runner.answers import (
     Entry,
@@ -61,7 +61,7 @@ class Store:
         self,
         database: Database,
         *,
-        lock: IO[str] | None = None,
+        lock: BinaryIO | None = None,
         reserve: Reserve | None = None,
         on_commit: Callable[[Sequence[Outcome]], None] | None = None,
     ) -> None:
@@ -264,7 +264,7 @@ class Store:
     def _bounded(self, outcome: Outcome) -> Outcome:
         bound = self._bounds.pop((outcome.content, outcome.occurrence), None)
         if outcome.cost_usd is None and bound is not None:
-            return replace(outcome, cost_bound_usd=bound)
+            return outcome._replace(cost_bound_usd=bound)
         return outcome
 
     async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:

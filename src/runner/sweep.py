@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner.errors import StoreError
 from runner.results import replace_file
 
 _SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "budget.", "plan=", "pilot=", "-")
@@ -58,9 +59,12 @@ class Sweep:
         replace_file(self._cells / f"{cell.number}.json", json.dumps(asdict(cell)).encode())
 
     def cells(self) -> list[Cell]:
-        """The cells that have begun, in their order."""
-        notes = (json.loads(path.read_bytes()) for path in self._cells.glob("*.json"))
-        return sorted((Cell(**note) for note in notes), key=lambda cell: cell.number)
+        """The cells that have begun, in their order.
+
+        Raises:
+            StoreError: A note is none of a cell.
+        """
+        return sorted(map(_read, self._cells.glob("*.json")), key=lambda cell: cell.number)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -76,8 +80,24 @@ class Sweep:
             yield
 
     @property
+    def wandb_is_away(self) -> Path:
+        """A file that is there once a cell could not reach W&B, so that the others do not wait for it as well."""
+        return self._cells / "wandb-is-away"
+
+    @property
     def _cells(self) -> Path:
         return self.folder / "cells"
+
+
+def _read(path: Path) -> Cell:
+    try:
+        cell = Cell(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} is no note of a sweep's cell ({error})") from None
+    types = (cell.number, int), (cell.name, str), (cell.folder, str), (cell.summary, dict), (cell.message, str | None)
+    if not all(isinstance(value, kind) for value, kind in types):
+        raise StoreError(f"{path} is no note of a sweep's cell")
+    return cell
 
 
 def sweep_id(arguments: Sequence[str]) -> str:
