@@ -3,6 +3,8 @@
     python scripts/benchmark.py                                             # the comparison
     python scripts/benchmark.py --infermesh /path/to/its/python             # with the predecessor
     python scripts/benchmark.py --rows 200000 --repeats 1 --only experiment # memory at scale
+    python scripts/benchmark.py --only litellm litellm_batch                # what this package adds to LiteLLM
+    python scripts/benchmark.py start                                       # how soon the command is there
     python scripts/benchmark.py routing --replicas 64                       # what the router adds to a request
     python scripts/benchmark.py server                                      # the server alone, until stdin ends
     python scripts/benchmark.py limits --requests 200000                    # the rate limiter alone
@@ -10,16 +12,17 @@
     py-spy record -- python scripts/benchmark.py raw --server URL           # one contender, once, in this process
 
 The comparison prints a JSON line per contender, with the medians of its runs, and a line with the ratios of those
-rates. Every run is a process of its own, and the contenders take turns (A B C A B C …), so that a machine that gets
-slower meets all of them.
+rates, and of CPU per request likewise. Every run is a process of its own, and the contenders take turns (A B C A B C
+…), so that a machine that gets slower meets all of them.
 
 In-process contenders warm up with one request per slot, and are timed from the first request to the last answer. Of a
 command (``experiment``, ``infermesh_cli``) the whole process is timed, and the same command over one row is taken off
 as its start-up: rate = rows / (wall time - start-up). CPU is counted alike, user and system, of the client only. Peak
 memory is the whole process's. On a machine that has other work, CPU per request is the steadier figure.
 
-``wire`` sends prepared bytes and decodes nothing. It shows what the server can take: where ``wire/raw`` is not well
-above 1, the rates are the server's and not the client's.
+``raw`` is the best that one would write with aiohttp, ``plain`` what most write: ``session.post(json=…)`` and
+``await answer.json()``. ``wire`` sends prepared bytes and decodes nothing. It shows what the server can take: where
+``wire/raw`` is not well above 1, the rates are the server's and not the client's.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import json
 import os
 import re
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -63,6 +67,8 @@ def main() -> None:
         throughput(arguments)
     elif arguments.what == "routing":
         routing(arguments)
+    elif arguments.what == "start":
+        start(arguments)
     elif arguments.what == "server":
         asyncio.run(serve())
     elif arguments.what == "limits":
@@ -84,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         "what",
         nargs="?",
         default="throughput",
-        choices=["throughput", "routing", "server", "limits", "auto", *IN_PROCESS],
+        choices=["throughput", "routing", "start", "server", "limits", "auto", *IN_PROCESS],
         help="default: throughput",
     )
     parser.add_argument("--requests", "--rows", type=int, default=20_000, metavar="N", help="default: 20000")
@@ -123,23 +129,24 @@ def throughput(arguments: argparse.Namespace) -> None:
                 run = run_command(name, job) if name in COMMANDS else run_in_child(name, job)
                 runs[name].append(run)
                 print(f"{repeat + 1}/{arguments.repeats} {name}: {run}", file=sys.stderr, flush=True)
-    rates: dict[str, float | None] = {}
+    medians: dict[str, dict[str, float | None]] = {}
     for name in names:
-        rates[name] = median(runs[name], "requests_per_s")
-        line = {
-            "name": name,
-            "requests_per_s": rates[name],
-            "cpu_ms_per_request": median(runs[name], "cpu_ms_per_request"),
-            "peak_rss_mb": max(run["peak_rss_mb"] for run in runs[name]),
-            "runs": runs[name],
-        }
-        print(json.dumps(line))
-    ratios = {}
+        medians[name] = {key: median(runs[name], key) for key in ("requests_per_s", "cpu_ms_per_request")}
+        peak_rss_mb = max(run["peak_rss_mb"] for run in runs[name])
+        print(json.dumps({"name": name, **medians[name], "peak_rss_mb": peak_rss_mb, "runs": runs[name]}))
+    print(
+        json.dumps({"ratios": ratios(medians, "requests_per_s"), "cpu_ratios": ratios(medians, "cpu_ms_per_request")})
+    )
+
+
+def ratios(medians: Mapping[str, Mapping[str, float | None]], key: str) -> dict[str, float]:
+    """How the contenders compare, as far as they took part."""
+    found = {}
     for ratio in RATIOS:
-        above, below = (rates.get(name) for name in ratio.split("/"))
+        above, below = (medians.get(name, {}).get(key) for name in ratio.split("/"))
         if above and below:
-            ratios[ratio] = round(above / below, 3)
-    print(json.dumps({"ratios": ratios}))
+            found[ratio] = round(above / below, 3)
+    return found
 
 
 def run_in_child(name: str, job: Job) -> dict[str, Any]:
@@ -182,6 +189,32 @@ def rate(requests: int, elapsed_s: float) -> float | None:
 def median(runs: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [run[key] for run in runs if run[key] is not None]
     return round(statistics.median(values), 4) if values else None
+
+
+# The start
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Print what ``--help`` costs, and how soon after the command a direct run asks its first request: medians."""
+    command = [sys.executable, "-m", "runner"]
+    helps = [finish([*command, "--help"]) for _ in range(arguments.repeats)]
+    firsts = [first_request_s(command) for _ in range(arguments.repeats)]
+    print(json.dumps({"name": "help", "cpu_s": round(statistics.median(ended.cpu_s for ended in helps), 3)}))
+    print(json.dumps({"name": "first_request", "after_s": round(statistics.median(firsts), 3)}))
+
+
+def first_request_s(command: Sequence[str]) -> float:
+    """Seconds from the command to its first request, which is not answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        asked = ["prompt=Hello.", f"model=hosted_vllm/{MODEL}", f"api_base={url}", "tracker=none"]
+        started = time.perf_counter()
+        with subprocess.Popen([*command, *asked], cwd=folder, stderr=subprocess.DEVNULL) as process:
+            try:
+                import_module("million").await_request(server, process)
+                return time.perf_counter() - started
+            finally:
+                process.kill()
 
 
 # The router alone
@@ -334,18 +367,47 @@ def raw(job: Job) -> Timing:
     return stopwatch.timing
 
 
-def generate_batch(job: Job) -> Timing:
-    """This package as a library."""
-    from runner import LMClient
+def plain(job: Job) -> Timing:
+    """aiohttp as its documentation shows it, in the same loop of workers."""
+    import aiohttp
 
     stopwatch = Stopwatch()
-    with LMClient(model=f"hosted_vllm/{MODEL}", api_base=job.server, max_parallel_requests=job.concurrency) as client:
+    url = f"{job.server}/chat/completions"
+
+    async def run() -> list[str]:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def ask(prompt: str) -> str:
+                async with session.post(url, json=chat(prompt)) as answer:
+                    answer.raise_for_status()
+                    text: str = (await answer.json())["choices"][0]["message"]["content"]
+                    return text
+
+            return await ask_timed(ask, job, stopwatch)
+
+    require(all(asyncio.run(run())), "requests failed")
+    return stopwatch.timing
+
+
+def generate_batch(job: Job, transport: str = "auto") -> Timing:
+    """This package as a library."""
+    from runner import DeploymentConfig, LMClient
+    from runner.config import TransportKind
+
+    stopwatch = Stopwatch()
+    deployment = DeploymentConfig(model=f"hosted_vllm/{MODEL}", api_base=job.server, transport=TransportKind(transport))
+    with LMClient(deployments={MODEL: deployment}, max_parallel_requests=job.concurrency) as client:
         client.generate_batch(job.warm_up)
         prompts = job.prompts
         with stopwatch:
             batch = client.generate_batch(prompts)
     require(not any(batch.errors), f"requests failed: {next(filter(None, batch.errors), None)}")
     return stopwatch.timing
+
+
+def litellm_batch(job: Job) -> Timing:
+    """This package as a library, by way of LiteLLM."""
+    return generate_batch(job, "litellm")
 
 
 def raw_embeddings(job: Job) -> Timing:
@@ -585,10 +647,12 @@ def finish(command: Sequence[str]) -> Ended:
 IN_PROCESS: Mapping[str, Callable[[Job], Timing]] = {
     "wire": wire,
     "raw": raw,
+    "plain": plain,
     "generate_batch": generate_batch,
     "raw_embeddings": raw_embeddings,
     "embed_batch": embed_batch,
     "litellm": litellm,
+    "litellm_batch": litellm_batch,
     "infermesh_batch": infermesh_batch,
 }
 COMMANDS: Mapping[str, Callable[[Job, Path], tuple[Ended, dict[str, Any]]]] = {
@@ -596,20 +660,23 @@ COMMANDS: Mapping[str, Callable[[Job, Path], tuple[Ended, dict[str, Any]]]] = {
     "infermesh_cli": infermesh_cli,
 }
 CONTENDERS = (
-    *("wire", "raw", "generate_batch", "experiment", "raw_embeddings", "embed_batch"),
-    *("litellm", "infermesh_batch", "infermesh_cli"),
+    *("wire", "raw", "plain", "generate_batch", "experiment", "raw_embeddings", "embed_batch"),
+    *("litellm", "litellm_batch", "infermesh_batch", "infermesh_cli"),
 )
-ONLY_ON_REQUEST = {"raw_embeddings", "embed_batch", "litellm"}
+ONLY_ON_REQUEST = {"raw_embeddings", "embed_batch", "litellm", "litellm_batch"}
 NEEDS_INFERMESH = {"infermesh_batch", "infermesh_cli"}
-SHARES = {"litellm": 0.1, "infermesh_batch": 0.1, "infermesh_cli": 0.05}
+SHARES = {"litellm": 0.1, "litellm_batch": 0.1, "infermesh_batch": 0.1, "infermesh_cli": 0.05}
 """Of --requests: those that are so slow that fewer requests take as long."""
 
 RATIOS = (
     "wire/raw",
     "generate_batch/raw",
     "experiment/raw",
+    "generate_batch/plain",
+    "experiment/plain",
     "embed_batch/raw_embeddings",
     "generate_batch/litellm",
+    "litellm_batch/litellm",
     "generate_batch/infermesh_batch",
     "experiment/infermesh_cli",
 )

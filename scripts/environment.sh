@@ -1,10 +1,13 @@
-# Makes .venv at the top of the checkout, with everything in requirements.lock: by uv where it is there, else by venv
-# and pip. Does nothing where it is up to date. Sourced by the scripts beside it; sets $python.
+# Makes .venv at the top of the checkout, with everything in a lock file: by uv where it is there, else by venv and pip.
+# requirements.lock is what a run needs, tests/requirements.lock that and what the checks need; what is installed stays.
+# Does nothing where it is up to date. Sourced by the scripts beside it with the lock file; sets $python.
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$top"
 python=$top/.venv/bin/python
-wanted=$(cat requirements.lock pyproject.toml | cksum)
+lock=$1
+stamp=.venv/.wanted-$(echo "$lock" | tr / -)
+wanted=$(cat "$lock" pyproject.toml | cksum)
 
 # The first interpreter that is new enough and really starts.
 find_python() {
@@ -19,21 +22,30 @@ find_python() {
     return 1
 }
 
-if [ "$(cat .venv/.wanted 2>/dev/null)" != "$wanted" ]; then
-    interpreter=$(find_python) || exit 1
-    echo "Making .venv with $("$interpreter" --version)" >&2
-    rm -rf .venv
+install() {
     if uv --version >/dev/null 2>&1; then
-        uv venv --quiet --python "$interpreter" .venv
-        uv pip install --quiet --python "$python" --require-hashes -r requirements.lock
-        uv pip install --quiet --python "$python" --no-deps --no-build-isolation -e .
+        uv pip install --quiet --python "$python" "$@"
     else
-        "$interpreter" -m venv .venv || {
-            echo "venv is missing: install it (Debian: apt-get install python3-venv), or install uv" >&2
-            exit 1
-        }
-        "$python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+        "$python" -m pip install --quiet --disable-pip-version-check "$@"
     fi
-    echo "$wanted" >.venv/.wanted
+}
+
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    if [ ! -e .venv/.made ]; then # none, or half of one
+        interpreter=$(find_python) || exit 1
+        rm -rf .venv
+        if uv --version >/dev/null 2>&1; then
+            uv venv --quiet --python "$interpreter" .venv
+        else
+            "$interpreter" -m venv .venv || {
+                echo "venv is missing: install it (Debian: apt-get install python3-venv), or install uv" >&2
+                exit 1
+            }
+        fi
+        touch .venv/.made
+    fi
+    echo "Installing $lock into .venv, with $("$python" --version)" >&2
+    install --require-hashes -r "$lock"
+    install --no-deps --no-build-isolation -e .
+    echo "$wanted" >"$stamp"
 fi

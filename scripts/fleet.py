@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import sqlite3
@@ -21,14 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
-Json = dict[str, Any]
+from trial.server import Json, Server
 
 
 def main() -> int:
@@ -368,59 +365,6 @@ class Run:
 
     def shares(self) -> dict[str, float]:
         return {label: each["share"] for label, each in self.summary["deployments"].items()}
-
-
-class Server:
-    """A simulator in a process of its own, at one address for all its lives."""
-
-    def __init__(self, label: str, settings: Mapping[str, float], *, log: Path) -> None:
-        self.label = label
-        self.url = ""
-        self.answered_before = 0
-        self._settings = settings
-        self._log = log
-        self._process: subprocess.Popen[str] | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self.start()
-        try:
-            yield
-        finally:
-            self.signal(signal.SIGCONT)
-            self.kill()
-
-    def start(self) -> None:
-        port = self.url.removesuffix("/v1").rpartition(":")[2] or "0"
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
-        command = [sys.executable, "-m", "runner.simulator", f"--port={port}", *options]
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().split()[-1]
-
-    def kill(self) -> None:
-        assert self._process is not None
-        with self._process:
-            self._process.kill()
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        os.kill(self._process.pid, number)
-
-    def set(self, **settings: Any) -> None:
-        self.post("/settings", settings)
-
-    def ledger(self) -> Json:
-        ledger: Json = self._ask("/ledger")
-        return ledger
-
-    def post(self, path: str, body: Json | None = None) -> None:
-        self._ask(path, json.dumps(body or {}).encode())
-
-    def _ask(self, path: str, body: bytes | None = None) -> Any:
-        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, data=body, timeout=5) as response:
-            return json.load(response)
 
 
 if __name__ == "__main__":

@@ -19,81 +19,25 @@ import argparse
 import json
 import math
 import random
-import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runner.config import SimulatorConfig
-from runner.simulator.model import AnswerKey, Model
+from trial.books import ROUNDING_USD, WAITING, read_books
+from trial.server import Server
+from trial.work import WORK
 
 FAULTS = {
     **{"http_429": 0.02, "http_500": 0.02, "http_502": 0.01, "http_503": 0.01, "http_529": 0.01},
     **{"reset": 0.01, "hang": 0.005, "truncated": 0.01, "invalid_json": 0.01, "error_200": 0.01},
 }
 """What the server of our own does to this share of the requests."""
-
-WAITING = 256
-"""Answers that may wait for their commit."""
-
-_ROUNDING_USD = 1e-9
-
-
-GROUP = 8
-"""Texts in one embedding request."""
-
-
-class Generate:
-    """Prompts, answered with their echo."""
-
-    arguments: tuple[str, ...] = ("dataset=jsonl", "dataset.path=rows.jsonl", "request.max_tokens=16")
-    group = 1
-    bounded = True  # what an attempt can cost is known
-
-    def lay(self, folder: Path, prompts: Sequence[str]) -> None:
-        rows = "".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts)
-        (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-
-    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
-        return bool(row["output_text"] == f"echo: {prompt}")
-
-
-class Embed(Generate):
-    """Texts, each with the vector that is its own."""
-
-    arguments = ("task=embed", f"task.micro_batch_size={GROUP}", "dataset=jsonl", "dataset.path=rows.jsonl")
-    group = GROUP
-    model = Model(SimulatorConfig(), AnswerKey({}))
-
-    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
-        return bool(row["embedding"] == self.model.vector("echo", prompt))
-
-
-class Transcribe:
-    """Recordings, of which the server repeats the names."""
-
-    arguments = ("task=transcribe", "dataset=files", "dataset.path=recordings")
-    group = 1
-    bounded = False
-
-    def lay(self, folder: Path, prompts: Sequence[str]) -> None:
-        (folder / "recordings").mkdir()
-        for prompt in prompts:
-            (folder / "recordings" / prompt).write_text(prompt, encoding="utf-8")
-
-    def is_answer(self, row: dict[str, Any], prompt: str) -> bool:
-        return bool(row["text"] == f"echo: {prompt}")
-
-
-WORK: dict[str, Generate | Transcribe] = {"generate": Generate(), "embed": Embed(), "transcribe": Transcribe()}
 
 
 def main() -> int:
@@ -106,8 +50,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server", help="URL of a simulator that nobody else uses; default: one of our own")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="runner-kill-") as folder, serving(options) as url:
-        found = Trial(Path(folder), url, options).run()
+    with tempfile.TemporaryDirectory(prefix="runner-kill-") as folder, serving(options, Path(folder)) as server:
+        found = Trial(Path(folder), server, options).run()
     print(json.dumps(found))
     return 1 if found["violations"] else 0
 
@@ -115,9 +59,9 @@ def main() -> int:
 class Trial:
     """One dataset and one run folder, many sessions."""
 
-    def __init__(self, folder: Path, url: str, options: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, server: Server, options: argparse.Namespace) -> None:
         self._folder = folder
-        self._server = url.removesuffix("/v1")
+        self._server = server
         self._kills = options.kills
         self._work = WORK[options.task]
         self._in_flight = options.concurrency * self._work.group
@@ -128,7 +72,7 @@ class Trial:
         self._costs: list[tuple[float, float, float]] = []  # in the books at least, charged, in the books at most
         self._violations: list[str] = []
         self._command = [
-            *(sys.executable, "-m", "runner", "model=simulated/echo", f"api_base={url}"),
+            *(sys.executable, "-m", "runner", "model=simulated/echo", f"api_base={server.url}"),
             *(*self._work.arguments, "name=kill", "tracker=none"),
             *(f"limits.concurrency={options.concurrency}", "retry.base_s=0.02"),
             "request.timeout=1",
@@ -183,17 +127,20 @@ class Trial:
         """Compare what the run has stored with what the server has seen."""
         asked = self._asked()
         booked: dict[str, int] = {}
-        stored, (at_least, at_most) = self._stored()
-        charged = float(self._get("/ledger")["cost_usd"])
-        self._costs.append((at_least, charged, at_most))
-        if not at_least - _ROUNDING_USD <= charged <= at_most + _ROUNDING_USD:
-            self._violations.append(f"${charged} were charged, the books say {at_least} to {at_most}")
-        for position, answers, attempts in stored:
-            prompt = self._prompts[position]
-            booked[prompt] = answers + attempts
+        [path] = self._folder.glob("runs/kill/*/results.sqlite") or [Path()]
+        books = read_books(path)
+        charged = float(self._server.ledger()["cost_usd"])
+        if self._work.bounded and books.without_bound:
+            self._violations.append(f"{books.without_bound} attempts have no bound")
+        at_most = books.at_most_usd if self._work.bounded else math.inf
+        self._costs.append((books.at_least_usd, charged, at_most))
+        if not books.at_least_usd - ROUNDING_USD <= charged <= at_most + ROUNDING_USD:
+            self._violations.append(f"${charged} were charged, the books say {books.at_least_usd} to {at_most}")
+        for _, content, prompt in books.rows:
+            booked[prompt] = books.booked(content)
             if prompt in self._held and asked[prompt]["asked"] > self._held[prompt]:
                 self._violations.append(f"{prompt} has an answer and was asked again")
-            if answers:
+            if books.answers.get(content):
                 self._held.setdefault(prompt, asked[prompt]["asked"])
         for prompt, count in asked.items():
             if count["asked"] > booked.get(prompt, 0):
@@ -216,87 +163,26 @@ class Trial:
             if row["error"] or not self._work.is_answer(row, self._prompts[row["_index"]]):
                 self._violations.append(f"row {row['_index']} has another row's answer, or none: {str(row)[:200]}")
 
-    def _stored(self) -> tuple[list[tuple[int, int, int]], tuple[float, float]]:
-        """Position, answers and other attempts of each row, and the bounds of the cost, as the last session left them.
-
-        What a killed session had taken up and not answered counts as one attempt, as the next session will book it.
-        """
-        with tempfile.TemporaryDirectory() as aside:  # to open the original would tidy it up
-            for path in self._folder.glob("runs/kill/*/results.sqlite*"):
-                shutil.copy(path, aside)
-            with closing(sqlite3.connect(Path(aside, "results.sqlite"))) as database:
-                if not database.execute(_LAID).fetchone():
-                    return [], (0.0, 0.0)
-                at_least, bounds, without_bound = database.execute(_COSTS).fetchone()
-                if without_bound and self._work.bounded:
-                    self._violations.append(f"{without_bound} attempts have no bound")
-                at_most = at_least + bounds if self._work.bounded else math.inf
-                return database.execute(_STORED).fetchall(), (at_least, at_most)
-
     def _asked(self) -> dict[str, dict[str, int]]:
         """Counts by prompt, once the server has noticed that nobody waits for it any more."""
-        while self._get("/ledger")["in_flight"]:
-            time.sleep(0.01)
-        return defaultdict(lambda: {"asked": 0, "answered": 0}, self._get("/ledger/prompts"))
+        self._server.idle()
+        return defaultdict(lambda: {"asked": 0, "answered": 0}, self._server.get("/ledger/prompts"))
 
     def _requests(self) -> int:
-        return int(self._get("/ledger")["requests"])
-
-    def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(self._server + path) as response:
-            return json.load(response)
-
-
-_LAID = "SELECT 1 FROM sqlite_master WHERE name = 'attempts'"
-
-_IN_FLIGHT = """
-    rows.session = (SELECT max(id) FROM sessions WHERE ended_at IS NULL)
-    AND rows.session = (SELECT max(id) FROM sessions)
-    AND NOT EXISTS (SELECT 1 FROM answers WHERE answers.content = rows.content)
-"""
-
-_COSTS = f"""
-    WITH attempt (cost_usd, bound_usd) AS (
-        SELECT cost_usd, cost_bound_usd FROM answers
-        UNION ALL
-        SELECT cost_usd, cost_bound_usd FROM attempts
-        UNION ALL
-        SELECT NULL, cost_bound_usd FROM rows WHERE {_IN_FLIGHT}
-    )
-    SELECT
-        total(cost_usd),
-        total(bound_usd) FILTER (WHERE cost_usd IS NULL),
-        count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL)
-    FROM attempt
-"""
-
-_STORED = f"""
-    SELECT
-        rows.position,
-        (SELECT count(*) FROM answers
-            WHERE answers.content = rows.content AND answers.error_type IS NULL),
-        (SELECT count(*) FROM answers
-            WHERE answers.content = rows.content AND answers.error_type IS NOT NULL)
-        + (SELECT count(*) FROM attempts WHERE attempts.content = rows.content)
-        + ifnull({_IN_FLIGHT}, 0)
-    FROM rows
-"""
+        return int(self._server.ledger()["requests"])
 
 
 @contextmanager
-def serving(options: argparse.Namespace) -> Iterator[str]:
-    """The URL of the server that was named, or of a new one."""
+def serving(options: argparse.Namespace, folder: Path) -> Iterator[Server]:
+    """The server that was named, or a new one."""
+    settings = {f"faults.{name}": share for name, share in FAULTS.items()}
+    server = Server("server", {"latency_s": options.latency_s, **settings}, log=folder / "server.txt")
     if options.server:
-        yield options.server
-        return
-    faults = [f"--faults.{name.replace('_', '-')}={share}" for name, share in FAULTS.items()]
-    command = [sys.executable, "-m", "runner.simulator", "--port=0", f"--latency-s={options.latency_s}", *faults]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            yield server.stdout.readline().split()[-1]
-        finally:
-            server.terminate()
+        server.url = options.server
+        yield server
+    else:
+        with server.running():
+            yield server
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from runner.config import DeploymentConfig, LimitsConfig, Shared, SimulatorConfi
 from runner.sharing import open_shared
 from runner.simulator import Simulator
 from runner.types import TokenUsage
+from trial.world import Redis
 
 KILLED_AT, STOPPED_AT, STOPPED_S = 0.4, 0.6, 10.0
 """Shares of the time after which one process is killed, and Redis is stopped; and for how long that is."""
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--by", choices=["file", "redis"], default="file")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where a process shares limits and writes down its grants")
+    parser.add_argument("--redis-url", default="", help="where it shares them instead")
     arguments = parser.parse_args()
     if arguments.what == "simulator":
         print(json.dumps(asyncio.run(simulator(arguments))))
@@ -116,10 +119,11 @@ async def ledger(provider: Simulator) -> dict[str, Any]:
 def share(arguments: argparse.Namespace) -> dict[str, Any]:
     """Processes that share a limit; one of them is killed with -9, and Redis is stopped and started again."""
     seconds, rpm = arguments.seconds or 200.0, arguments.rpm or 1_200
-    with tempfile.TemporaryDirectory(prefix="limits-") as name:
+    with tempfile.TemporaryDirectory(prefix="limits-") as name, ExitStack() as stack:
         folder = Path(name)
-        redis = start_redis(folder) if arguments.by == "redis" else None
+        redis = stack.enter_context(Redis().running()) if arguments.by == "redis" else None
         command = [sys.executable, __file__, "process", "--by", arguments.by, "--folder", name, "--rpm", str(rpm)]
+        command += ["--redis-url", redis.url] if redis else []
         began = time.monotonic()
         processes = [subprocess.Popen(command) for _ in range(arguments.processes)]
         stopped_s = 0.0
@@ -131,10 +135,8 @@ def share(arguments: argparse.Namespace) -> dict[str, Any]:
             sleep_until(began + STOPPED_AT * seconds)
             if redis is not None:
                 redis.kill()
-                redis.wait()
-                (folder / "socket").unlink()
                 time.sleep(STOPPED_S)
-                redis = start_redis(folder)
+                redis.start()
                 stopped_s = STOPPED_S + 60.0  # what was granted is forgotten: a minute counts as used up
             sleep_until(began + seconds)
         finally:
@@ -142,9 +144,6 @@ def share(arguments: argparse.Namespace) -> dict[str, Any]:
             for each in processes:
                 each.kill()
                 each.wait()
-            if redis is not None:
-                redis.kill()
-                redis.wait()
         grants = {
             int(path.stem): [float(line) for line in path.read_text().split()] for path in folder.glob("*.grants")
         }
@@ -169,7 +168,7 @@ async def process(arguments: argparse.Namespace) -> None:
     """One that takes what it gets, and writes down when."""
     folder: Path = arguments.folder
     limits = LimitsConfig(rpm=arguments.rpm, shared=Shared(arguments.by), shared_folder=str(folder))
-    limits.redis_url = f"unix://{folder}/socket?db=0"
+    limits.redis_url = arguments.redis_url or limits.redis_url
     deployments = {"a": DeploymentConfig(model="simulated/echo")}
     limiter = RateLimiter.of(limits, quota=open_shared(limits, deployments))
     with (folder / f"{os.getpid()}.grants").open("w", buffering=1) as file:
@@ -188,31 +187,26 @@ async def ray(arguments: argparse.Namespace) -> dict[str, Any]:
     """A multirun of shards on a local Ray cluster, all against one simulator."""
     seconds, rpm, count = arguments.seconds or 100.0, arguments.rpm or 1_200, arguments.processes
     served: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="limits-") as name:
+    with tempfile.TemporaryDirectory(prefix="limits-") as name, Redis().running() as redis:
         folder = Path(name)
         rows = round(rpm * seconds / 60)
         (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "row {n}"}}\n' for n in range(rows)))
-        redis = start_redis(folder)
-        try:
-            async with Simulator(SimulatorConfig(latency_s=0.05)) as provider:
-                command = [
-                    *(sys.executable, "-m", "runner", "-m", "+scale=ray", "tracker=none", "dataset=jsonl"),
-                    *("dataset.path=rows.jsonl", "model=openai_like/simulated", f"api_base={provider.url}"),
-                    *(f"limits.rpm={rpm}", f"limits.redis_url=unix://{folder}/socket?db=0", "retry.max_retries=0"),
-                    *(f"dataset.shard.index=range(0,{count})", f"dataset.shard.count={count}"),
-                    f"+hydra.launcher.ray.init.num_cpus={count}",
-                ]
-                process = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=asyncio.subprocess.DEVNULL)
-                ended = asyncio.create_task(process.wait())
-                seen = 0
-                while not ended.done():
-                    await asyncio.wait([ended], timeout=0.02)
-                    now, total = time.monotonic(), (await ledger(provider))["by_status"].get("200", 0)
-                    served += [now] * (total - seen)
-                    seen = total
-        finally:
-            redis.kill()
-            redis.wait()
+        async with Simulator(SimulatorConfig(latency_s=0.05)) as provider:
+            command = [
+                *(sys.executable, "-m", "runner", "-m", "+scale=ray", "tracker=none", "dataset=jsonl"),
+                *("dataset.path=rows.jsonl", "model=openai_like/simulated", f"api_base={provider.url}"),
+                *(f"limits.rpm={rpm}", f"limits.redis_url={redis.url}", "retry.max_retries=0"),
+                *(f"dataset.shard.index=range(0,{count})", f"dataset.shard.count={count}"),
+                f"+hydra.launcher.ray.init.num_cpus={count}",
+            ]
+            process = await asyncio.create_subprocess_exec(*command, cwd=folder, stdout=asyncio.subprocess.DEVNULL)
+            ended = asyncio.create_task(process.wait())
+            seen = 0
+            while not ended.done():
+                await asyncio.wait([ended], timeout=0.02)
+                now, total = time.monotonic(), (await ledger(provider))["by_status"].get("200", 0)
+                served += [now] * (total - seen)
+                seen = total
     took_s = served[-1] - served[0]
     return {
         "name": f"{count} workers of Ray share {rpm} rpm by redis",
@@ -222,11 +216,6 @@ async def ray(arguments: argparse.Namespace) -> dict[str, Any]:
         "used": round(len(served) / (took_s * rpm / 60), 4),
         "most_in_a_minute": most_in(served, 60.0),
     }
-
-
-def start_redis(folder: Path) -> subprocess.Popen[bytes]:
-    options = ["--port", "0", "--unixsocket", "socket", "--save", "", "--appendonly", "no"]
-    return subprocess.Popen(["redis-server", *options], cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def sleep_until(at: float) -> None:

@@ -137,7 +137,7 @@ async def progress_of(process: asyncio.subprocess.Process) -> bytes:
 
 
 def read_rows(folder: Path) -> list[Json]:
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "results.jsonl").read_bytes().splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -33,7 +33,7 @@ def lines_of(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 def test_each_contender_gets_a_line_and_the_last_line_compares_them() -> None:
     *contenders, last = lines_of(benchmark("--requests", "60", "--concurrency", "4", "--repeats", "1"))
 
-    assert [line["name"] for line in contenders] == ["wire", "raw", "generate_batch", "experiment"]
+    assert [line["name"] for line in contenders] == ["wire", "raw", "plain", "generate_batch", "experiment"]
     for line in contenders:
         assert set(line) == {"name", "requests_per_s", "cpu_ms_per_request", "peak_rss_mb", "runs"}
         [run] = line["runs"]
@@ -41,8 +41,9 @@ def test_each_contender_gets_a_line_and_the_last_line_compares_them() -> None:
         assert line["peak_rss_mb"] == run["peak_rss_mb"] > 1
         assert line["requests_per_s"] is None or line["requests_per_s"] > 0
     assert {"wall_s", "startup_s", "requests_per_s_by_summary"} <= set(contenders[-1]["runs"][0])
-    assert set(last) == {"ratios"}
-    assert {"wire/raw", "generate_batch/raw"} <= set(last["ratios"])
+    assert set(last) == {"ratios", "cpu_ratios"}
+    assert {"wire/raw", "generate_batch/raw", "generate_batch/plain"} <= set(last["ratios"])
+    assert {"wire/raw", "generate_batch/raw", "experiment/raw"} <= set(last["cpu_ratios"])
 
 
 def test_the_rate_limiter_is_measured_alone() -> None:
@@ -57,7 +58,7 @@ def test_only_the_named_contenders_run_as_often_as_asked() -> None:
 
     assert line["name"] == "raw"
     assert len(line["runs"]) == 2
-    assert last == {"ratios": {}}
+    assert last == {"ratios": {}, "cpu_ratios": {}}
 
 
 def test_embeddings_are_compared_with_their_own_twin() -> None:
@@ -105,6 +106,15 @@ change = (1.5, {"slots": 4}, (4,))
 auto.CASES = {"short": auto.Case(server={"slots": 2, "latency_s": 0.02}, fixed=(2, 3), changes=(change,))}
 auto.main([])
 """
+
+
+def test_the_start_is_measured() -> None:
+    [shown, asked] = lines_of(benchmark("start", "--repeats", "1"))
+
+    assert shown["name"] == "help"
+    assert shown["cpu_s"] > 0
+    assert asked["name"] == "first_request"
+    assert asked["after_s"] > 0
 
 
 def test_routing_has_a_line_for_each_strategy() -> None:

@@ -19,6 +19,7 @@ from runner.config import (
     BudgetConfig,
     DatasetConfig,
     DatasetKind,
+    Dedupe,
     DeploymentConfig,
     LimitsConfig,
     PriceConfig,
@@ -26,6 +27,8 @@ from runner.config import (
     RunnerConfig,
     ShardConfig,
     SweepConfig,
+    TaskConfig,
+    TaskKind,
 )
 from runner.errors import (
     BudgetExhausted,
@@ -263,6 +266,20 @@ async def test_what_earlier_sessions_took_counts(tmp_path: Path) -> None:
 
 
 @virtual_time
+async def test_runs_that_are_moved_take_their_budget_with_them(tmp_path: Path) -> None:
+    config = priced(budget=BudgetConfig(requests=10))
+    async with opened(Budget(config, tmp_path / "here")) as _:
+        pass
+    budget = Budget(config, tmp_path / "here")
+    async with opened(budget, session=2, requests=4):
+        assert budget.left() == {"requests": 6}
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = Budget(config, tmp_path / "there")
+    async with opened(moved, session=3, requests=4):
+        assert moved.left() == {"requests": 6}
+
+
+@virtual_time
 async def test_after_a_kill_what_was_in_flight_counts_and_not_all_that_was_taken_up(tmp_path: Path) -> None:
     config = priced(budget=BudgetConfig(usd=10.0))
     killed = Budget(config, tmp_path)
@@ -386,6 +403,52 @@ async def test_a_pilot_asks_rows_from_everywhere_and_goes_on(tmp_path: Path) -> 
     assert [position // 10 for position in first] == list(range(10))
     assert len(provider.requests) == report.summary["succeeded"] == 100
     assert report.summary["reused"] == 0
+
+
+async def test_texts_that_shared_a_request_count_as_one_when_a_run_goes_on(tmp_path: Path) -> None:
+    async with serving() as provider:
+        task = TaskConfig(kind=TaskKind.embed, micro_batch_size=10)
+        run = experiment(tmp_path, provider.url, task=task, budget=BudgetConfig(requests=7))
+        first = await run(numbered(60))
+        more = await run(numbered(90))
+    assert (first.exit_code, more.exit_code) == (0, 4)
+    assert more.summary["succeeded"] == 70
+    assert more.message is not None
+    assert "budget.requests=7: 7 requests taken" in more.message
+    assert "20 rows are left" in more.message
+
+
+async def test_a_pilot_asks_rows_that_share_an_answer_once_and_counts_them_so(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {n % 40}"} for n in range(1000)]
+    async with serving() as provider:
+        run = experiment(tmp_path, provider.url, dedupe=Dedupe.always)
+        stopped = await run(rows, pilot=20, budget=BudgetConfig(requests=30))
+        asked = {request.text for request in provider.requests}
+        assert 10 < len(asked) == len(provider.requests) <= 20
+        assert stopped.message is not None
+        assert f"{40 - len(asked)} rows are left" in stopped.message
+        finished = await run(pilot=20, budget=BudgetConfig(requests=40))
+    assert (stopped.exit_code, finished.exit_code, len(provider.requests)) == (4, 0, 40)
+    assert finished.summary["succeeded"] == 1000
+
+
+async def test_answers_to_rows_that_are_gone_make_a_pilots_rest_no_smaller(tmp_path: Path) -> None:
+    async with serving() as provider:
+        run = experiment(tmp_path, provider.url)
+        await run(numbered(80))
+        rows = [{"prompt": f"another {n}"} for n in range(100)]
+        report = await run(rows, pilot=10, budget=BudgetConfig(requests=120))
+    assert (report.exit_code, len(provider.requests)) == (4, 90)
+    assert report.message is not None
+    assert "90 rows are left" in report.message
+
+
+async def test_rows_that_are_gone_are_so_in_a_run_that_ends_before_their_place(tmp_path: Path) -> None:
+    async with serving(lambda asked: refusal(400, "bad") if asked.text == "row 0" else shout(asked)) as provider:
+        run = experiment(tmp_path, provider.url, limits=LimitsConfig(concurrency=1))
+        await run(numbered(40))
+        report = await run(numbered(10), budget=BudgetConfig(requests=40))
+    assert (report.exit_code, report.summary["rows"], report.summary["succeeded"]) == (4, 10, 9)
 
 
 async def test_the_pilot_of_a_shard_asks_rows_of_its_own(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (rows(shard=ShardConfig(count=0)), r"^dataset\.shard\.count=0: at least 1"),
     (rows(shard=ShardConfig(index=2, count=2)), r"^dataset\.shard\.index=2 is outside 0 to 1"),
     (rows(shard=ShardConfig(index=-1, count=2)), r"^dataset\.shard\.index=-1 is outside 0 to 1"),
-    ({"routing": RoutingConfig(strategy="fastest")}, r"^routing\.strategy='fastest': choose one of simple-shuffle, "),
+    ({"routing": RoutingConfig(strategy="fastest")}, r"^routing\.strategy=fastest: choose one of simple-shuffle, "),
     ({"tracker": TrackerConfig(log_every_s=0.01)}, r"^tracker\.log_every_s=0\.01: at least 0\.1"),
     ({"tracker": TrackerConfig(table_rows=-1)}, r"^tracker\.table_rows=-1: at least 0"),
     ({"simulator": SimulatorConfig(faults=FaultsConfig(reset=1.5))}, r"^simulator\.faults\.reset=1\.5: a share"),

@@ -202,7 +202,18 @@ BAD_INPUT = {
     "an unknown key in an own group": (["limits=mine", "prompt=x"], "limits/mine.yaml: unknown key 'limits.rmp'"),
     "an unknown key in an experiment": (["+experiment=misspelt"], "experiment/misspelt.yaml: unknown key 'promt'"),
     "a missing value in an own group": (["dataset=mine", "prompt=x"], "dataset.path must be set"),
-    "a wrong type": (["samples=two", "prompt=x"], "(key samples)"),
+    "a text for a whole number": (["samples=two", "prompt=x"], "samples=two: a whole number, as in samples=10"),
+    "a text for a number": (["limits.rpm=many", "prompt=x"], "limits.rpm=many: a number, as in limits.rpm=10"),
+    "a text for a switch": (["routing.hedge=maybe", "prompt=x"], "routing.hedge=maybe: true or false"),
+    "a text for a list": (["tracker.tags=first", "prompt=x"], "tracker.tags: a list, as in 'tracker.tags=[one, two]'"),
+    "a text for a parameter": (["request.temperature=hot", "prompt=x"], "request.temperature='hot': a number"),
+    "no choice of a key": (
+        ["resume=freh", "prompt=x"],
+        "choose one of auto, fresh, require. Did you mean resume=fresh?",
+    ),
+    "an unknown strategy": (["routing.strategy=leastbusy", "prompt=x"], "Did you mean routing.strategy=least-busy?"),
+    "a schema that is not there": (["response_format=schma.json", "prompt=x"], "Did you mean 'schema.json' or"),
+    "a schema that is no file": (["response_format=schema", "prompt=x"], "a JSON schema, the path of a .json file, or"),
     "a wrong type of a deployment": (["deployments.a={model: b/c, weight: x}", "prompt=x"], "weight"),
     "an impossible value": (["samples=0", "prompt=x"], "samples=0: at least 1"),
     "an unknown option": (["dataset=jsnl", "prompt=x"], "Did you mean dataset=jsonl?"),
@@ -224,6 +235,7 @@ def test_bad_input_is_one_message_and_leaves_no_folder(
 ) -> None:
     command = Command(here)
     command.write("notes.txt", "These are\nmy notes\n")
+    command.write("schema.json", "{}")
     command.write("conf/limits/mine.yaml", "rmp: 3\n")
     command.write("conf/dataset/mine.yaml", "kind: jsonl\npath: ???\n")
     command.write("conf/experiment/misspelt.yaml", "# @package _global_\npromt: x\n")
@@ -502,7 +514,7 @@ def test_a_cell_with_a_wrong_type_does_not_stop_the_others(here: Path, capfd: py
 
     out, err = capfd.readouterr()
     assert exit_code == 1
-    assert "(key deployments.a.weight)" in err
+    assert "deployments.a.weight=x: a number" in err
     assert [line.split()[:2] for line in out.splitlines()[-2:]] == [
         ["deployments.a.weight=x", "2"],
         ["deployments.a.weight=2", "0"],

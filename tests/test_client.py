@@ -737,3 +737,47 @@ def test_closing_from_another_thread_ends_those_who_wait() -> None:
 
     assert ended.wait(10)
     thread.join()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"modle": "simulated/echo"}, r"LMClient\.__init__\(\) got .* 'modle'\. Did you mean 'model'\?"),
+        ({"wibble": 1}, r"'wibble'; it takes model, api_base, "),
+    ],
+)
+def test_a_misspelt_argument_is_named_with_the_right_one(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        LMClient(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"routing_strategy": "leastbusy"},
+            r"^routing_strategy=leastbusy: .* Did you mean routing_strategy=least-busy\?",
+        ),
+        ({"rpm": "many"}, "^rpm='many': a number above 0"),
+        ({"max_retries": "often"}, r"max_retries='often'"),
+        ({"deployments": {"a": {"modle": "simulated/echo"}}}, r"deployments\['a'\]: .* Did you mean 'model'\?"),
+        ({"deployments": {"a": {"model": "simulated/echo", "limits": {"rmp": 1}}}}, r"Did you mean 'rpm'\?"),
+    ],
+)
+def test_an_argument_of_no_use_is_named_as_the_caller_wrote_it(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        echo(**options)
+
+
+def test_a_misspelt_argument_of_a_call_is_not_sent_to_the_server(client: LMClient) -> None:
+    with pytest.raises(ConfigError, match="on_resutl: did you mean on_result"):
+        client.generate_batch(["hello"], on_resutl=print)
+
+
+async def test_where_nobody_listens_the_first_call_says_so_at_once() -> None:
+    async with serving() as server:
+        gone = server.url
+
+    async with LMClient(model="hosted_vllm/llama", api_base=gone) as client:
+        with pytest.raises(ConfigError, match="nobody listens there: start the server, or correct the address"):
+            await client.agenerate_batch(["one", "two"])

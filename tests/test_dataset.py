@@ -123,7 +123,8 @@ def test_a_home_directory_is_expanded(write: Any, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_what_is_no_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(DatasetError, match="is a folder"):
+    (tmp_path / "some.rows").touch()
+    with pytest.raises(DatasetError, match=r"is a folder: name one file in it, for example .*some\.rows"):
         open_dataset(dataset(tmp_path, kind))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DatasetError, match="is no regular file"):

@@ -81,3 +81,10 @@ def test_a_file_that_goes_away_meanwhile_fails_alone(folder: Path) -> None:
 
     assert str(gone.error) == "talks:2: talks/a.WAV: No such file or directory"
     assert there.fields["path"] == "talks/b.wav"
+
+
+def test_a_folder_without_files_is_not_called_missing(folder: Path) -> None:
+    (folder / "empty").mkdir()
+
+    with pytest.raises(DatasetError, match=r"dataset.path=empty: this folder holds no files$"):
+        open_dataset(dataset("empty"))

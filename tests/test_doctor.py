@@ -93,7 +93,9 @@ async def test_a_request_on_consent_compares_the_limits_with_the_provider_s_head
             return listing("llama")
         response = shout(asked)
         response.headers["x-ratelimit-limit-requests"] = "300"
+        response.headers["x-ratelimit-remaining-requests"] = "299"
         response.headers["x-ratelimit-limit-tokens"] = "1000"
+        response.headers["x-ratelimit-remaining-tokens"] = "990"
         return response
 
     limits = LimitsConfig(rpm=500)
@@ -104,6 +106,35 @@ async def test_a_request_on_consent_compares_the_limits_with_the_provider_s_head
     assert any("limits.rpm=500 is above the provider's 300" in note for note in notes)
     assert any("limits.tpm=1000 would keep to it" in note for note in notes)
     assert server.requests[-1].body["max_tokens"] == 16
+
+
+async def test_a_quota_of_the_day_is_compared_with_the_limit_of_the_day() -> None:
+    def answer(asked: Asked) -> web.Response:
+        if asked.path == "/v1/models":
+            return listing("llama")
+        response = shout(asked)
+        response.headers["x-ratelimit-limit-requests"] = "1000"
+        response.headers["x-ratelimit-remaining-requests"] = "999"
+        response.headers["x-ratelimit-reset-requests"] = "23h59m"
+        return response
+
+    async with serving(answer) as server:
+        found = await findings(experiment(server.url, limits=LimitsConfig(rpm=2000)), ask=True)
+
+    assert any("limits.rpd=1000 would keep to it" in finding.text for finding in found)
+    assert not any("limits.rpm" in finding.text for finding in found)
+
+
+async def test_rows_that_all_ask_the_same_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "text": "one"}\n{"id": 2, "text": "two"}\n', encoding="utf-8")
+    rows = DatasetConfig(kind=DatasetKind.jsonl, path=str(tmp_path / "rows.jsonl"))
+    constant = experiment("", model="simulated/echo", api_base=None, dataset=rows)
+
+    found = await findings(constant)
+    assert any("does prompt name a field of theirs, as in {{ text }}?" in finding.text for finding in found)
+
+    constant.prompt = "Say {{ text }}"
+    assert not any("very same" in finding.text for finding in await findings(constant))
 
 
 async def test_a_request_on_consent_is_one_of_the_task_s_own(tmp_path: Path) -> None:
@@ -147,6 +178,18 @@ async def test_a_folder_that_cannot_be_made_and_too_many_slots_are_faults(tmp_pa
 
     assert any("runs_dir" in fault for fault in faults(await findings(config)))
     assert any("ulimit" in fault for fault in faults(await findings(config)))
+
+
+def test_a_finding_keeps_to_the_width_of_the_terminal() -> None:
+    text = "there is no key in HOSTED_VLLM_API_KEY: right for a server that wants none"
+    finding = Finding(verdict=Verdict.note, subject="local", text=text)
+
+    lines = finding.shown(width=60).splitlines()
+
+    assert max(map(len, lines)) <= 60
+    assert {line[:23].strip() for line in lines[1:]} == {""}
+    assert " ".join(line[23:].strip() for line in lines) == text
+    assert finding.shown().endswith(text)
 
 
 def test_the_command_says_what_is_wrong_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -446,3 +446,16 @@ async def test_a_request_that_hangs_is_named_by_its_row_and_ends_at_the_default_
     named = [record.getMessage() for record in caplog.records if "has been waiting" in record.getMessage()]
     assert len(named) == 1
     assert named[0].startswith("row 7 has been waiting for openai_like/m for ")
+
+
+async def test_a_prompt_that_names_no_field_is_noted_and_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url)
+        report = await experiment([{"id": 1, "text": "one"}, {"id": 2, "text": "two"}], prompt="Classify the ticket.")
+
+    assert report.exit_code == 0
+    assert "the first 2 rows ask the very same: does prompt name a field of theirs, as in {{ text }}?" in (
+        capsys.readouterr().err
+    )

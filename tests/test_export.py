@@ -91,9 +91,9 @@ async def test_the_form_follows_the_name_of_the_file() -> None:
 
     assert await exported(run, "-o", "rows.csv") == 0
     assert await exported(run, "-o", "rows.txt", "--format", "csv") == 0
-    assert await exported(run, "-o", "rows.data") == 0
+    assert await exported(run, "-o", "rows") == 0
     assert cells("rows.csv") == cells("rows.txt")
-    assert [row["output_text"] for row in cells("rows.csv")] == [row["output_text"] for row in lines("rows.data")]
+    assert [row["output_text"] for row in cells("rows.csv")] == [row["output_text"] for row in lines("rows")]
 
 
 async def test_a_sweep_is_one_file_with_the_runs_in_a_column() -> None:
@@ -214,7 +214,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
         (["text.sqlite"], "text.sqlite is damaged or no database"),
         (["runs/a/1", "--format", "parquet"], "needs a file"),
         (["runs/a/1", "-o", "no/such/folder/rows.csv"], "there is no folder"),
-        (["runs/a/1", "-o", "runs/a/1/results.sqlite"], "the run's own database"),
+        (["runs/a/1", "-o", "runs/a/1/results.sqlite", "--format", "csv"], "the run's own database"),
+        (["runs/a/1", "-o", "rows.xlsx"], ".csv (spreadsheets open it)"),
         (["runs/a/1", "-o", "runs"], "runs: it cannot be written"),
     ],
 )

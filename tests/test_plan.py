@@ -73,6 +73,25 @@ async def test_without_a_run_every_row_is_new_and_no_folder_is_made(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+async def test_rows_that_were_put_between_others_are_new_and_not_changed(tmp_path: Path) -> None:
+    quick = SimulatorConfig(latency_s=0.001)
+    await run_experiment(configured(tmp_path, numbered(20), simulator=quick), tmp_path / "run")
+    rows = [{"prompt": "first"}, *numbered(10), {"prompt": "between"}, *numbered(20)[10:19], {"prompt": "last"}]
+    plan = await make_plan(configured(tmp_path, rows, simulator=quick), tmp_path / "run")
+    assert (plan.send, plan.keep) == ({"new": 3}, {"answered": 19})
+
+
+@pytest.mark.parametrize("change", [{"resume": Resume.fresh}, {"rows": [{"prompt": f"other {n}"} for n in range(20)]}])
+async def test_answers_to_rows_that_are_gone_tell_what_answers_are_like(tmp_path: Path, change: dict[str, Any]) -> None:
+    quick = SimulatorConfig(latency_s=0.001)
+    await run_experiment(configured(tmp_path, numbered(20), simulator=quick), tmp_path / "run")
+    rows = change.pop("rows", numbered(20))
+    plan = await make_plan(configured(tmp_path, rows, simulator=quick, **change), tmp_path / "run")
+    assert (plan.basis, plan.like) == (20, str(tmp_path / "run"))
+    assert plan.seconds is not None
+    assert plan.completion_tokens.low <= 20 * 24 <= plan.completion_tokens.high * 4
+
+
 async def test_answers_that_were_cut_off_are_planned_as_such(tmp_path: Path) -> None:
     rows = numbered(4)
     short = configured(tmp_path, rows, request={"max_tokens": 2}, simulator=SimulatorConfig(latency_s=0.001))
@@ -94,6 +113,11 @@ async def test_answers_of_other_runs_are_planned_to_be_taken_over(tmp_path: Path
     await run_experiment(config, tmp_path / "runs" / "one" / "a")
     plan = await make_plan(replace(config, reuse=True), tmp_path / "runs" / "one" / "b")
     assert (plan.send, plan.keep) == ({}, {"taken over from elsewhere": 3})
+
+
+async def test_a_plan_of_a_run_that_must_go_on_and_cannot_names_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'run'} holds no earlier run"):
+        await make_plan(configured(tmp_path, numbered(1), resume=Resume.require), tmp_path / "run")
 
 
 async def test_a_run_that_was_killed_is_planned(tmp_path: Path, command: Command) -> None:
@@ -247,6 +271,33 @@ async def test_the_plan_finds_the_run_that_the_command_would_go_on_with(command:
     done = await command(*cells, "plan=true")
     assert done.out.count("keep    3 rows: 3 answered") == 2
     assert "2 runs together\n  send    0 rows\n  keep    6 rows: 6 answered" in done.out
+
+
+async def test_the_plan_has_the_cells_that_a_configuration_sweeps_over(command: Command) -> None:
+    command.write_rows("rows.jsonl", numbered(3))
+    experiment = command.folder / "conf" / "experiment" / "grid.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text(
+        "# @package _global_\n"
+        "defaults: [{override /dataset: jsonl}]\n"
+        "dataset: {path: rows.jsonl}\n"
+        "name: grid\n"
+        "hydra: {sweeper: {params: {+request.temperature: '0,1', simulator.accuracy: '0.5,1'}}}\n"
+    )
+    cells = ["-m", "+experiment=grid", "tracker=none", "simulator.latency_s=0.001", "simulator.accuracy=0.9"]
+    planned = await command(*cells, "plan=true")
+    assert "request.temperature=1 simulator.accuracy=0.9\n  send    3 rows: 3 new" in planned.out
+    assert "2 runs together\n  send    6 rows: 6 new" in planned.out
+    assert (await command(*cells)).exit_code == 0
+    again = await command(*cells, "plan=true")
+    assert "2 runs together\n  send    0 rows\n  keep    6 rows: 6 answered" in again.out
+
+
+async def test_options_of_a_group_can_be_swept_over_by_a_pattern(command: Command) -> None:
+    done = await command("-m", "limits=glob(*)", "prompt=hi", "plan=true")
+    assert (done.exit_code, done.err) == (0, "")
+    assert "limits=auto" in done.out
+    assert "2 runs together" in done.out
 
 
 async def test_a_plan_of_what_cannot_be_composed_is_a_complaint(command: Command) -> None:

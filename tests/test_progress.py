@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runner.metrics import DeploymentSnapshot, Snapshot
-from runner.progress import open_progress, printable, summary_table
+from runner.progress import open_progress, printable, show_table, summary_table
 
 HALF_WAY = Snapshot(
     total=240,
@@ -344,6 +344,16 @@ def test_a_page_of_a_note_is_cut(clock: Clock) -> None:
     stream = io.StringIO()
     open_progress("x", stream=stream, clock=clock).note("<html>" * 100_000)
     assert len(stream.getvalue()) < 3_000
+
+
+def test_a_table_on_a_narrow_terminal_cuts_nothing_off(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+
+    show_table(["name", "what came of it"], [["completion_tokens", "no-difference-at-all"]], stream=terminal)
+
+    shown = "".join(re.findall(r"[\w-]", re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())))
+    assert "…" not in terminal.getvalue()
+    assert len(shown) == len("name what came of it completion_tokens no-difference-at-all".replace(" ", ""))
 
 
 def test_printable_keeps_ordinary_text() -> None:

@@ -123,6 +123,8 @@ async def test_a_prompt_without_an_answer_is_missing(caplog: pytest.LogCaptureFi
     unique = await ask(["a", "b", "b"], worker, output_shape="unique")
 
     assert [(row["status"], row["result"]) for row in rows] == [("done", "A"), ("missing", None), ("missing", None)]
+    assert ["error" in row for row in rows] == [False, True, True]
+    assert rows[1]["error"] == "WorkerError: the worker raised ValueError: no answer to b"
     assert [row["prompt"] for row in unique] == ["a"]
     assert "1 of 2 prompts have no answer, for example: WorkerError: the worker raised ValueError" in caplog.text
 
@@ -541,6 +543,25 @@ async def test_the_database_of_a_run_is_left_alone() -> None:
         await ask(["a"], Worker(), cache_db_url="run/results.sqlite")
 
 
+@pytest.mark.parametrize("table", ["results (mine TEXT)", "users (name TEXT)"])
+async def test_results_never_take_the_place_of_what_is_somebody_elses(table: str) -> None:
+    with closing(sqlite3.connect("theirs.db")) as database:
+        database.execute(f"CREATE TABLE {table}")
+    before, worker = Path("theirs.db").read_bytes(), Worker()
+
+    with pytest.raises(StoreError, match=r"theirs\.db holds other tables .*name another results_db_url"):
+        await ask(["a"], worker, results_db_url="theirs.db", teardown_results=True)
+    assert (Path("theirs.db").read_bytes(), worker.asked) == (before, [])
+
+
+async def test_results_of_the_library_that_was_used_before_are_replaced() -> None:
+    with closing(sqlite3.connect("results.db")) as database, database:
+        database.execute("CREATE TABLE results (idx INT, key TEXT, prompt TEXT, status TEXT, result TEXT)")
+        database.execute("INSERT INTO results VALUES (0, 'k', 'old', 'done', 'OLD')")
+    await ask(["a"], Worker(), results_db_url="results.db")
+    assert stored(Path("results.db")) == [(0, "a", "done", "A", None)]
+
+
 async def test_databases_side_by_side_do_not_meet() -> None:
     await asyncio.gather(*(ask(["a"], Worker(), cache_db_url=f"{name}.db") for name in "abc"))
 
@@ -557,11 +578,14 @@ async def test_a_database_in_use_is_refused() -> None:
 
 
 async def test_results_that_cannot_be_written_leave_the_answers_in_the_cache() -> None:
-    worker = Worker()
-    Path("results.db").mkdir()
+    def in_the_way(prompt: str) -> bool:
+        Path("results.db").mkdir()
+        return False
 
+    worker = Worker(fails=in_the_way)
     with pytest.raises(StoreError, match=r"results\.db: the results cannot be written"):
         await ask(["a"], worker, results_db_url="results.db")
+    worker.fails = lambda prompt: False
     await ask(["a"], worker)
 
     assert worker.asked == ["a"]
@@ -597,3 +621,8 @@ def test_the_first_arguments_are_where_they_were() -> None:
     names = list(inspect.signature(prompt_map).parameters)
 
     assert names[:5] == ["prompts", "worker", "model_name", "openrouter_api_key", "response_model"]
+
+
+async def test_a_misspelt_argument_is_named_with_the_right_one() -> None:
+    with pytest.raises(TypeError, match=r"prompt_map\(\) got .* 'modle'\. Did you mean 'model'\?"):
+        await prompt_map(["a"], modle="simulated/echo")  # type: ignore[call-arg]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.quota import Reading, duration_s, readings, retry_after_s
+from runner.quota import Reading, clock_of, duration_s, readings, retry_after_s
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC).timestamp()
 
@@ -54,6 +55,21 @@ def test_a_time_that_has_passed_is_no_wait(text: str) -> None:
 )
 def test_nonsense_is_no_hint(text: Any) -> None:
     assert duration_s(text, now=NOW) is None
+
+
+def test_times_are_read_by_the_clock_of_who_wrote_them() -> None:
+    headers = {
+        "date": "Sun, 01 Mar 2026 12:00:00 GMT",
+        "anthropic-ratelimit-requests-remaining": "3",
+        "anthropic-ratelimit-requests-reset": "2026-03-01T12:00:09Z",
+    }
+    assert clock_of(headers) == NOW
+    assert [reading.reset_s for reading in readings(headers)] == [9.0]
+
+
+@pytest.mark.parametrize("date", [{}, {"date": "today"}])
+def test_without_a_date_our_own_clock_has_to_do(date: Mapping[str, str]) -> None:
+    assert clock_of(date) == pytest.approx(time.time(), abs=60)
 
 
 def test_a_date_without_a_zone_is_utc() -> None:

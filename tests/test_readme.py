@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (TOP / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+TEXT = (TOP / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT, re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,26 @@ def test_the_first_block_is_the_two_commands() -> None:
 
     assert language == "bash"
     assert commands.split("\n")[:-1] == ["bash scripts/quickstart.sh", "bash scripts/test.sh"]
+
+
+def test_every_link_within_leads_to_a_heading() -> None:
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
+    headings = {_anchor(heading) for heading in re.findall(r"^#+ (.*)$", prose, re.M)}
+
+    assert set(re.findall(r"\]\(#([^)]*)\)", prose)) <= headings
+
+
+def test_every_experiment_is_in_the_table_of_them() -> None:
+    experiments = {path.stem for path in (TOP / "conf" / "experiment").glob("*.yaml")}
+
+    table = TEXT[TEXT.index("| `+experiment=` |") :].split("\n\n", 1)[0]
+
+    assert experiments <= set(re.findall(r"`(\w+)`", table))
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub writes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.timeout(400)

@@ -328,6 +328,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "rows": 0,
         "succeeded": 0,
         "failed": 0,
+        "reused": 0,
         "tokens": {"prompt": 0, "completion": 0, "total": 0, "cached": 0, "reasoning": 0},
         "cost_usd": 0.0,
         "cost_usd_upper_bound": 0.0,
@@ -403,6 +404,17 @@ async def test_rates_are_over_the_time_of_all_sessions(tmp_path: Path) -> None:
     assert 0.06 <= summary["elapsed_s"] <= longest_s
     assert summary["requests_per_s"] == pytest.approx(2 / summary["elapsed_s"])
     assert summary["tokens_per_s"] == pytest.approx(100 / summary["elapsed_s"])
+
+
+async def test_a_clock_that_is_set_back_does_not_make_a_session_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.sqlite"
+    async with await Store.open(path) as store:
+        monkeypatch.setattr(time, "time", lambda real=time.time: real() - 3600)
+        await settle(store, 0)
+        summary = await summarize(store)
+    assert 0 <= summary["elapsed_s"] < 60
 
 
 # Money

@@ -218,6 +218,18 @@ async def test_rows_that_share_a_request_that_fails_fail_together_and_are_asked_
     assert len(provider.requests) == 4
 
 
+async def test_an_answer_that_was_asked_for_is_not_reused_by_the_rows_that_share_it(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {n % 5}"} for n in range(600)]
+    async with serving() as provider:
+        experiment = Experiment(
+            tmp_path, api_base=provider.url, dedupe=Dedupe.always, limits=LimitsConfig(concurrency=1)
+        )
+        first = await experiment(rows)
+        again = await experiment([*rows, {"prompt": "new"}])
+    assert (first.summary["reused"], first.summary["deduplicated"]) == (0, 595)
+    assert (again.summary["reused"], again.summary["deduplicated"]) == (600, 595)
+
+
 async def test_turning_sharing_on_and_off_keeps_the_answers(tmp_path: Path) -> None:
     async with serving() as provider:
         experiment = Experiment(tmp_path, api_base=provider.url)

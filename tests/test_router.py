@@ -195,7 +195,7 @@ async def test_while_all_are_out_requests_wait_and_it_is_told(caplog: pytest.Log
     assert now() - began < 65
     out, back = warnings(caplog)
     assert "all 2 deployments are out" in out
-    assert "600 s (routing.max_wait_s): a: HTTP 529: Overloaded; b: HTTP 529: Overloaded" in out
+    assert "600 s (max_wait_s of the routing): a: HTTP 529: Overloaded; b: HTTP 529: Overloaded" in out
     assert re.fullmatch("answers come again, after (5[5-9]|6[0-3]) s", back)
 
 

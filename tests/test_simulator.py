@@ -951,6 +951,13 @@ async def test_faults_can_be_http_errors(status: int, stream: bool) -> None:
     assert ("retry-after-ms" in answer.headers) == (status == 429)
 
 
+async def test_a_429_of_the_faults_says_what_it_is_told_to() -> None:
+    async with serving(faults=FaultsConfig(http_429=1.0), retry_after="Wed, 21 Oct 2015 07:28:00 GMT") as client:
+        answer = await client.chat()
+    assert (answer.status, answer.headers["retry-after"]) == (429, "Wed, 21 Oct 2015 07:28:00 GMT")
+    assert "retry-after-ms" not in answer.headers
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_reset_breaks_the_connection(stream: bool) -> None:
     async with serving(faults=FaultsConfig(reset=1.0)) as client:
@@ -1102,6 +1109,17 @@ async def test_the_ledger_counts_refused_requests() -> None:
         await client.post(CHAT, ask(), key="wrong")
         ledger = await client.ledger()
     assert (ledger["requests"], ledger["answered"], ledger["by_status"]) == (1, 0, {"401": 1})
+
+
+async def test_the_ledger_knows_when_each_request_came_and_what_it_was_charged() -> None:
+    async with serving(api_key="right") as client:
+        before = time.monotonic()
+        await client.post(CHAT, ask(), key="wrong")
+        await client.post(CHAT, ask(), key="right")
+        arrivals = (await client.get("/ledger/arrivals")).json
+        ledger = await client.ledger()
+    assert before <= arrivals["at"][0] <= arrivals["at"][1] <= time.monotonic()
+    assert arrivals["tokens"] == [0, sum(ledger["tokens"].values())]
 
 
 async def test_the_ledger_can_be_cleared() -> None:

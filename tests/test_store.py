@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -814,6 +814,15 @@ async def test_a_database_with_damaged_pages_is_a_store_error(path: Path) -> Non
     path.write_bytes(whole)
     with pytest.raises(StoreError, match=str(path)):
         await read_whole(path)
+
+
+async def test_text_that_is_none_any_more_is_a_store_error(path: Path) -> None:
+    await filled(path)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE answers SET output_text = CAST(x'fffe41' AS TEXT)")
+    with pytest.raises(StoreError, match=f"{path} is damaged .*move it away"):
+        async with await Store.open_readonly(path) as store:
+            await answers(store)
 
 
 async def read_whole(path: Path) -> None:

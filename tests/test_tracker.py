@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import os
 import subprocess
@@ -10,15 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
 
 from runner.config import TrackerConfig, TrackerKind, TrackerMode
-from runner.tracker import PENDING_POINTS, TABLE_TEXT, Ending, Tracker, open_tracker, redact
-from wandb_offline import OfflineRun, read_offline_run
+from runner.tracker import PENDING_POINTS, TABLE_TEXT, Ending, Identity, Tracker, open_tracker
+from wandb_fake import FakeRun, FakeWandb
+from wandb_offline import everything_below, offline_runs
 
 CANARY = "sk-canary-5f1d0c9ab7e2"
 WANDB_KEY = "5eed" * 10
@@ -65,12 +64,7 @@ FAILED_ROW = ROW | {
 }
 
 
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
-        monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("no_wandb_account")
 
 
 @pytest.fixture
@@ -88,82 +82,12 @@ def track(
     settings: dict[str, Any] | None = None,
     **config: Any,
 ) -> Tracker:
-    return open_tracker(TrackerConfig(**config), folder=folder, name=name, run_id=run_id, settings=settings or {})
-
-
-def offline_runs(folder: Path) -> list[OfflineRun]:
-    return [read_offline_run(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
+    identity = Identity(run_id=run_id, name=name)
+    return open_tracker(TrackerConfig(**config), folder=folder, identity=identity, settings=settings or {})
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
-
-
-class FakeRun:
-    offline = False
-    url = "https://wandb.test/run"
-
-    def __init__(self, folder: str) -> None:
-        self.dir = f"{folder}/wandb/run-1/files"
-        self.logged: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.exit_code: int | None = None
-
-    def define_metric(self, *_: Any, **__: Any) -> None: ...
-
-    def log(self, data: dict[str, Any]) -> None:
-        self.logged.append(data)
-
-    def log_artifact(self, artifact: Any) -> None: ...
-
-    def finish(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-
-
-class FakeWandb(SimpleNamespace):
-    """Stands in for the package; ``init`` is the test's."""
-
-    def __init__(self, *, has_key: bool = True, init: Callable[..., Any] | None = None) -> None:
-        super().__init__()
-        self.has_key = has_key
-        self.calls: list[dict[str, Any]] = []
-        self.runs: list[FakeRun] = []
-        self.threads: set[str] = set()
-        self.order: list[str] = []
-        self._init = init
-
-    def login(self, *, verify: bool, prompt: bool) -> bool:
-        assert not verify
-        assert not prompt
-        return self.has_key
-
-    def init(self, **arguments: Any) -> Any:
-        self.threads.add(threading.current_thread().name)
-        self.calls.append(arguments)
-        self.order.append(arguments["mode"])
-        if self._init is not None:
-            self._init(**arguments)
-        self.runs.append(FakeRun(arguments["dir"]))
-        return self.runs[-1]
-
-    def teardown(self) -> None:
-        self.order.append("teardown")
-
-    def Table(self, **arguments: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(**arguments)
-
-    def Artifact(self, *_: Any, **__: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(add_file=lambda *_, **__: None)
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeWandb]:
-    def install(**arguments: Any) -> FakeWandb:
-        module = FakeWandb(**arguments)
-        monkeypatch.setitem(sys.modules, "wandb", module)
-        return module
-
-    return install
 
 
 @pytest.fixture
@@ -230,9 +154,9 @@ def test_wandb_is_not_even_imported_where_it_is_not_wanted(folder: Path, environ
 import asyncio, sys
 from pathlib import Path
 from runner.config import TrackerConfig, TrackerKind
-from runner.tracker import Ending, open_tracker
+from runner.tracker import Ending, Identity, open_tracker
 config = TrackerConfig(kind=TrackerKind.{kind})
-tracker = open_tracker(config, folder=Path(sys.argv[1]), name="n", run_id="i", settings={{}})
+tracker = open_tracker(config, folder=Path(sys.argv[1]), identity=Identity(run_id="i", name="n"), settings={{}})
 tracker.log({{"ts/elapsed_s": 1.0}})
 asyncio.run(tracker.finish(Ending(summary={{}}, exit_code=0)))
 assert "wandb" not in sys.modules
@@ -367,6 +291,12 @@ async def test_a_resumed_run_keeps_its_identity(folder: Path) -> None:
     assert [run.id for run in offline_runs(folder)] == ["cell-1-rate-2", "cell-1-rate-2"]
 
 
+def test_long_names_keep_what_tells_runs_apart() -> None:
+    first, second = (Identity(run_id=f"{'long ' * 20}-{end}", name="").wandb_id for end in ("0a1b", "2c3d"))
+
+    assert (first[-5:], second[-5:], len(first)) == ("-0a1b", "-2c3d", 64)
+
+
 async def test_environment_and_home_are_left_as_they_were(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,8 +318,8 @@ def test_wandb_prints_nothing_takes_no_output_and_lets_the_process_exit(tmp_path
 import asyncio, sys, time
 from pathlib import Path
 from runner.config import TrackerConfig
-from runner.tracker import Ending, open_tracker
-tracker = open_tracker(TrackerConfig(), folder=Path(sys.argv[1]), name="n", run_id="i", settings={})
+from runner.tracker import Ending, Identity, open_tracker
+tracker = open_tracker(TrackerConfig(), folder=Path(sys.argv[1]), identity=Identity(run_id="i", name="n"), settings={})
 while not list(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
     time.sleep(0.02)
 for _ in range(20):
@@ -414,8 +344,8 @@ def test_a_killed_run_keeps_its_points(folder: Path) -> None:
 import os, signal, sys
 from pathlib import Path
 from runner.config import TrackerConfig
-from runner.tracker import open_tracker
-tracker = open_tracker(TrackerConfig(), folder=Path(sys.argv[1]), name="n", run_id="i", settings={})
+from runner.tracker import Identity, open_tracker
+tracker = open_tracker(TrackerConfig(), folder=Path(sys.argv[1]), identity=Identity(run_id="i", name="n"), settings={})
 for second in range(100):
     tracker.log({"ts/elapsed_s": second})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -524,11 +454,11 @@ import asyncio, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
 from runner.config import TrackerConfig, TrackerMode
-from runner.tracker import Ending, open_tracker
+from runner.tracker import Ending, Identity, open_tracker
 hang = lambda **_: threading.Event().wait()
 sys.modules["wandb"] = SimpleNamespace(init=hang, teardown=hang)
 config = TrackerConfig(mode=TrackerMode.offline, finish_timeout_s=0.05)
-tracker = open_tracker(config, folder=Path(sys.argv[1]), name="n", run_id="i", settings={})
+tracker = open_tracker(config, folder=Path(sys.argv[1]), identity=Identity(run_id="i", name="n"), settings={})
 asyncio.run(tracker.finish(Ending(summary={}, exit_code=0)))
 """
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=20)
@@ -587,7 +517,7 @@ async def test_what_wandb_refuses_does_not_take_the_rest_along(
     assert wandb.runs[0].exit_code == 3
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "W&B did not take a point: ValueError: cannot log ts/elapsed_s",
-        "W&B did not take the sample table: ValueError: cannot log samples",
+        "W&B did not take samples: ValueError: cannot log samples",
     ]
 
 
@@ -660,17 +590,6 @@ async def test_online_without_a_key_says_what_is_missing(
 # Secrets
 
 
-def everything_below(folder: Path) -> bytes:
-    """All bytes of all files and names, unpacked where they are packed."""
-    found = b""
-    for path in folder.rglob("*"):
-        found += str(path.relative_to(folder)).encode() + b"\n"
-        if path.is_file():
-            data = path.read_bytes()
-            found += gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    return found
-
-
 async def test_a_canary_key_is_in_no_byte_below_the_run_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = "canary-of-an-unsuspicious-variable"
     monkeypatch.setenv("MY_API_KEY", CANARY)
@@ -704,64 +623,3 @@ async def test_a_canary_key_is_in_no_byte_below_the_run_folder(folder: Path, mon
     assert CANARY.encode() not in everything_below(folder)
     assert other.encode() not in everything_below(folder)
     assert WANDB_KEY.encode() not in everything_below(folder)
-
-
-def test_redact_hides_values_under_secret_keys_however_they_are_spelt() -> None:
-    assert redact({"api_key": "x", "X-API-Key": "x", "apiKey": "x", "Authorization": "x", "db": {"password": "x"}}) == {
-        "api_key": "***",
-        "X-API-Key": "***",
-        "apiKey": "***",
-        "Authorization": "***",
-        "db": {"password": "***"},
-    }
-
-
-def test_redact_keeps_what_is_no_secret() -> None:
-    settings = {"api_key": None, "max_tokens": 256, "model": "openai/gpt", "tags": ["a", True, 1.5, None]}
-
-    assert redact(settings) == settings
-
-
-def test_redact_keeps_the_name_of_a_variable_but_no_key_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PROVIDER_CREDENTIAL", "a-credential")
-
-    assert redact({"api_key_env": "PROVIDER_CREDENTIAL", "note": "it is a-credential"}) == {
-        "api_key_env": "PROVIDER_CREDENTIAL",
-        "note": "it is ***",
-    }
-    assert redact({"api_key_env": "sk-pasted-by-mistake"}) == {"api_key_env": "***"}
-
-
-@pytest.mark.parametrize("name", ["SOME_KEY", "HF_TOKEN", "client_secret", "DB_PASSWORD"])
-def test_redact_hides_the_environments_secrets_within_texts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "a+secret(value")
-
-    assert redact({"text": "<a+secret(value>"}) == {"text": "<***>"}
-
-
-def test_redact_leaves_short_values_of_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SORT_KEY", "default")
-
-    assert redact({"text": "the default"}) == {"text": "the default"}
-
-
-@pytest.mark.parametrize(
-    ("url", "clean"),
-    [
-        ("http://me:pa55@host:80/v1", "http://host:80/v1"),
-        ("redis://:pa55@host", "redis://host"),
-        ("see https://token@host/a@b now", "see https://host/a@b now"),
-        ("https://host/v1?key=abc&n=1", "https://host/v1?key=***&n=1"),
-        ("https://host/@scope/name", "https://host/@scope/name"),
-    ],
-)
-def test_redact_takes_credentials_out_of_urls(url: str, clean: str) -> None:
-    assert redact({"api_base": url}) == {"api_base": clean}
-
-
-def test_redact_stays_fast_on_hostile_text() -> None:
-    began = time.perf_counter()
-    for text in ("://" * 100_000, "?key" * 100_000, "a" * 1_000_000, "http://" + "a" * 1_000_000):
-        redact({"text": text})
-
-    assert time.perf_counter() - began < 5

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import random
+import re
 import resource
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -392,3 +393,16 @@ async def test_the_maximum_respects_the_files_that_a_process_may_open(monkeypatc
             tuner.answered(ticket, 10)
     assert window.limit == (168 - 128) // 2
     await settle()
+
+
+@virtual_time
+async def test_each_line_of_the_log_begins_where_the_last_one_ended(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(server: Server) -> RequestError | None:
+        return RateLimitError("no", status=429) if server.in_flight > 20 else None
+
+    with caplog.at_level(logging.INFO, logger="runner.tuner"):
+        await run(Server(seed=1, refuse=refuse), seconds=60)
+
+    changes = [re.findall(r"(\d+) -> (\d+)", message)[0] for message in caplog.messages]
+    assert len(changes) > 5
+    assert [before for before, _ in changes[1:]] == [after for _, after in changes[:-1]]

@@ -490,6 +490,11 @@ def test_an_endless_message_is_cut() -> None:
     assert len(str(wire.error_from(500, {"error": {"message": "x" * 10**6}}, {}))) < 3000
 
 
+def test_a_hint_that_is_a_time_is_read_by_the_clock_of_the_server() -> None:
+    sent, again = "Sun, 01 Mar 2026 12:00:00 GMT", "Sun, 01 Mar 2026 12:00:02 GMT"
+    assert wire.error_from(429, {}, {"Date": sent, "Retry-After": again}).retry_after_s == 2.0
+
+
 def test_the_hint_and_the_headers_travel_with_the_error() -> None:
     error = wire.error_from(429, {}, {"Retry-After": "3", "retry-after": "3"})
     assert error.retry_after_s == 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 import zlib
@@ -20,6 +21,7 @@ class OfflineRun:
 
     id: str
     name: str
+    job_type: str
     project: str
     group: str
     tags: list[str]
@@ -66,6 +68,7 @@ def read_offline_run(folder: Path) -> OfflineRun:
     return OfflineRun(
         id=run.run_id,
         name=run.display_name,
+        job_type=run.job_type,
         project=run.project,
         group=run.run_group,
         tags=list(run.tags),
@@ -77,6 +80,22 @@ def read_offline_run(folder: Path) -> OfflineRun:
         exit_code=exit_code,
         step_metrics=step_metrics,
     )
+
+
+def offline_runs(folder: Path) -> list[OfflineRun]:
+    """The runs that the one in ``folder`` kept for ``wandb sync``."""
+    return [read_offline_run(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
+
+
+def everything_below(folder: Path) -> bytes:
+    """All bytes of all files and names, unpacked where they are packed."""
+    found = b""
+    for path in folder.rglob("*"):
+        found += str(path.relative_to(folder)).encode() + b"\n"
+        if path.is_file():
+            data = path.read_bytes()
+            found += gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    return found
 
 
 def _records(data: bytes) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from runner.database import Database
 from runner.types import Attempt
@@ -15,9 +15,8 @@ Key: TypeAlias = tuple[bytes, int]
 """What is asked, and which of the rows that ask it it is."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What came of a row: the columns of ``answers``, in their order. See schema.sql."""
+class Outcome(NamedTuple):
+    """What came of a row: the columns of ``answers``, in their order, as they are inserted. See schema.sql."""
 
     content: bytes
     occurrence: int
@@ -100,7 +99,7 @@ class Entry:
 
 async def put_answers(database: Database, outcomes: Sequence[Outcome]) -> None:
     """Enter what came of rows, in the place of what was known of them."""
-    await _put(database, _PUT_ANSWERS, list(map(_ANSWER, outcomes)))
+    await _put(database, _PUT_ANSWERS, outcomes)
 
 
 async def put_attempts(database: Database, entries: Sequence[Entry]) -> None:
@@ -145,7 +144,7 @@ async def read_answers(database: Database, keys: Sequence[Key]) -> list[Outcome]
     return [Outcome(**dict(zip(_ANSWER_COLUMNS, row, strict=True))) for row in rows]
 
 
-async def _put(database: Database, into: str, rows: list[tuple[Any, ...]]) -> None:
+async def _put(database: Database, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
     if not rows:
         return
     try:
@@ -159,8 +158,7 @@ def _encodable(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-_ANSWER_COLUMNS = tuple(field.name for field in fields(Outcome))
-_ANSWER = attrgetter(*_ANSWER_COLUMNS)
+_ANSWER_COLUMNS = Outcome._fields
 _PUT_ANSWERS = f"INSERT OR REPLACE INTO answers ({', '.join(_ANSWER_COLUMNS)})"
 
 _ENTRY_COLUMNS = tuple(field.name for field in fields(Entry))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -63,7 +64,8 @@ class Budget:
         is_shared = config.sweep.folder and not any(key.startswith("budget.") for key in config.sweep.over)
         place = Path(str(config.sweep.folder)) if is_shared else folder
         self.is_shared = bool(is_shared)
-        self._purse = Purse(place / "budget.sqlite", holder=str(folder.absolute()), limits=limits)
+        holder = os.path.relpath(folder, place)  # the same wherever the runs are moved to
+        self._purse = Purse(place / "budget.sqlite", holder=holder, limits=limits)
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._recent: deque[Amounts] = deque(maxlen=_REMEMBERED)
@@ -292,17 +294,17 @@ def shown(name: str, amount: float) -> str:
 
 
 _TAKEN = """
-    WITH attempt (tokens, cost_usd, bound_usd) AS (
-        SELECT total_tokens, cost_usd, cost_bound_usd
+    WITH attempt (tokens, cost_usd, bound_usd, shared) AS (
+        SELECT total_tokens, cost_usd, cost_bound_usd, shared
         FROM answers
         WHERE reused_from IS NULL AND (error_type IS NULL OR deployment IS NOT NULL)
         UNION ALL
-        SELECT NULL, cost_usd, cost_bound_usd FROM attempts WHERE error_type != 'ConnectError'
+        SELECT NULL, cost_usd, cost_bound_usd, shared FROM attempts WHERE error_type != 'ConnectError'
     )
     SELECT
         (SELECT max(id) FROM sessions) AS session,
         (SELECT total(last_seen - started_at) FROM sessions) AS seconds,
-        count(*) AS requests,
+        count(*) FILTER (WHERE NOT shared) AS requests,
         total(tokens) AS tokens,
         total(cost_usd) AS usd,
         total(bound_usd) FILTER (WHERE cost_usd IS NULL) AS bounds_usd,

@@ -59,14 +59,22 @@ def check(config: RunnerConfig) -> None:
     for key, rate in vars(config.simulator.faults).items():
         if not 0 <= rate <= 1:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
-    if not config.name or "/" in config.name or config.name in (".", ".."):
-        raise ConfigError(f"name={config.name!r} becomes a folder's name: use letters, digits, '-' and '_'")
+    check_name(config.name)
     for key, amount in vars(config.budget).items():
-        if amount is not None and not amount > 0:
-            raise ConfigError(f"budget.{key}={amount}: a number above 0, or null for no limit")
+        _above_zero(f"budget.{key}", amount, "a number above 0, or null for no limit")
     _at_least("pilot", config.pilot, 1)
     _check_reuse(config)
     _reject_unavailable(config)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that leads out of ``runs_dir``.
+
+    Raises:
+        ConfigError: It does, or is none.
+    """
+    if not name or "/" in name or name in (".", "..") or not name.isprintable():
+        raise ConfigError(f"name={name!r} becomes a folder's name: use letters, digits, '-' and '_'")
 
 
 def check_secrets(config: RunnerConfig) -> None:
@@ -97,8 +105,8 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
     base = deployment.api_base
     if base is not None and not base.startswith(("http://", "https://")):
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
-    if not 0 < deployment.weight < math.inf:
-        raise ConfigError(f"{prefix}weight={deployment.weight}: a number above 0")
+    if not (_is_number(deployment.weight) and 0 < deployment.weight < math.inf):
+        raise ConfigError(f"{prefix}weight={deployment.weight!r}: a number above 0")
     for key, price in (vars(deployment.price) if deployment.price else {}).items():
         _at_least(f"{prefix}price.{key}", price, 0)
     _at_least(f"{prefix}max_output_tokens", deployment.max_output_tokens, 1)
@@ -108,32 +116,31 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
 
 
 def check_limits(where: str, limits: LimitsConfig) -> None:
-    """Check limits whose keys are below ``where``."""
+    """Check limits; ``where`` is the path of their keys, empty for the arguments of a function."""
+    prefix = f"{where}." if where else ""
     concurrency = limits.concurrency
     unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
     is_number = isinstance(concurrency, int) and not isinstance(concurrency, bool)
     if not unbounded and concurrency != "auto" and not (is_number and concurrency >= 1):
-        raise ConfigError(f"{where}.concurrency={concurrency!r}: a number of at least 1, or auto")
-    _at_least(f"{where}.max_concurrency", limits.max_concurrency, 1)
+        raise ConfigError(f"{prefix}concurrency={concurrency!r}: a number of at least 1, or auto")
+    _at_least(f"{prefix}max_concurrency", limits.max_concurrency, 1)
     for key in (*LIMIT_KEYS, "max_request_burst", "max_token_burst"):
-        value = getattr(limits, key)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{where}.{key}={value}: a number above 0, or null for no limit")
+        _above_zero(f"{prefix}{key}", getattr(limits, key), "a number above 0, or null for no limit")
     for key in ("rpm", "rpd"):
-        _at_least(f"{where}.{key}", getattr(limits, key), 1)
-    _at_least(f"{where}.default_output_tokens", limits.default_output_tokens, 0)
+        _at_least(f"{prefix}{key}", getattr(limits, key), 1)
+    _at_least(f"{prefix}default_output_tokens", limits.default_output_tokens, 0)
     if limits.shared is not Shared.none and not any(getattr(limits, key) for key in LIMIT_KEYS):
-        raise ConfigError(f"{where}.shared={limits.shared.value} shares limits, and there are none: set {where}.rpm")
+        raise ConfigError(f"{prefix}shared={limits.shared.value} shares limits, and there are none: set {prefix}rpm")
     if "@" in urlsplit(limits.redis_url).netloc:
         raise ConfigError(
-            f"{where}.redis_url: configurations are stored with the run, so a password has no place in them. Put it"
+            f"{prefix}redis_url: configurations are stored with the run, so a password has no place in them. Put it"
             " into RUNNER_REDIS_PASSWORD, in the environment or in .env"
         )
     _check_redis(where, limits)
     if limits.redis_url not in ("", LimitsConfig.redis_url) and limits.shared is not Shared.redis:
-        raise ConfigError(f"{where}.redis_url has no effect without {where}.shared=redis: set that too")
+        raise ConfigError(f"{prefix}redis_url has no effect without {prefix}shared=redis: set that too")
     if limits.shared_folder is not None and limits.shared is not Shared.file:
-        raise ConfigError(f"{where}.shared_folder has no effect without {where}.shared=file: set that too")
+        raise ConfigError(f"{prefix}shared_folder has no effect without {prefix}shared=file: set that too")
 
 
 def unshared(config: RunnerConfig, launcher: str) -> Iterator[str]:
@@ -183,10 +190,22 @@ def check_retry(retry: RetryConfig) -> None:
 
 def check_routing(routing: RoutingConfig) -> None:
     """Check the strategy and the times."""
-    if routing.strategy not in STRATEGIES:
-        raise ConfigError(f"routing.strategy={routing.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    check_choice("routing.strategy", routing.strategy, STRATEGIES)
     _at_least("routing.max_wait_s", routing.max_wait_s, 0)
     _at_least("routing.cooldown_s", routing.cooldown_s, 0.1)
+
+
+def check_choice(key: str, value: str, options: Sequence[str]) -> None:
+    """Raise a `ConfigError` where ``value`` is none of the ``options``, with the nearest one."""
+    if value not in options:
+        raise ConfigError(no_choice_message(key, value, options))
+
+
+def no_choice_message(key: str, value: str, options: Sequence[str]) -> str:
+    """What to say of a ``value`` that is none of the ``options``."""
+    near = difflib.get_close_matches(value, options, n=1, cutoff=0.4)
+    hint = f" Did you mean {key}={near[0]}?" if near else ""
+    return f"{key}={value}: choose one of {', '.join(options)}.{hint}"
 
 
 _NOT_AVAILABLE = "is not available in this version"
@@ -212,21 +231,28 @@ def _check_reuse(config: RunnerConfig) -> None:
         raise ConfigError("resume=fresh asks everything anew, reuse=true takes answers over: keep one of them")
 
 
-def check_request(where: str, request: Mapping[str, Any]) -> None:
-    """Check the names of the parameters, and the values of those that this program itself reckons with.
+def check_request(where: str, request: Mapping[str, Any], *, beside: Sequence[str] = ()) -> None:
+    """Check the names of the parameters, and the values of those that are numbers everywhere.
 
-    ``where`` is the path of their keys, empty for the arguments of a function.
+    ``where`` is the path of their keys, empty for the arguments of a function, which has others ``beside`` them.
     """
     prefix = f"{where}." if where else ""
-    _reject_misspelt(prefix, request)
+    _reject_misspelt(prefix, request, (*_PARAMETERS, *beside))
     for key in ("timeout", "max_tokens", "max_completion_tokens", "max_output_tokens", "n"):
-        value = request.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            raise ConfigError(f"{prefix}{key}={value!r}: a number above 0")
+        _above_zero(f"{prefix}{key}", request.get(key))
+    for key in _NUMBERS:
+        if (value := request.get(key)) is not None and not _is_number(value):
+            raise ConfigError(f"{prefix}{key}={value!r}: a number, as in {prefix}{key}=1")
     stream = request.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise ConfigError(f"{prefix}stream={stream!r}: true or false")
 
+
+_NUMBERS = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "dimensions", "top_logprobs", "best_of"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
+"""Parameters that no server takes as a text. Their range is the server's affair."""
 
 _PARAMETERS = (
     *("temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stream", "stream_options", "timeout", "user"),
@@ -239,10 +265,10 @@ _PARAMETERS = (
 """Parameters that a misspelt one is compared with."""
 
 
-def _reject_misspelt(prefix: str, request: Mapping[str, Any]) -> None:
+def _reject_misspelt(prefix: str, request: Mapping[str, Any], known: Sequence[str]) -> None:
     """A parameter that is nearly one that everybody knows: servers ignore it, and nobody notices."""
     for key in request:
-        near = [] if key in _PARAMETERS else difflib.get_close_matches(str(key), _PARAMETERS, n=1, cutoff=0.85)
+        near = [] if key in known else difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
         if near:
             raise ConfigError(
                 f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write"
@@ -378,8 +404,17 @@ def _no_place_for_a_key(path: str) -> str:
 
 
 def _at_least(key: str, value: float | None, least: float) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{key}={value}: at least {least}")
+    if value is not None and not (_is_number(value) and value >= least):
+        raise ConfigError(f"{key}={value!r}: at least {least}")
+
+
+def _above_zero(key: str, value: float | None, wanted: str = "a number above 0") -> None:
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ConfigError(f"{key}={value!r}: {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def unknown_keys(node: Mapping[str, Any], schema: type = RunnerConfig, prefix: str = "") -> Iterator[str]:

@@ -85,7 +85,7 @@ async def take_up(
     todo = [n for n, key in enumerate(keys) if key not in errors or (terms.retry_failed and errors[key] is not None)]
     if terms.wanted is not None:
         todo = [n for n in todo if terms.wanted(claims[n].position)]
-    shared = await _shared(database, claims, todo) if terms.dedupe else frozenset()
+    shared = await _shared(database, claims, todo, session=session) if terms.dedupe else frozenset()
     todo = [n for n in todo if n not in shared]
     await move_to_ledger(database, [keys[n] for n in todo if keys[n] in errors])
     found = await _find_elsewhere(database, [(claims[n], keys[n]) for n in todo], terms.elsewhere)
@@ -165,13 +165,13 @@ async def _errors(database: Database, keys: Sequence[Key]) -> dict[Key, str | No
     return {(content, occurrence): error_type for content, occurrence, error_type in rows}
 
 
-async def _shared(database: Database, claims: Sequence[Claimed], todo: Sequence[int]) -> Set[int]:
-    """Which of the rows in ``todo`` wait for the answer of an earlier one: this session has been there."""
+async def _shared(database: Database, claims: Sequence[Claimed], todo: Sequence[int], *, session: int) -> Set[int]:
+    """Which of the rows in ``todo`` wait for the answer of another one, which this session has taken up."""
     if not todo:
         return frozenset()
     contents = {claims[n].content for n in todo}
     sql = _ASKED_BEFORE.format(", ".join(["(?)"] * len(contents)))
-    asked = {content for (content,) in await database.fetch(sql, (*contents, claims[0].position))}
+    asked = {content for (content,) in await database.fetch(sql, (*contents, session))}
     shared = set()
     for n in todo:
         if claims[n].content in asked:
@@ -262,8 +262,8 @@ _NEXT_OCCURRENCES = """
 """
 
 _ASKED_BEFORE = """
-    WITH asked (content) AS (VALUES {}), place (position) AS (VALUES (?))
+    WITH asked (content) AS (VALUES {}), at_work (session) AS (VALUES (?))
     SELECT asked.content
-    FROM asked, place
-    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = asked.content AND rows.position < place.position)
+    FROM asked, at_work
+    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = asked.content AND rows.session = at_work.session)
 """

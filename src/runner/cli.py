@@ -41,6 +41,7 @@ from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
 from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
 from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
+from runner.private import for_owner_only, keep_private
 from runner.progress import printable, summary_table, sweep_table, write
 from runner.signals import Preempted, first_signal, preemption
 from runner.sweep import Cell, Sweep
@@ -74,18 +75,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--version" in arguments:
         write(sys.stdout, version_text())
         return 0
+    if {"-sc", "--shell-completion"} & set(arguments):
+        sys.argv[0] = "runner"  # what is completed is the script's name, not `python` and all that it starts
+    with for_owner_only():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
         arguments = list(friendly(arguments))
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
-        sweep = _begin_sweep(arguments) if is_multirun(arguments) else None
+        sweep, swept = _begin_sweep(arguments) if is_multirun(arguments) else (None, [])
     except _BAD_INPUT as error:
         return _complain(explain(error))
     if sweep is not None:
         tie_workers()
-        arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept_keys(arguments))}"]
+        arguments += [f"sweep.folder={quoted(str(sweep.folder))}", f"sweep.over={json.dumps(swept)}"]
     sys.argv[1:] = arguments
     ended: list[int] = []
 
@@ -112,12 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sweep is not None:
             sweep.end()
     if sweep is not None:
-        return _conclude_sweep(sweep, exit_code)
+        exit_code = _conclude_sweep(sweep, exit_code)
+        _track_sweep(sweep, exit_code)
+        return exit_code
     return ended[0] if ended else exit_code
 
 
-def _begin_sweep(arguments: Sequence[str]) -> Sweep:
-    """The sweep of a command line, with a warning for what its processes would not keep together.
+def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """The sweep of a command line and the keys that it is over; warns of what its processes would not keep together.
 
     Raises:
         ConfigError: They are to share what is nowhere.
@@ -134,7 +144,7 @@ def _begin_sweep(arguments: Sequence[str]) -> Sweep:
             write(sys.stderr, f"{warning}\n")
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
-    return sweep
+    return sweep, swept_keys(first, arguments)
 
 
 def _wait_for_others(sweep: Sweep) -> None:
@@ -177,10 +187,11 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     """
     end_with_launcher()
     job = HydraConfig.get()
+    keep_private(Path(job.runtime.output_dir))
     sweep = None
     if composed.sweep.folder:
         sweep = Sweep(Path(composed.sweep.folder), is_parallel=job.runtime.choices["hydra/launcher"] != "basic")
-    own = dict(swept_by(job.overrides.task, composed.sweep.over, job.sweeper))
+    own = dict(swept_by(job.overrides.task, composed.sweep.over))
     is_shard = _SHARD in own and composed.task.kind is not TaskKind.bench
     cell = Cell(
         number=job.job.num if sweep else 0,
@@ -296,7 +307,7 @@ def _calm_garbage_collector() -> None:
 
 
 def _show_answers(results: Path) -> None:
-    for line in results.read_text(encoding="utf-8").splitlines():
+    for line in results.read_bytes().splitlines():  # as text, an answer's own U+2028 would end a line
         row = json.loads(line)
         error = row["error"]
         text = f"{error['type']}: {error['message']}" if error else _answer_in(row)
@@ -372,6 +383,12 @@ def _show_differences(cells: Sequence[Cell]) -> None:
             logger.warning(error)
 
 
+def _track_sweep(sweep: Sweep, exit_code: int) -> None:
+    from runner.overview import track_sweep
+
+    track_sweep(sweep, exit_code=exit_code)
+
+
 def _complain(message: str) -> int:
-    write(sys.stderr, f"runner: {message}\n")
+    write(sys.stderr, f"runner: {printable(message)}\n")
     return BAD_CONFIG

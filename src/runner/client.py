@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from runner.background import BackgroundLoop, synchronous
 from runner.batch import chunked, run_batch
 from runner.calls import EmbeddingCall, GenerationCall, Send, TranscriptionCall
-from runner.checks import check_deployment, check_limits, check_request, check_retry, check_routing
+from runner.checks import check_choice, check_deployment, check_limits, check_request, check_retry, check_routing
 from runner.collector import Collector, OnProgress, OnResult
 from runner.concurrency import Window
 from runner.config import (
+    STRATEGIES,
     DeploymentConfig,
     DeploymentLimitsConfig,
     LimitsConfig,
@@ -29,9 +30,11 @@ from runner.config import (
 from runner.embedding import MICRO_BATCH_SIZE
 from runner.engine import Engine, Engines
 from runner.errors import ConfigError, ItemError, RowError
+from runner.keywords import spelt
 from runner.media import MAX_TRANSCRIPTION_BYTES, TranscriptionInput
 from runner.response_format import Layout, ResponseFormat
 from runner.stack import Limiters, open_limiters, open_stack
+from runner.transports import check_addresses
 from runner.tuner import Tuner
 from runner.types import (
     BatchResult,
@@ -62,7 +65,8 @@ class LMClient:
     The batch methods have these in common. At most ``max_parallel_requests`` are at work at once. Inputs may be any
     iterable, asynchronous ones too; they are read as they are needed, on the event loop. Callbacks are called there as
     well, in the order in which requests settle: keep them short. One that raises cancels the batch, and what it raised
-    is raised. So does Ctrl-C, and the errors that are no single input's failure (`ConfigError`).
+    is raised. So does Ctrl-C, and the errors that are no single input's failure (`ConfigError`). One of these comes
+    before the first request where nobody listens at the address.
 
     Args:
         model: LiteLLM model string (``openai/gpt-4.1-mini``, ``hosted_vllm/llama``, ``simulated/echo``); with
@@ -88,6 +92,7 @@ class LMClient:
         ConfigError: An argument cannot be used.
     """
 
+    @spelt
     def __init__(
         self,
         *,
@@ -126,14 +131,16 @@ class LMClient:
             default_output_tokens=default_output_tokens,
         )
         retry = RetryConfig(max_retries=max_retries)
-        check_limits("limits", limits)
+        check_choice("routing_strategy", routing_strategy, STRATEGIES)
+        check_limits("", limits)
         check_retry(retry)
         routing = _routing(routing_strategy, router_kwargs or {})
         check_routing(routing)
         check_request("", {"timeout": timeout})
         _check_params("default_request_kwargs", self._defaults)
         self.background = BackgroundLoop()
-        replicas = _deployments(model, api_base, api_key, deployments)
+        self._reached = False
+        self._replicas = replicas = _deployments(model, api_base, api_key, deployments)
         self._engines = Engines(
             partial(
                 _open_engine,
@@ -370,7 +377,13 @@ class LMClient:
 
     async def _engine(self) -> Engine:
         self.background.require_open()
-        return await self._engines.current()
+        engine = await self._engines.current()
+        if not self._reached:
+            async with engine.first:
+                if not self._reached:
+                    await check_addresses(self._replicas)
+                    self._reached = True
+        return engine
 
     async def _batch(self, collector: Collector[T, R], call: Callable[[Send, T], Awaitable[R]]) -> BatchResult[R]:
         """Each input by a request of its own."""
@@ -469,19 +482,18 @@ def _deployments(
     built: dict[str, DeploymentConfig] = {}
     for label, entry in deployments.items():
         try:
-            built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(**entry)
+            built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(entry)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"deployments[{label!r}]: {error}") from None
         check_deployment(f"deployments[{label!r}]", built[label])
     return built
 
 
-def _deployment(
-    *, limits: Mapping[str, Any] | None = None, transport: str = TransportKind.auto, **entry: Any
-) -> DeploymentConfig:
+def _deployment(entry: Mapping[str, Any]) -> DeploymentConfig:
     """A deployment of plain data."""
-    own = DeploymentLimitsConfig(**limits) if isinstance(limits, Mapping) else limits
-    return DeploymentConfig(limits=own, transport=TransportKind(transport), **entry)
+    limits, transport = entry.get("limits"), entry.get("transport", TransportKind.auto)
+    own = spelt(DeploymentLimitsConfig)(**limits) if isinstance(limits, Mapping) else limits
+    return spelt(DeploymentConfig)(**{**entry, "limits": own, "transport": TransportKind(transport)})
 
 
 def _endpoint(name: str) -> Endpoint:
@@ -510,10 +522,16 @@ def _routing(strategy: str, options: Mapping[str, Any]) -> RoutingConfig:
 
 
 def _check_params(where: str, params: Mapping[str, Any]) -> None:
-    check_request(where, params)
+    check_request(where, params, beside=_OF_THE_METHODS)
     for key in _OF_THE_CLIENT & params.keys():
         raise ConfigError(f"{where or 'this call'} has {key!r}, which belongs to LMClient or to one of its deployments")
 
+
+_OF_THE_METHODS = (
+    *("endpoint", "response_format", "parse_output", "return_exceptions", "on_progress", "on_result"),
+    *("micro_batch_size", "max_transcription_bytes"),
+)
+"""Keywords that a misspelt one may be meant for, beside the parameters of requests."""
 
 _OF_THE_CLIENT = {"api_base", "api_key", "base_url", "max_retries", "model", "num_retries"}
 

@@ -2,7 +2,7 @@
 
     comparisons = await compare([("model=a", folder_a), ("model=b", folder_b)])
 
-Differences are of the second run to the first, each with an interval of 95 %. Where the interval holds zero, the rows
+Differences are of the second run to the first, each with an interval of 99 %. Where the interval holds zero, the rows
 do not tell the two apart.
 """
 
@@ -23,12 +23,16 @@ from runner import figures
 from runner.database import RUN_DATABASE
 from runner.intervals import Interval, mean_interval, paired_shares_interval
 from runner.progress import printable, show_table, write
+from runner.results import samples_of
 from runner.store import Store
 
 _SHOWN = 10
 """Comparisons that are printed."""
 
-_POWER = ((1.96 + 0.8416) / 1.96) ** 2
+CONFIDENCE = 0.99
+"""Of an interval. A comparison has several of them, and at 95 % every fourth or so would find what is not there."""
+
+_POWER = ((2.5758 + 0.8416) / 2.5758) ** 2
 """How many times the rows of an interval that just excludes zero it takes to exclude it four times in five."""
 
 SCORE = "score "
@@ -145,7 +149,7 @@ class _Row:
 
 async def _rows(store: Store) -> AsyncGenerator[tuple[int, _Row], None]:
     """The settled rows in the dataset's order, samples together."""
-    samples = int((await store.meta()).get("samples", "1"))
+    samples = samples_of(await store.meta())
     index, row = -1, _Row(None)
     async with aclosing(store.query(_SETTLED)) as records:
         async for record in records:
@@ -250,10 +254,12 @@ class _Sums:
                 first=self._outcomes[1.0, 0.0],
                 second=self._outcomes[0.0, 1.0],
                 neither=self._outcomes[0.0, 0.0],
+                confidence=CONFIDENCE,
             )
         if self._n < 2:
             return None
-        return mean_interval(self._mean, math.sqrt(max(0.0, self._squares) / (self._n - 1)), self._n)
+        deviation = math.sqrt(max(0.0, self._squares) / (self._n - 1))
+        return mean_interval(self._mean, deviation, self._n, confidence=CONFIDENCE)
 
 
 def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> None:
@@ -270,7 +276,7 @@ def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> No
         write(stream, f"\n{len(comparisons) - _SHOWN} more: python -m runner.report\n")
 
 
-HEADER = ("", "first", "second", "difference", "95 % interval", "rows", "")
+HEADER = ("", "first", "second", "difference", "99 % interval", "rows", "")
 
 
 def difference_cells(difference: Difference) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 from hydra.errors import OverrideParseException
 from yaml import Mark, MarkedYAMLError
 
-from runner.checks import unknown_key_message
+from runner.checks import no_choice_message, unknown_key_message
 from runner.errors import RunnerError
 
 
@@ -44,11 +43,27 @@ def _unknown_option(found: re.Match[str]) -> str:
     group, _, option = found[1].rpartition("/")
     if group == "hydra/launcher" and (extra := _EXTRAS.get(option)):
         return f"{group}={option} is not installed: pip install 'runner[{extra}]'"
-    options = found[2].split()
-    near = difflib.get_close_matches(option, options, n=1)
     prefix = "+" if group == "experiment" else ""
-    hint = f" Did you mean {prefix}{group}={near[0]}?" if near else ""
-    return f"{prefix}{group}={option}: choose one of {', '.join(options)}.{hint}"
+    return no_choice_message(f"{prefix}{group}", option, found[2].split())
+
+
+def _no_number(found: re.Match[str]) -> str:
+    """``limits.rpm=many``: OmegaConf's words for a value of another type."""
+    whole = "whole " if found[2] == "Integer" else ""
+    return f"{found[3]}={found[1]}: a {whole}number, as in {found[3]}=10"
+
+
+def _no_truth(found: re.Match[str]) -> str:
+    return f"{found[2]}={found[1]}: true or false"
+
+
+def _no_list(found: re.Match[str]) -> str:
+    return f"{found[1]}: a list, as in '{found[1]}=[one, two]'"
+
+
+def _no_choice(found: re.Match[str]) -> str:
+    """``resume=freh``: none of an enum's names."""
+    return no_choice_message(found[3], found[1], found[2].split(", "))
 
 
 _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}
@@ -57,6 +72,10 @@ _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submiti
 _EXPLANATIONS = (
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
     (r"Key '[^']+' not in '\w+'\s+full_key: (\S+)", lambda found: unknown_key_message(found[1])),
+    (r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)\s+full_key: (\S+)", _no_number),
+    (r"Value '(.*)' is not a valid bool \(type \w+\)\s+full_key: (\S+)", _no_truth),
+    (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
+    (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
     (r"Could not find '([^']+)'\s+Available options in '[^']+':((?:\n\t\S+)*)", _unknown_option),
 )
 """What to say for a pattern in Hydra's or OmegaConf's words."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
@@ -14,6 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -22,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.arguments import friendly
-from runner.checks import LIMIT_KEYS, check_secrets, unknown_key_message, unknown_keys
+from runner.checks import LIMIT_KEYS, check_name, check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import RunnerConfig, Shared
 from runner.errors import ConfigError, RunnerError
+from runner.private import check_folder
 from runner.sweep import sweep_id
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,18 @@ def typed(composed: DictConfig) -> RunnerConfig:
     return config
 
 
+def of_run(folder: Path) -> RunnerConfig:
+    """The configuration with which the run in ``folder`` was composed.
+
+    Raises:
+        ConfigError: It holds what no key allows.
+        OSError: There is none.
+    """
+    composed = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(composed, DictConfig)
+    return typed(composed)
+
+
 def conf_folder() -> Path:
     """The shipped configuration: beside the package in a wheel, at the top of a checkout."""
     package = Path(__file__).resolve().parent
@@ -89,33 +104,31 @@ def is_multirun(arguments: Sequence[str]) -> bool:
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
 
 
-def swept_keys(arguments: Sequence[str]) -> list[str]:
-    """The keys that a multirun's command line sweeps over."""
-    parser = OverridesParser.create()
-    overrides = parser.parse_overrides([each for each in arguments if "=" in each and not each.startswith("-")])
-    return [override.get_key_element().lstrip("+") for override in overrides if override.is_sweep_override()]
-
-
 def first_cell(arguments: Sequence[str]) -> DictConfig:
     """The first cell of what a command line runs, and ``hydra`` beside it.
 
     Raises:
         HydraException: It cannot be composed.
     """
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    return _composed([values[0] for values in _choices(overrides).values()], with_hydra=True)
+
+
+def swept_keys(first: DictConfig, arguments: Sequence[str]) -> list[str]:
+    """The keys that a multirun sweeps over, by its command line and by ``hydra.sweeper.params`` of its first cell."""
     parser = OverridesParser.create()
-    overrides = []
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
-            continue
-        override = parser.parse_override(argument)
-        if override.is_sweep_override():
-            argument = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
-        overrides.append(argument)
-    return _composed(overrides, with_hydra=True)
+    overrides = parser.parse_overrides([each for each in arguments if "=" in each and not each.startswith("-")])
+    swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+    return list(dict.fromkeys(key.lstrip("+") for key in (*_sweeper_params(first), *swept)))
 
 
 def sweep_folder(first: DictConfig, arguments: Sequence[str]) -> Path:
-    """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one."""
+    """Where a multirun gathers its cells: beside their runs, by the name and ``runs_dir`` of the first one.
+
+    Raises:
+        ConfigError: Its name is none.
+    """
+    check_name(str(first.name))
     return Path(first.runs_dir).absolute() / str(first.name) / f"sweep-{sweep_id(arguments)}"
 
 
@@ -128,39 +141,54 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
     """
     from runner.identity import run_id
 
-    given = {argument.partition("=")[0].lstrip("+"): argument for argument in _of_the_run(arguments)}
+    keys: list[str] = []
+    asked = _of_the_run(arguments)
     if is_multirun(arguments):
-        swept_in_files = first_cell(arguments).hydra.sweeper.get("params") or {}
-        given = {key.lstrip("+"): f"{key}={values}" for key, values in swept_in_files.items()} | given
-    parser = OverridesParser.create()
-    choices: list[list[str]] = []
-    for argument in given.values():
-        override = parser.parse_override(argument)
-        values = override.sweep_string_iterator() if override.is_sweep_override() else ()
-        choices.append([f"{argument.partition('=')[0]}={value}" for value in values] or [argument])
-    keys = swept_keys(list(given.values())) if is_multirun(arguments) else []
-    for overrides in product(*choices):
+        first = first_cell(arguments)
+        keys = swept_keys(first, arguments)
+        asked = [f"{key}={values}" for key, values in _sweeper_params(first).items()] + asked
+    for overrides in product(*_choices(asked).values()):
         composed = _composed(list(overrides))
         load_environment(composed.env_file)
         config = typed(composed)
-        swept = dict(swept_by(overrides, keys, {}))
+        swept = dict(swept_by(overrides, keys))
         name = " ".join(f"{key}={value}" for key, value in swept.items())
         yield name, config, Path(config.runs_dir) / config.name / run_id(config, swept=swept)
 
 
-def swept_by(overrides: Sequence[str], keys: Sequence[str], sweeper: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What sets a cell apart: those of its overrides that are swept over, on the command line or by ``sweeper``."""
-    swept = {*keys, *(key.lstrip("+") for key in sweeper.get("params") or ())}
+def swept_by(overrides: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What sets a cell apart: those of its overrides that are swept over."""
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.lstrip("+") in swept:
+        if key.lstrip("+") in keys:
             yield key.lstrip("+"), value
+
+
+def _choices(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The overrides by their keys, each once for every value that it is swept over; the last one of a key counts."""
+    choices: dict[str, list[str]] = {}
+    with _initialized():
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # a glob is one over its options
+        for text in overrides:
+            [override] = parser.parse_overrides([text])
+            values = override.sweep_string_iterator() if override.is_sweep_override() else ()
+            key = override.get_key_element()
+            choices[key] = [f"{key}={value}" for value in values] or [text]
+    return choices
+
+
+def _sweeper_params(first: DictConfig) -> dict[str, str]:
+    """What the configuration itself sweeps over."""
+    return {str(key): str(value) for key, value in (first.hydra.sweeper.get("params") or {}).items()}
 
 
 def _of_the_run(arguments: Sequence[str]) -> list[str]:
     """The overrides that say what is run, not how Hydra runs it."""
-    elsewhere = ("-", "hydra.", "hydra/", "+scale=")
+    elsewhere = ("-", *_OF_HYDRA, "+scale=")
     return [argument for argument in arguments if "=" in argument and not argument.startswith(elsewhere)]
+
+
+_OF_HYDRA = tuple(f"{sign}hydra{mark}" for sign in ("", "+", "++", "~") for mark in "./")
 
 
 class UserConf(SearchPathPlugin):
@@ -195,7 +223,8 @@ def _run_id(*, _root_: DictConfig) -> str:
         except ConfigError:
             return f"rejected-{job.job.num}"
         check_secrets(config)  # Hydra would write them into the cell's folder
-        return run_id(config, swept=dict(swept_by(job.overrides.task, config.sweep.over, job.sweeper)))
+        check_name(config.name)  # which is somewhere else where the name leads there
+        return _own(config, run_id(config, swept=dict(swept_by(job.overrides.task, config.sweep.over))))
     load_environment(_root_.env_file)
     config = typed(_root_)
     try:
@@ -204,7 +233,13 @@ def _run_id(*, _root_: DictConfig) -> str:
         raise
     except Exception:  # a bug: the run will meet it too, in a folder for its traceback
         logger.debug("the check failed", exc_info=True)
-    return run_id(config)
+    return _own(config, run_id(config))
+
+
+def _own(config: RunnerConfig, name: str) -> str:
+    """The name of the run's folder, whose files are no links: Hydra writes there before the run begins."""
+    check_folder(Path(config.runs_dir) / config.name / name)
+    return name
 
 
 def _where_limited(sharing: str, *, _parent_: DictConfig) -> str:
@@ -217,8 +252,13 @@ def _package_data(name: str) -> str:
 
 
 def _composed(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with _initialized():
         return hydra_compose("config", overrides=overrides, return_hydra_config=with_hydra)
+
+
+def _initialized() -> AbstractContextManager[None]:
+    initialized: AbstractContextManager[None] = initialize_config_dir(str(conf_folder()), version_base="1.3")
+    return initialized
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -344,6 +344,7 @@ class SimulatorConfig:
     embedding_size: int = 16
     api_key: str | None = None
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    retry_after: str | None = None  # of http_429
     hang_s: float = 3600.0
     slow_factor: float = 20.0
     usd_per_million_prompt_tokens: float = 0.15

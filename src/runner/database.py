@@ -10,12 +10,14 @@ import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import aiosqlite
 
 from runner.errors import StoreError
+from runner.private import check_folder, make_private, open_private
 
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
@@ -29,22 +31,24 @@ _HEADER_SIZE = 100
 """Bytes that every SQLite file begins with, at least."""
 
 
-def lock_folder(path: Path) -> IO[str]:
+def lock_folder(path: Path) -> BinaryIO:
     """Hold the run's folder for this process; the lock goes with the process, however it ends.
 
     A run has its folder to itself; a database of another name shares it, and is held alone.
     """
     held, name = (path.parent, ".lock") if path.name == RUN_DATABASE else (path, f".{path.name}.lock")
+    if path.name == RUN_DATABASE:
+        check_folder(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path.parent / name).open("a+", encoding="utf-8")
+        file = open_private(path.parent / name, "a+")
     except OSError as error:
         raise StoreError(f"{path.parent}: cannot write there ({error.strerror}): {_way_out(path, error)}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        holder = file.read().strip()
+        holder = file.read().decode("utf-8", "replace").strip()
         file.close()
         raise StoreError(
             f"{held} is in use by another process{f' ({holder})' if holder else ''}: wait for it to end,"
@@ -92,7 +96,12 @@ class Database:
             uri = f"{path.absolute().as_uri()}?{_mode(path) if readonly else 'mode=rwc'}"
             # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
             opened = sqlite3.connect(
-                uri, uri=True, timeout=patience_s, isolation_level="IMMEDIATE", check_same_thread=False
+                uri,
+                uri=True,
+                timeout=patience_s,
+                isolation_level="IMMEDIATE",
+                check_same_thread=False,
+                cached_statements=_STATEMENTS,
             )
             connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
             try:
@@ -139,18 +148,19 @@ class Database:
 
     async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
         """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
-        whole = len(rows) - len(rows) % _BLOCK
-        mark = f"({', '.join('?' * len(rows[0]))})"
-        block_sql = f"{into} VALUES {', '.join([mark] * _BLOCK)}"
-        blocks = [
-            self._connection.execute(block_sql, [value for row in rows[start : start + _BLOCK] for value in row])
-            for start in range(0, whole, _BLOCK)
-        ]
-        await asyncio.gather(*blocks, self._connection.executemany(f"{into} VALUES {mark}", rows[whole:]))
+        columns = len(rows[0])
+        size = max(1, _VALUES // columns)
+        mark = f"({', '.join('?' * columns)})"
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            await self.execute(f"{into} VALUES {', '.join([mark] * len(block))}", list(chain.from_iterable(block)))
 
 
-_BLOCK = 64
-"""Rows in one INSERT."""
+_VALUES = 2048
+"""Values in one INSERT, at most."""
+
+_STATEMENTS = 512
+"""Statements that are kept compiled: INSERTs of many sizes are among them."""
 
 _CHUNK = 1000
 """Rows read at a time where they are streamed."""
@@ -174,7 +184,7 @@ def _mode(path: Path) -> str:
 
 def _make(path: Path) -> None:
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        make_private(path)
     except OSError as error:
         raise StoreError(f"{path} cannot be made ({error.strerror}): {_way_out(path, error)}") from None
 
@@ -201,8 +211,24 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             else "use the version of runner that made it, or start a new run with another name=…"
         )
         raise StoreError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: {way_out}")
-    for pragma in ("synchronous = NORMAL", f"cache_size = {-2048 if readonly else -8192}", "temp_store = MEMORY"):
+    if await _number(database, _STRANGE):
+        raise StoreError(
+            f"{path} holds views, triggers or virtual tables, which no store of runner has: it is not used"
+        )
+    # What is sorted takes as much memory as the cache at most; beyond, it lies in a temporary file.
+    for pragma in (
+        "trusted_schema = OFF",
+        "synchronous = NORMAL",
+        f"cache_size = {-2048 if readonly else -4096}",
+        "temp_store = FILE",
+    ):
         await database.execute_fetchall(f"PRAGMA {pragma}")
+
+
+_STRANGE = """
+    SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'
+"""
+"""What a store from elsewhere could make a SELECT do more with than read rows."""
 
 
 async def _number(database: aiosqlite.Connection, sql: str) -> int:
@@ -246,6 +272,8 @@ async def translated(path: Path) -> AsyncIterator[None]:
         yield
     except sqlite3.DatabaseError as error:
         text = str(error)
+        if text.startswith(_GARBLED):
+            raise StoreError(f"{path} is damaged (it holds text that is none): move it away to start anew") from error
         match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY:
             case sqlite3.SQLITE_FULL:
                 hint = f"{path} cannot be written: {_make_room(path)}"
@@ -271,6 +299,9 @@ def _make_room(path: Path) -> str:
 
 
 _OTHER_FOLDER = "check the folder's permissions, or choose another runs_dir"
+
+_GARBLED = "Could not decode to UTF-8"
+"""What Python's sqlite3 says, with the text, where a column holds bytes that are no text."""
 
 _PRIMARY = 0xFF
 """The bits of SQLite's error code that tell the class of the error."""

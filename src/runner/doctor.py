@@ -13,17 +13,20 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from urllib.parse import urlsplit
 
 from runner.checks import check
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
 from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
 from runner.progress import printable, write
+from runner.quota import readings
 from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport
 from runner.transports.models import listed_models, missing_keys
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response
@@ -32,13 +35,17 @@ from runner.workload import Workload
 _LOW_DISK_BYTES = 2**30
 _WANDB_TIMEOUT_S = 5.0
 _ASK_TIMEOUT_S = 60.0
+_INDENT = 7  # columns before a finding's subject
 
-_LIMIT_HEADERS = {
-    "rpm": ("x-ratelimit-limit-requests", "anthropic-ratelimit-requests-limit"),
-    "tpm": ("x-ratelimit-limit-tokens", "anthropic-ratelimit-tokens-limit"),
-    "itpm": ("anthropic-ratelimit-input-tokens-limit",),
-    "otpm": ("anthropic-ratelimit-output-tokens-limit",),
+_LIMIT_KEYS = {
+    ("requests", False): "rpm",
+    ("requests", True): "rpd",
+    ("tokens", False): "tpm",
+    ("tokens", True): "tpd",
+    ("input", False): "itpm",
+    ("output", False): "otpm",
 }
+"""The limit for what a provider's headers count, by the minute or by the day."""
 
 
 class Verdict(Enum):
@@ -57,6 +64,17 @@ class Finding:
     subject: str
     text: str  # what was found and, unless it is fine, what to change
 
+    def shown(self, *, width: int | None = None, in_colour: bool = False) -> str:
+        """It in words; on a terminal ``width`` columns wide, the text keeps to a column of its own."""
+        word, colour = self.verdict.value
+        mark = f"\x1b[{colour}m{word:<5}\x1b[0m" if in_colour else f"{word:<5}"
+        subject, text = f"{printable(self.subject):<14}", printable(self.text)
+        if width is None:
+            return f"{mark}  {subject}  {text}"
+        room = max(width - _INDENT, 20)
+        first, *rest = wrap(f"{subject}  {text}", room, subsequent_indent=" " * 16, break_on_hyphens=False)
+        return "\n".join([f"{mark}  {first}", *(f"{'':<{_INDENT}}{line}" for line in rest)])
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings; exit code 2 where one is a fault."""
@@ -69,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _compose(overrides)
     except ConfigError as error:
-        write(sys.stderr, f"runner: {error}\n")
+        write(sys.stderr, f"runner: {printable(str(error))}\n")
         return BAD_CONFIG
     return asyncio.run(_show(config, ask=given.ask))
 
@@ -86,7 +104,8 @@ async def examine(config: RunnerConfig, *, ask: bool = False) -> AsyncIterator[F
     except ConfigError as error:
         yield _fault("configuration", str(error))
         return
-    yield _look_at_rows(config)
+    for finding in _look_at_rows(config):
+        yield finding
     for label, deployment in replicas(config).items():
         async for finding in _look_at_deployment(label, deployment, config, ask=ask):
             yield finding
@@ -110,11 +129,10 @@ def _compose(overrides: Sequence[str]) -> RunnerConfig:
 
 async def _show(config: RunnerConfig, *, ask: bool) -> int:
     faults = 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     async for finding in examine(config, ask=ask):
         faults += finding.verdict is Verdict.fault
-        word, colour = finding.verdict.value
-        mark = f"\x1b[{colour}m{word:<5}\x1b[0m" if _in_colour() else f"{word:<5}"
-        write(sys.stdout, f"{mark}  {printable(finding.subject):<14}  {printable(finding.text)}\n")
+        write(sys.stdout, f"{finding.shown(width=width, in_colour=_in_colour())}\n")
     closing = "Everything is in place." if not faults else f"{faults} to mend." if faults > 1 else "One to mend."
     write(sys.stdout, f"\n{closing}\n")
     return BAD_CONFIG if faults else FINISHED
@@ -124,16 +142,19 @@ def _in_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _look_at_rows(config: RunnerConfig) -> Finding:
+def _look_at_rows(config: RunnerConfig) -> Iterator[Finding]:
     try:
         workload = Workload(config)
-        workload.check()
+        doubts = workload.check()
         total = workload.count()
     except (ConfigError, DatasetError) as error:
-        return _fault("dataset", str(error))
+        yield _fault("dataset", str(error))
+        return
     if total == 0:
-        return _note("dataset", "it has no rows")
-    return _ok("dataset", "it can be read" if total is None else f"{total:,} to ask")
+        yield _note("dataset", "it has no rows")
+    else:
+        yield _ok("dataset", "it can be read" if total is None else f"{total:,} to ask")
+    yield from (_note("dataset", doubt) for doubt in doubts)
 
 
 async def _look_at_deployment(
@@ -196,9 +217,9 @@ def _look_at_limits(
 ) -> Iterator[Finding]:
     """Compare the limits that the provider's headers tell with those that are configured."""
     limits = deployment.limits or config.limits
-    for key, names in _LIMIT_HEADERS.items():
-        told = next((value for name in names if (value := _number(response.headers, name))), None)
-        if told is None:
+    for reading in readings(response.headers, now=time.time()):
+        key, told = _LIMIT_KEYS.get((reading.kind, reading.is_of_a_day)), reading.limit
+        if key is None or told is None:
             continue
         ours = getattr(limits, key)
         if ours is None:
@@ -207,14 +228,6 @@ def _look_at_limits(
             yield _note(label, f"limits.{key}={ours:g} is above the provider's {told:,.0f}: it will answer 429")
         else:
             yield _ok(label, f"limits.{key}={ours:g} is within the provider's {told:,.0f}")
-
-
-def _number(headers: Mapping[str, str], name: str) -> float | None:
-    text = headers.get(name) or headers.get(f"llm_provider-{name}")
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return None
 
 
 def _tiny(config: RunnerConfig) -> Request | None:

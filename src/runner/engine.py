@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runner.concurrency import Window
 from runner.types import Client, Request, Response
@@ -18,6 +18,7 @@ class Engine:
 
     client: Client
     window: Window
+    first: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while it is found out whether anybody listens
 
     async def send(self, request: Request) -> Response:
         """Answer ``request`` as soon as there is a slot for it.

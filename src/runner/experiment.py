@@ -39,7 +39,7 @@ from runner.signals import handled_signals
 from runner.stack import Stack, open_stack
 from runner.store import Store
 from runner.sweep import Sweep
-from runner.tracker import Ending, Tracker, open_tracker
+from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
 from runner.transports.prices import price_for
 from runner.tuner import Tuner
@@ -79,13 +79,13 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
-    workload.check()
+    doubts = workload.check()
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = _open_client(config, window, Tuner.of(config.limits, window), budget)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
-    async with _closing(client, store), resuming(store, config, workload) as resumption:
+    async with _closing(client, store), resuming(store, config, workload, folder=folder) as resumption:
         run = Run(
             config,
             workload,
@@ -99,23 +99,17 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
-        tracker = open_tracker(
-            config.tracker,
-            folder=folder,
-            name=config.name,
-            run_id=f"{config.name}-{folder.name}",
-            settings=settings or {},
-        )
         judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
-        notes = [*resumption.notes, *_unpriced(config)]
-        with handled_signals(run.on_signal):
-            async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
-                try:
-                    async with budget.opened(store, end=run.stop) if budget else nullcontext():
-                        await run.until_done(after_pilot=judge_pilot)
-                except Exception:  # a bug; what was paid for is shown all the same
-                    await _conclude(run, store, folder)
-                    raise
+        notes = [*doubts, *resumption.notes, *_unpriced(config)]
+        async with tracking(config, folder, settings) as tracker:
+            with handled_signals(run.on_signal):
+                async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
+                    try:
+                        async with budget.opened(store, end=run.stop) if budget else nullcontext():
+                            await run.until_done(after_pilot=judge_pilot)
+                    except Exception:  # a bug; what was paid for is shown all the same
+                        await _conclude(run, store, folder)
+                        raise
         report = await _conclude(run, store, folder)
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(
@@ -243,10 +237,10 @@ def _unpriced(config: RunnerConfig) -> Iterator[str]:
 async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_size: int) -> None:
     """Say what the rest will take, and stop where the budget has no room for it."""
     await store.flush()
-    if run.total is None:
+    left = await _left(run, store)
+    if left is None:
         logger.warning("the pilot is done; how many rows are left is not known")
         return
-    left = await _left(run, store)
     logger.warning("the pilot is done: %s", left)
     forecasts = {"usd": left.usd, "tokens": left.tokens}
     needed: dict[str, float] = {name: each.high for name, each in forecasts.items() if each is not None}
@@ -258,10 +252,10 @@ async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_s
             run.stop(BudgetExhausted(said))
 
 
-async def _left(run: Run, store: Store) -> Forecast:
-    """What is left to do."""
-    settled = await run.settled()
-    return await forecast(store, max(0, (run.total or settled) - settled))
+async def _left(run: Run, store: Store) -> Forecast | None:
+    """What is left to do, where it is known."""
+    rows = await run.left()
+    return None if rows is None else await forecast(store, rows)
 
 
 async def _conclude(run: Run, store: Store, folder: Path) -> Report:
@@ -272,7 +266,7 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
         await store.flush()
         await write_jsonl(result_rows(store), folder / "results.jsonl")
         summary = await summarize(store)
-        summary |= {"reused": last.reused - run.sharing, "stopped": reason.reason if reason else None}
+        summary["stopped"] = reason.reason if reason else None
         summary["concurrency"] = {"window": last.window, "why": last.window_why or None}
         if reason is not None and run.total is not None:
             summary["rows"] = run.total
@@ -286,8 +280,8 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
     message = str(reason) if reason else await _first_failure(store)
-    if isinstance(reason, BudgetExhausted) and run.total is not None:
-        message = f"{reason}. {await _left(run, store)}"
+    if isinstance(reason, BudgetExhausted) and (left := await _left(run, store)) is not None:
+        message = f"{reason}. {left}"
     return Report(exit_code=exit_code, summary=summary, message=message)
 
 

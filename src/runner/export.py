@@ -204,9 +204,14 @@ def _opened(output: str, runs: Sequence[ExportedRun]) -> Iterator[BinaryIO]:
 
 
 def _form(form: str | None, output: str) -> str:
-    """The form that was asked for, or that the file's name says."""
-    suffix = Path(output).suffix.removeprefix(".")
-    form = form or (suffix if suffix in FORMATS else "jsonl")
+    """The form that was asked for, or that the file's name says; JSON lines where it says nothing."""
+    suffix = Path(output).suffix.removeprefix(".").lower()
+    if form is None and suffix and suffix not in FORMATS:
+        raise ConfigError(
+            f"--output {output}: rows are not written as .{suffix}; name it .jsonl, .csv (spreadsheets open it) or"
+            " .parquet, or add --format"
+        )
+    form = form or suffix or "jsonl"
     if form == "parquet" and output == "-":
         raise ConfigError("--format parquet needs a file: --output rows.parquet")
     return form

@@ -1,6 +1,6 @@
 """Confidence intervals: what a sample says about where it came from, and when it says nothing.
 
-All are two-sided and of `CONFIDENCE`, and assume that the values are independent of each other.
+All are two-sided, of `CONFIDENCE` unless told otherwise, and assume that the values are independent of each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from statistics import NormalDist, fmean, stdev
 
 CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
-_Z = NormalDist().inv_cdf(1 - _TAIL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,7 @@ def samples_for(q: float) -> int:
     return max(2, math.ceil(math.log(_TAIL) / math.log(edge)))
 
 
-def mean_interval(mean: float, deviation: float, n: int) -> Interval | None:
+def mean_interval(mean: float, deviation: float, n: int, *, confidence: float = CONFIDENCE) -> Interval | None:
     """Where the mean of the distribution lies, by Student's t; None for fewer than four values.
 
     Args:
@@ -53,7 +52,7 @@ def mean_interval(mean: float, deviation: float, n: int) -> Interval | None:
     """
     if n < 4:
         return None
-    half = student_t(n - 1) * deviation / math.sqrt(n)
+    half = student_t(n - 1, confidence) * deviation / math.sqrt(n)
     return Interval(low=mean - half, high=mean + half)
 
 
@@ -63,20 +62,22 @@ def mean_of(values: Sequence[float]) -> tuple[float, Interval | None]:
     return mean, mean_interval(mean, stdev(values), len(values)) if len(values) > 1 else None
 
 
-def share_interval(successes: float, n: int) -> Interval:
+def share_interval(successes: float, n: int, *, confidence: float = CONFIDENCE) -> Interval:
     """Where a probability lies, by Wilson's score interval: right for few trials and near 0 and 1 too.
 
     Source: https://doi.org/10.1080/01621459.1927.10502953
     """
     if n == 0:
         return Interval(low=0.0, high=1.0)
-    share = successes / n
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    share, z = successes / n, _normal(confidence)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
-def paired_shares_interval(*, both: int, first: int, second: int, neither: int) -> Interval:
+def paired_shares_interval(
+    *, both: int, first: int, second: int, neither: int, confidence: float = CONFIDENCE
+) -> Interval:
     """Where the difference of two probabilities (second - first) lies, from trials in pairs.
 
     Newcombe's hybrid score interval with a continuity correction, his method 10: it keeps its coverage where the
@@ -87,7 +88,7 @@ def paired_shares_interval(*, both: int, first: int, second: int, neither: int) 
     """
     n = both + first + second + neither
     share_1, share_2 = (both + first) / n, (both + second) / n
-    range_1, range_2 = share_interval(both + first, n), share_interval(both + second, n)
+    range_1, range_2 = (share_interval(each, n, confidence=confidence) for each in (both + first, both + second))
     product = float(both * neither - first * second)
     if product > 0:
         product = max(0.0, product - n / 2)
@@ -103,12 +104,12 @@ def paired_shares_interval(*, both: int, first: int, second: int, neither: int) 
 
 
 @lru_cache(maxsize=4096)
-def student_t(freedom: int) -> float:
-    """The quantile of Student's t that `CONFIDENCE` takes, to three digits from 3 degrees of freedom on.
+def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """The quantile of Student's t that an interval takes, at 95 % to three digits from 3 degrees of freedom on.
 
     Source: the expansion 26.7.5 in Abramowitz and Stegun's handbook, https://personal.math.ubc.ca/~cbm/aands/page_949.htm
     """
-    z, v = _Z, freedom
+    z, v = _normal(confidence), freedom
     return (
         z
         + (z**3 + z) / (4 * v)
@@ -116,6 +117,11 @@ def student_t(freedom: int) -> float:
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
         + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
     )
+
+
+@lru_cache
+def _normal(confidence: float) -> float:
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 @lru_cache(maxsize=4096)

@@ -82,7 +82,7 @@ class Limited:
         await self._client.aclose()
 
     def _settle(self, handle: RateLimiterAcquisitionHandle, estimate: Estimate, response: Response) -> None:
-        if response.usage is not None:
+        if response.usage is not None and self._limiter.counts_tokens:
             handle.settle(self._estimator.counted(estimate, response.usage), response.headers)
         else:
             self._limiter.heed(handle, response.headers)
@@ -97,7 +97,7 @@ class Limited:
             self._limiter.heed(handle, error.headers)
         if not error.pauses:
             return error
-        said = readings(error.headers, now=time.time())
+        said = readings(error.headers)
         if not said:
             self._limiter.refused(handle)
         hint_s = _hint_s(error, said)

@@ -261,7 +261,7 @@ class RateLimiter:
         Args:
             headers: Names in lower case or case-insensitive.
         """
-        found = readings(headers, now=time.time()) if self._reads_headers else None
+        found = readings(headers) if self._reads_headers else None
         if not found:
             return
         with self._lock:

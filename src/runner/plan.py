@@ -55,7 +55,7 @@ class Plan:
     usd: Interval | None  # None: a price is unknown
     seconds: Interval | None  # None: there is nothing to go by
     basis: int = 0  # answers of this run, or of the one in ``like``, that the forecast follows; 0: it is a guess
-    like: str | None = None  # another run of the same name, whose answers' lengths these are taken to have
+    like: str | None = None  # the run, this one or another, whose answers to other rows are gone by
 
     @property
     def tokens(self) -> Interval:
@@ -96,19 +96,23 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
     workload = Workload(config)
     workload.check()
     draft = _Draft(config)
-    async with _copied(folder) as (store, is_new), resuming(store, config, workload) as resumption:
-        terms = replace(resumption.terms, cost_bound=None)
-        looks_back = not is_new or config.reuse
-        digests = Digests(store, max_bytes=config.task.max_bytes)
-        items = workload.items()
-        while taken := list(islice(items, _CHUNK)):
-            chunk = await workload.identified(taken, digests)
-            known = await store.claim(chunk, terms)
-            places = chunk[0].position, chunk[-1].position
-            facts = {row["position"]: row async for row in store.query(_FACTS, places)} if looks_back else {}
-            for item, fact in zip(chunk, known, strict=True):
-                draft.add(item, fact, facts.get(item.position))
-    return draft.finish(await _usual(config, folder))
+    async with _copied(folder) as (store, is_new):
+        usual = await _answered(config, folder, store)  # before resume=fresh gives it up
+        async with resuming(store, config, workload, folder=folder) as resumption:
+            terms = replace(resumption.terms, cost_bound=None)
+            looks_back = not is_new or config.reuse
+            digests = Digests(store, max_bytes=config.task.max_bytes)
+            items = workload.items()
+            while taken := list(islice(items, _CHUNK)):
+                chunk = await workload.identified(taken, digests)
+                known = await store.claim(chunk, terms)
+                places = chunk[0].position, chunk[-1].position
+                facts = {row["position"]: row async for row in store.query(_FACTS, places)} if looks_back else {}
+                for item, fact in zip(chunk, known, strict=True):
+                    draft.add(item, fact, facts.get(item.position))
+            if looks_back:
+                draft.inserted(*[row["n"] async for row in store.query(_INSERTED)])
+    return draft.finish(usual or await _usual(config, folder))
 
 
 def together(plans: Sequence[Plan]) -> Plan:
@@ -158,6 +162,12 @@ class _Draft:
             self._guessed.rows += 1
             self._guessed.prompt_tokens += estimate.prompt_tokens
             self._guessed.completion_tokens += estimate.completion_tokens
+
+    def inserted(self, rows: int) -> None:
+        """So many rows that differ from what stood in their places are new: what stood there has only moved."""
+        rows = min(rows, self._send["changed"])
+        self._send += Counter(new=rows)
+        self._send -= Counter(changed=rows)
 
     def finish(self, usual: _Usual) -> Plan:
         if self._answers:
@@ -299,20 +309,29 @@ class _Usual:
 
 async def _usual(config: RunnerConfig, folder: Path) -> _Usual:
     """What the same deployments answered in the latest other run of the same name; nothing if none can be read."""
-    marks = ", ".join("?" * len(replicas(config)))
     for path in latest_runs(folder.parent, "*", own=folder / RUN_DATABASE):
         with suppress(StoreError):
             async with await Store.open_readonly(path, patience_s=PATIENCE_S) as store:
-                if (await store.meta()).get("task") != config.task.kind.value:
-                    continue
-                answers = [row async for row in store.query(_USUAL.format(marks=marks), (*replicas(config), SAMPLE))]
-            if answers:
-                return _Usual(
-                    run=str(path.parent),
-                    completion_tokens=[row["completion_tokens"] or 0 for row in answers],
-                    service_times_s=[row["service_time_s"] for row in answers],
-                )
+                if usual := await _answered(config, path.parent, store):
+                    return usual
     return _Usual()
+
+
+async def _answered(config: RunnerConfig, run: Path, store: Store) -> _Usual | None:
+    """What the deployments of ``config`` answered in ``run``, whatever they were asked; None: nothing."""
+    if (await store.meta()).get("task") != config.task.kind.value:
+        return None
+    sql = _USUAL.format(marks=", ".join("?" * len(replicas(config))))
+    answers = [row async for row in store.query(sql, (*replicas(config), SAMPLE))]
+    return (
+        _Usual(
+            run=str(run),
+            completion_tokens=[row["completion_tokens"] or 0 for row in answers],
+            service_times_s=[row["service_time_s"] for row in answers],
+        )
+        if answers
+        else None
+    )
 
 
 def _why_kept(fact: Any) -> str:
@@ -394,6 +413,14 @@ _FACTS = """
     LEFT JOIN before ON before.position = rows.position
     LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
     WHERE rows.position BETWEEN ? AND ?
+"""
+
+_INSERTED = """
+    SELECT count(*) AS n
+    FROM rows
+    JOIN before ON before.position = rows.position AND before.content != rows.content
+    WHERE rows.session = (SELECT max(id) FROM sessions)
+        AND EXISTS (SELECT 1 FROM rows AS now WHERE now.content = before.content)
 """
 
 _USUAL = """

@@ -143,10 +143,11 @@ def show_table(
         return
 
     from rich.box import ROUNDED
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*header, box=ROUNDED, border_style="dim")
+    columns = (Column(name, overflow="fold") for name in header)  # what is cut off cannot be read
+    table = Table(*columns, box=ROUNDED, border_style="dim")
     for number, line in enumerate(lines):
         style = styles[number] if styles else ""
         table.add_row(*(Text(text, style=style) for text in line))
@@ -243,7 +244,7 @@ class _LiveBar:
             return
         with suppress(OSError):
             for line in _note_lines(text):
-                self._console.print(Text(line), soft_wrap=True)
+                self._console.print(Text(line, overflow="fold"))
 
     def close(self) -> None:
         if self._closed:

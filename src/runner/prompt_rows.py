@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, StoreError
+from runner.private import make_private
 
 DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
 SHAPES = ("original", "unique")
@@ -31,13 +32,15 @@ class PromptRow:
     error: str | None  # why it is missing
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        """The row as it is handed out; one without an answer has an ``error`` too, why there is none."""
+        row = {
             "idx": self.idx,
             "key": self.key,
             "prompt": self.prompt,
             "status": self.status,
             "result": self.result,
         }
+        return row if self.error is None else {**row, "error": self.error}
 
 
 def check_form(return_dtype: str, output_shape: str) -> None:
@@ -72,11 +75,26 @@ def shaped(rows: Sequence[PromptRow], return_dtype: str) -> Any:
     )
 
 
+def check_place(path: Path) -> None:
+    """See that ``path`` holds nothing but what `write_rows` may replace, before anything is paid for.
+
+    Raises:
+        StoreError: It is no SQLite file, or somebody else's.
+    """
+    if not path.exists():
+        return
+    try:
+        with closing(_connect(path)) as database:
+            _check_ours(database, path)
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(f"{path}: the results cannot be written ({error}); name another results_db_url") from None
+
+
 def write_rows(path: Path, rows: Sequence[PromptRow]) -> None:
     """Put ``rows`` into the table ``results`` of the SQLite file ``path``, in place of those that were there.
 
     Raises:
-        StoreError: The file cannot be written, or is no SQLite file.
+        StoreError: The file cannot be written, is no SQLite file, or somebody else's.
     """
     values = (
         tuple(
@@ -87,8 +105,10 @@ def write_rows(path: Path, rows: Sequence[PromptRow]) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path)
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
+            _check_ours(database, path)
             database.execute("DROP TABLE IF EXISTS results")
             database.execute(_RESULTS)
             database.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", values)
@@ -121,9 +141,19 @@ def read_rows(path: Path) -> Iterator[PromptRow]:
         raise StoreError(f"{path} holds no results of prompt_map ({failure})") from None
 
 
+def _check_ours(database: sqlite3.Connection, path: Path) -> None:
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    columns = {name for _, name, *_ in database.execute("PRAGMA table_info(results)")}
+    if tables - {"results"} or (tables and _ESSENTIAL - columns):
+        raise StoreError(f"{path} holds other tables than prompt_map's results: name another results_db_url")
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
 
+
+_ESSENTIAL = {"idx", "key", "prompt", "status", "result"}
+"""Columns that results have had in every version."""
 
 _RESULTS = """
     CREATE TABLE results (

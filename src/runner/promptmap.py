@@ -24,12 +24,13 @@ from runner.database_url import DB_URL_DEFAULT, path_of, results_path
 from runner.digests import Digests
 from runner.errors import APIResponseError, ConfigError, Interrupted, ParseError, StoreError, SystemicError
 from runner.identity import ContentHasher, dump_text
+from runner.keywords import spelt
 from runner.limited import Limited
 from runner.limiter import RateLimiter
 from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import printable, write
-from runner.prompt_rows import STORE_KIND, PromptRow, check_form, shaped, write_rows
+from runner.prompt_rows import STORE_KIND, PromptRow, check_form, check_place, shaped, write_rows
 from runner.response_format import Layout, ResponseFormat
 from runner.retry import Retrying
 from runner.run import GRACE_S, Run
@@ -46,6 +47,7 @@ _OPENROUTER = "openrouter/"
 logger = logging.getLogger(__name__)
 
 
+@spelt
 async def prompt_map(
     prompts: Iterable[str],
     worker: Worker | None = None,
@@ -98,8 +100,8 @@ async def prompt_map(
         max_attempts: How often a prompt is tried in all, with growing waits between.
         output_shape: ``original``, a row a prompt, in their order, and where there is no answer, the status
             ``missing`` and the result None; ``unique``, a row an answered prompt, by its first place.
-        return_dtype: The rows as dictionaries with ``idx``, ``key``, ``prompt``, ``status`` and ``result``, as
-            results, as (prompt, result), or as a Polars frame.
+        return_dtype: The rows as dictionaries with ``idx``, ``key``, ``prompt``, ``status`` and ``result``
+            (one that is missing also has an ``error``), as results, as (prompt, result), or as a Polars frame.
         cache_db_url: The SQLite database of answers, ``sqlite+aiosqlite:///my_runs.db``.
         results_db_url: The SQLite database that the returned rows are written to, table ``results``. None:
             ``NAME-results.db`` beside the cache.
@@ -126,6 +128,7 @@ async def prompt_map(
         rpm_limit=1 if rpm_limit is None else rpm_limit,
     )
     cache, results = _paths(cache_db_url, results_db_url)
+    check_place(results)
     form = None if response_model is None else ResponseFormat.of(response_model)
     config = RunnerConfig(
         limits=LimitsConfig(concurrency=concurrency, rpm=rpm_limit, max_request_burst=1),

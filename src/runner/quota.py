@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -58,17 +59,19 @@ class Reading:
 _LONGEST_MINUTE_S = 120.0
 
 
-def readings(headers: Mapping[str, str], *, now: float) -> list[Reading]:
+def readings(headers: Mapping[str, str], *, now: float | None = None) -> list[Reading]:
     """What the ``headers`` of an answer say about the quotas it came under. Nonsense is left out.
 
     Args:
         headers: Names in lower case or case-insensitive.
-        now: Unix time, for resets that are points in time.
+        now: Unix time, for resets that are points in time; None: as `clock_of` has it.
     """
+    present = [names for names in _HEADERS if names[1] in headers]
+    if not present:
+        return []
+    now = clock_of(headers) if now is None else now
     found = []
-    for kind, remaining_name, limit_name, reset_name in _HEADERS:
-        if remaining_name not in headers:
-            continue
+    for kind, remaining_name, limit_name, reset_name in present:
         remaining = _number(headers[remaining_name], 1.0)
         limit = _number(headers.get(limit_name), 1.0)
         if remaining is not None and limit != 0 and (limit is None or remaining <= limit):
@@ -95,6 +98,12 @@ def retry_after_s(headers: Mapping[str, str], body: Any, *, now: float) -> float
         _longest_reset_s(headers, now=now),
     )
     return next((hint for hint in hints if hint is not None), None)
+
+
+def clock_of(headers: Mapping[str, str]) -> float:
+    """Unix time by the clock that a provider's times are of: its own, where the answer has a ``Date``, or else ours."""
+    sent = _moment(headers["date"]) if "date" in headers else None
+    return time.time() if sent is None else sent
 
 
 def duration_s(text: Any, *, now: float) -> float | None:

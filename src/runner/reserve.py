@@ -25,7 +25,7 @@ class Reserve:
         self._held = False
         with suppress(OSError):
             size = min(RESERVE_BYTES, shutil.disk_usage(path.parent).free // _SHARE)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 os.pwrite(file, bytes(size), 0)
                 self._held = True

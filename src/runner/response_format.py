@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from runner.dataset.paths import suggestion
 from runner.errors import ConfigError, ParseError
 from runner.names import import_name
 
@@ -72,12 +73,20 @@ class ResponseFormat:
         """
         if not isinstance(value, str):
             return cls.of(value)
+        path = Path(value).expanduser()
         if not value.endswith(".json"):
+            if ":" not in value:
+                raise ConfigError(
+                    f"response_format={value}: give a JSON schema, the path of a .json file, or"
+                    " package.module:PydanticModel"
+                )
             return cls.of(import_name(value, key="response_format"))
         try:
-            layout = json.loads(Path(value).expanduser().read_bytes())
+            layout = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ConfigError(f"response_format={value}: there is no such file.{suggestion(str(path))}") from None
         except OSError as error:
-            raise ConfigError(f"response_format={value}: {error.strerror}") from None
+            raise ConfigError(f"response_format={value}: it cannot be read ({error.strerror})") from None
         except ValueError as error:
             raise ConfigError(f"response_format={value} holds no JSON: {error}") from None
         return cls.of(layout)

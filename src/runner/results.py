@@ -15,7 +15,9 @@ from typing import Any, BinaryIO, TypeVar
 import orjson
 
 from runner.config import TaskKind
+from runner.errors import StoreError
 from runner.identity import dump_json
+from runner.private import open_private
 from runner.store import Store
 from runner.vector import unpack
 
@@ -40,6 +42,9 @@ async def result_rows(
     ``text``, ``language`` and ``duration_s``.
 
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
+
+    Raises:
+        StoreError: There is something else in the store than a run puts there; names the row.
     """
     left = limit
     shards = [_result_rows(store, limit=limit, failed=failed) for store in stores]
@@ -52,8 +57,8 @@ async def result_rows(
 
 async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
     meta = await store.meta()
-    samples, task = int(meta.get("samples", "1")), meta.get("task", TaskKind.generate)
-    sql = f"SELECT rows.position, rows.metadata, rows.scores, answers.* {CURRENT}"
+    samples, task = samples_of(meta), meta.get("task", TaskKind.generate)
+    sql = f"SELECT rows.position, rows.metadata, rows.scores, {_ARE_JSON} AS are_json, answers.* {CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
@@ -61,7 +66,21 @@ async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) 
         sql += f" LIMIT {limit:d}"
     async with aclosing(store.query(sql)) as records:
         async for record in records:
-            yield _result_row(record, samples, task)
+            try:
+                # By name in a dictionary, as SQLite's rows look through all their names each time.
+                row = _result_row(dict(zip(record.keys(), record, strict=True)), samples, task)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise StoreError(f"{store.path} is damaged at row {record['position']} ({error})") from None
+            yield row
+
+
+_ARE_JSON = "json_valid(coalesce(rows.metadata, '{}')) AND json_valid(coalesce(rows.scores, '{}'))"
+
+
+def samples_of(meta: Mapping[str, str]) -> int:
+    """How many rows of a store belong to a row of its dataset, by the facts of the store."""
+    text = str(meta.get("samples", "1"))
+    return max(1, int(text)) if text.isascii() and text.isdigit() else 1
 
 
 async def in_order(streams: Sequence[AsyncGenerator[T, None]], *, key: Callable[[T], Any]) -> AsyncGenerator[T, None]:
@@ -105,7 +124,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` once it is whole, for its owner only: there are answers in it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open_private(partial, "x") as file:
             yield file
         os.replace(partial, path)
     except BaseException:
@@ -119,8 +139,9 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
     tokens per second at work, over all sessions; where several overlap, the time counts once. Cost and rates count all
-    that was ever answered in this run, the rest what the dataset holds now. ``deduplicated`` rows share the answer of
-    another one, ``taken_over`` ones have that of another run.
+    that was ever answered in this run, the rest what the dataset holds now. ``reused`` rows were settled before the
+    last session, or have their answer from elsewhere, as ``taken_over`` ones have that of another run;
+    ``deduplicated`` ones share the answer of another row.
 
     What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
     or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
@@ -137,6 +158,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "rows": rows["n"],
         "succeeded": totals["succeeded"],
         "failed": totals["failed"],
+        "reused": totals["reused"],
         "tokens": {
             "prompt": used["prompt"],
             "completion": used["completion"],
@@ -167,6 +189,9 @@ _TOTALS = f"""
     SELECT
         count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
         count(error_type) AS failed,
+        count(*) FILTER (
+            WHERE reused_from IS NOT NULL OR settled_at < (SELECT max(started_at) FROM sessions)
+        ) AS reused,
         count(reused_from) AS taken_over,
         count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
     {CURRENT}
@@ -211,7 +236,22 @@ _ERRORS = f"""
 """
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("output_text", "finish_reason", "request_id", "model_id", "deployment", "reused_from"), (str,)),
+    **dict.fromkeys(("error_type", "error_message", "details", "metadata", "scores"), (str,)),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens"), (int,)),
+    **dict.fromkeys(("cached_tokens", "error_status", "retries"), (int,)),
+    **dict.fromkeys(("queue_wait_s", "service_time_s", "end_to_end_s", "ttft_s", "cost_usd"), (float, int)),
+}
+"""What is in the columns of a row, beside null: SQLite keeps a value of any type in any column."""
+
+
 def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
+    for name, types in _TYPES.items():
+        if (value := record[name]) is not None and type(value) not in types:
+            raise TypeError(f"{name} is of type {type(value).__name__}")
+    if not record["are_json"]:
+        raise ValueError("metadata or scores are no JSON")
     details = json.loads(record["details"]) if record["details"] else {}
     details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}
@@ -323,6 +363,10 @@ async def values_at(
     places: Collection[int], stores: Sequence[Store], sql: str, parameters: Sequence[Any] = ()
 ) -> dict[int, float]:
     """The values of a SELECT that stand at ``places``, from 0, where those of all stores are in ascending order."""
+    if len(stores) == 1:  # where SQLite counts
+        ranked = f"SELECT value, row_number() OVER (ORDER BY value) - 1 AS place FROM ({sql})"
+        sql = f"SELECT value, place FROM ({ranked}) WHERE place IN ({', '.join(map(str, places))})"
+        return {row["place"]: row["value"] async for row in stores[0].query(sql, parameters)}
     last = max(places)
     streams = [store.query(f"{sql} ORDER BY value LIMIT {last + 1:d}", parameters) for store in stores]
     found = {}
@@ -366,6 +410,20 @@ _FAILED = f"""
 _RETRIES = """
     SELECT deployment AS name, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY name
 """
+
+_RANKED = f"""
+    SELECT deployment, place, value
+    FROM (
+        SELECT
+            deployment,
+            service_time_s AS value,
+            row_number() OVER (PARTITION BY deployment ORDER BY service_time_s) - 1 AS place
+        {CURRENT}
+        WHERE error_type IS NULL AND deployment IS NOT NULL
+    )
+    WHERE (deployment, place) IN (VALUES {{}})
+"""
+"""The answers at some places, the fastest of a deployment being at 0."""
 
 
 async def _counts(stores: Sequence[Store], sql: str) -> dict[str, int]:

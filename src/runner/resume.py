@@ -11,9 +11,10 @@ from typing import Any
 
 from runner.claims import Elsewhere
 from runner.config import Dedupe, Resume, RunnerConfig
+from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
 from runner.identity import answers_alike, output_limits
-from runner.reuse import OtherLimits, OtherRuns, first_of
+from runner.reuse import OtherLimits, OtherRuns, first_of, run_name
 from runner.store import Store, Terms
 from runner.workload import Workload
 
@@ -27,15 +28,20 @@ class Resumption:
 
 
 @asynccontextmanager
-async def resuming(store: Store, config: RunnerConfig, workload: Workload) -> AsyncIterator[Resumption]:
+async def resuming(
+    store: Store, config: RunnerConfig, workload: Workload, *, folder: Path
+) -> AsyncIterator[Resumption]:
     """Bring ``store`` in line with the configuration, write down what the run is, and look where answers may be.
+
+    Args:
+        folder: The run's, also where ``store`` is a copy.
 
     Raises:
         ConfigError: ``resume=require``, and there is no earlier run.
     """
     meta = await store.meta()
     if config.resume is Resume.require and "scorers" not in meta:
-        raise ConfigError(f"resume=require, but {store.path.parent} holds no earlier run: use resume=auto")
+        raise ConfigError(f"resume=require, but {folder} holds no earlier run: use resume=auto")
     if config.resume is Resume.fresh:
         await store.start_over()
     dedupe = config.dedupe is Dedupe.always or (config.dedupe is Dedupe.auto and answers_alike(config))
@@ -61,12 +67,14 @@ async def resuming(store: Store, config: RunnerConfig, workload: Workload) -> As
     finders: list[Elsewhere] = []
     async with AsyncExitStack() as stack:
         if config.retry_truncated:
-            finders.append(OtherLimits(store, workload, earlier, now).find)
+            finders.append(OtherLimits(store, workload, earlier, now, name=run_name(folder)).find)
         elif earlier and workload.asks not in asked:
             notes.append(_changed_limits(list(earlier.values())[-1], now))
         if config.reuse:
             place = Path(config.runs_dir)
-            others = await stack.enter_async_context(OtherRuns.open(place, own=store.path, asks=workload.asks))
+            others = await stack.enter_async_context(
+                OtherRuns.open(place, own=folder / RUN_DATABASE, asks=workload.asks)
+            )
             finders.append(others.find)
             notes += others.notes
         terms = Terms(

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ class OtherRuns:
                     store = await Store.open_readonly(path, patience_s=PATIENCE_S)
                     stack.push_async_callback(store.aclose)
                     if asks in json.loads((await store.meta()).get("asks", "{}")):
-                        stores[f"{path.parent.parent.name}/{path.parent.name}"] = store
-                except StoreError as error:
+                        stores[run_name(path.parent)] = store
+                except (StoreError, ValueError) as error:
                     notes.append(f"nothing is taken over from there: {error}")
                 if len(stores) == _MOST_RUNS:
                     break
@@ -96,11 +95,19 @@ class OtherLimits:
     Args:
         limits: What was asked under, by the hash that stands for it; the latest last.
         now: The limits that hold now.
+        name: What the run is called.
     """
 
     def __init__(
-        self, store: Store, workload: Workload, limits: Mapping[str, Mapping[str, Any]], now: Mapping[str, Any]
+        self,
+        store: Store,
+        workload: Workload,
+        limits: Mapping[str, Mapping[str, Any]],
+        now: Mapping[str, Any],
+        *,
+        name: str,
     ) -> None:
+        self._name = name
         self._store = store
         self._workload = workload
         self._limit = _most(now)
@@ -110,7 +117,6 @@ class OtherLimits:
     async def find(self, asked: Sequence[tuple[Item, int]]) -> list[Outcome]:
         """The answers there are to ``asked``, each given with its occurrence."""
         found: dict[Key, Outcome] = {}
-        name = f"{self._store.path.parent.parent.name}/{self._store.path.parent.name}"
         for hasher, limit in self._others:
             keys = {
                 (self._workload.content(item, hasher), occurrence): (item.content, occurrence)
@@ -120,13 +126,18 @@ class OtherLimits:
             for answer in await self._store.find(list(keys)):
                 if not _was_cut_off(answer) and self._has_room(answer, limit):
                     key = keys[answer.content, answer.occurrence]
-                    found[key] = _taken_over(answer, key, name)
+                    found[key] = _taken_over(answer, key, self._name)
         return list(found.values())
 
     def _has_room(self, answer: Outcome, limit: int | None) -> bool:
         if self._limit is None or (limit is not None and limit <= self._limit):
             return True
         return answer.completion_tokens is not None and answer.completion_tokens <= self._limit
+
+
+def run_name(folder: Path) -> str:
+    """What a run is called among those of a project: its name and its id."""
+    return "/".join(folder.absolute().parts[-2:])
 
 
 def first_of(finders: Sequence[Elsewhere]) -> Elsewhere:
@@ -145,8 +156,7 @@ def first_of(finders: Sequence[Elsewhere]) -> Elsewhere:
 
 def _taken_over(answer: Outcome, key: Key, source: str) -> Outcome:
     """``answer`` as one of this run, which neither asked nor paid."""
-    return replace(
-        answer,
+    return answer._replace(
         content=key[0],
         occurrence=key[1],
         settled_at=time.time(),

@@ -39,7 +39,7 @@ from runner.retry import failed_attempt
 from runner.scoring import Scorers
 from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
-from runner.task import Asking, Item
+from runner.task import Asking, Item, Settled
 from runner.transports import DIRECT
 from runner.types import Attempt, Client, Request, Response, Trace
 from runner.workload import ClaimSize
@@ -116,6 +116,13 @@ class Run:
             [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
+    async def left(self) -> int | None:
+        """How many rows are still to be asked, those that share an answer counted once; None: it is not known."""
+        if self.total is None:
+            return None
+        [found] = [row async for row in self._store.query(_LEFT, (self._config.retry_failed,))]
+        return max(0, self.total - int(found["seen"])) + int(found["open"])
+
     async def until_done(self, *, after_pilot: Callable[[], Awaitable[None]] | None = None) -> None:
         """Ask until there is nothing left, or `stop`, `end` or `interrupt` is called.
 
@@ -123,6 +130,8 @@ class Run:
             after_pilot: Awaited between the rows that are asked first, ``pilot`` of them, and the others.
         """
         try:
+            if self.total is not None:
+                await self._store.truncate(self.total)
             if self._config.pilot:
                 sample = {self._position(place) for place in _spread(self._config.pilot, self.total)}
                 await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
@@ -263,10 +272,10 @@ class Run:
 
     async def _ask(self, group: Sequence[Claimed]) -> None:
         """Ask for the items that share a request, and save what comes of each."""
-        for claimed in group:
+        usable = [claimed for claimed in group if claimed[0].error is None]
+        for claimed in group if len(usable) < len(group) else ():
             if claimed[0].error is not None:
                 await self._fail([claimed], Trace(), claimed[0].error)
-        usable = [claimed for claimed in group if claimed[0].error is None]
         if not usable:
             return
         line = _Line(
@@ -276,18 +285,19 @@ class Run:
             store=self._store,
             flights=self._flights,
             stop=self.stop,
+            settle=self._settle,
         )
         try:
-            async for settled in self._workload.task.ask_for([item for item, _ in usable], line):
-                self._flights.pop(id(settled.trace), None)
-                asked = [usable[place] for place in settled.places]
-                if isinstance(settled.result, ItemError):
-                    await self._failed(asked, settled.trace, settled.result)
-                else:
-                    await self._answered(asked, settled.trace, settled.result)
+            await self._workload.task.ask_for([item for item, _ in usable], line)
         except BudgetExhausted as reason:  # these rows have no outcome: they are left for later
             if self.stop.reason is None:
                 self.stop(reason)
+
+    async def _settle(self, asked: Sequence[Claimed], settled: Settled) -> None:
+        if isinstance(settled.result, ItemError):
+            await self._failed(asked, settled.trace, settled.result)
+        else:
+            await self._answered(asked, settled.trace, settled.result)
 
     async def _answered(self, asked: Sequence[Claimed], trace: Trace, responses: Sequence[Response]) -> None:
         self._any_answer = True
@@ -367,7 +377,7 @@ class _Flight:
 class _Line:
     """A group's way to the client. What goes wrong on it is entered for every item that was asked for.
 
-    A flight begins with its trace and is removed by whoever settles it: one that is cancelled stays in the books.
+    A flight begins with its trace and ends where it is settled: one that is cancelled stays in the books.
     """
 
     def __init__(
@@ -379,6 +389,7 @@ class _Line:
         store: Store,
         flights: dict[int, _Flight],
         stop: Stop,
+        settle: Callable[[Sequence[Claimed], Settled], Awaitable[None]],
     ) -> None:
         self._group = group
         self._samples = samples
@@ -386,6 +397,7 @@ class _Line:
         self._store = store
         self._flights = flights
         self._stop = stop
+        self._settle = settle
 
     def trace(self, places: Sequence[int]) -> Trace:
         first, _ = self._group[places[0]]
@@ -397,6 +409,10 @@ class _Line:
 
     async def send(self, request: Request) -> Response:
         return await self._client.send(request)
+
+    async def settle(self, settled: Settled) -> None:
+        self._flights.pop(id(settled.trace), None)
+        await self._settle([self._group[place] for place in settled.places], settled)
 
     async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
         flight = self._flights.pop(id(trace))
@@ -418,6 +434,22 @@ class _Line:
 
 _SETTLED = """
     SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
+"""
+
+# Rows that are not read yet, and those that are and have no outcome: the first of those that share one.
+_LEFT = """
+    SELECT
+        (SELECT ifnull(max(position) + 1, 0) FROM rows) AS seen,
+        count(*) AS open
+    FROM rows
+    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    WHERE (answers.id IS NULL OR (answers.error_type IS NOT NULL AND ?)) AND NOT EXISTS (
+        SELECT 1
+        FROM rows AS earlier
+        WHERE earlier.content = rows.content
+            AND earlier.occurrence = rows.occurrence
+            AND earlier.position < rows.position
+    )
 """
 
 _SETTLED_ROWS = """

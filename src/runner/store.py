@@ -11,10 +11,10 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from runner.answers import (
     Entry,
@@ -61,7 +61,7 @@ class Store:
         self,
         database: Database,
         *,
-        lock: IO[str] | None = None,
+        lock: BinaryIO | None = None,
         reserve: Reserve | None = None,
         on_commit: Callable[[Sequence[Outcome]], None] | None = None,
     ) -> None:
@@ -74,6 +74,7 @@ class Store:
         self._bounds: dict[Key, float | None] = {}  # the most that an attempt costs, of what is at work
         self._listeners: list[Callable[[StoreError], None]] = []
         self._session: int | None = None
+        self._now = _steady_clock()
 
     @classmethod
     async def open(cls, path: Path, *, on_commit: Callable[[Sequence[Outcome]], None] | None = None) -> Store:
@@ -127,7 +128,7 @@ class Store:
         try:
             if self._session is not None:
                 await self._commits.flush()
-                await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (time.time(), self._session))
+                await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (self._now(), self._session))
         finally:
             await self._database.aclose()
             if self._reserve is not None:
@@ -263,7 +264,7 @@ class Store:
     def _bounded(self, outcome: Outcome) -> Outcome:
         bound = self._bounds.pop((outcome.content, outcome.occurrence), None)
         if outcome.cost_usd is None and bound is not None:
-            return replace(outcome, cost_bound_usd=bound)
+            return outcome._replace(cost_bound_usd=bound)
         return outcome
 
     async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
@@ -274,7 +275,7 @@ class Store:
         async with self._database.transaction():
             await enter_lost(self._database)
             self._session = await self._database.execute(
-                "INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (time.time(),)
+                "INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (self._now(),)
             )
 
     async def _with_reserve(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -297,7 +298,7 @@ class Store:
                 await put_answers(self._database, [each.outcome for each in settled])
                 await put_attempts(self._database, [each for each in group if isinstance(each, Entry)])
                 await self._put_scores((each.position, each.scores) for each in settled if each.scores is not None)
-                await self._database.execute(_SEEN, (time.time(), self._session))
+                await self._database.execute(_SEEN, (self._now(), self._session))
 
         await self._with_reserve(commit)
 
@@ -310,6 +311,12 @@ class Store:
         outcomes = [each.outcome for each in group if isinstance(each, _Settled)]
         if outcomes and self._on_commit is not None:
             self._on_commit(outcomes)
+
+
+def _steady_clock() -> Callable[[], float]:
+    """Unix time as it is now, and goes on from here, whatever becomes of the host's clock."""
+    wall, steady = time.time(), time.monotonic()
+    return lambda: wall + time.monotonic() - steady
 
 
 class _Settled(NamedTuple):

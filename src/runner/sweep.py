@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from runner.errors import StoreError
 from runner.results import replace_file
 
 _SAME_CELLS = ("hydra.", "hydra/", "+scale=", "scale=", "budget.", "plan=", "pilot=", "-")
@@ -70,7 +71,11 @@ class Sweep:
         replace_file(self._cells / f"{cell.number}.json", json.dumps(asdict(cell)).encode())
 
     def cells(self) -> list[Cell]:
-        """The cells in their order. One that had begun at an earlier time alone has no exit code."""
+        """The cells in their order. One that had begun at an earlier time alone has no exit code.
+
+        Raises:
+            StoreError: A note is none of a cell.
+        """
         cells = {
             cell.number: replace(cell, exit_code=None, message=_NOT_BEGUN, summary={}) for cell in _read(self._before)
         }
@@ -103,6 +108,11 @@ class Sweep:
             yield
 
     @property
+    def wandb_is_away(self) -> Path:
+        """A file that is there once a cell could not reach W&B, so that the others do not wait for it as well."""
+        return self._cells / "wandb-is-away"
+
+    @property
     def _cells(self) -> Path:
         return self.folder / "cells"
 
@@ -121,7 +131,21 @@ _NOT_BEGUN = "not begun again"
 def _read(folder: Path) -> Iterator[Cell]:
     for path in folder.glob("*.json"):
         with suppress(FileNotFoundError):  # its cell, or the whole sweep, has just begun anew
-            yield Cell(**json.loads(path.read_bytes()))
+            yield _cell(path)
+
+
+def _cell(path: Path) -> Cell:
+    try:
+        cell = Cell(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} is no note of a sweep's cell ({error})") from None
+    types = (
+        *((cell.number, int), (cell.name, str), (cell.folder, str), (cell.summary, dict), (cell.message, str | None)),
+        *((cell.shard, int | None), (cell.shards, int), (cell.whole, str)),
+    )
+    if not all(isinstance(value, kind) for value, kind in types):
+        raise StoreError(f"{path} is no note of a sweep's cell")
+    return cell
 
 
 def sweep_id(arguments: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -64,6 +64,10 @@ class Line(Protocol):
         """As `Client.send`."""
         ...
 
+    async def settle(self, settled: Settled) -> None:
+        """Take what came of a request before the next one is sent."""
+        ...
+
     async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
         """The request for these items failed, and they will be asked for in smaller ones."""
         ...
@@ -75,8 +79,8 @@ class Asking(Protocol):
     group_size: int
     """How many items may share a request."""
 
-    def ask_for(self, items: Sequence[Item], line: Line) -> AsyncIterator[Settled]:
-        """Ask for the items of one group; yields each request as it settles."""
+    async def ask_for(self, items: Sequence[Item], line: Line) -> None:
+        """Ask for the items of one group, and settle each request on their line."""
         ...
 
 
@@ -130,8 +134,8 @@ class Generate:
         ask = self._build(row)
         return ask if self._images is None else self._images.add(row, ask)
 
-    def ask_for(self, items: Sequence[Item], line: Line) -> AsyncIterator[Settled]:
-        return _alone(items, line, self._request)
+    async def ask_for(self, items: Sequence[Item], line: Line) -> None:
+        await _ask_alone(items, line, self._request)
 
     async def _request(self, item: Item, trace: Trace) -> GenerationRequest:
         asked = item.input if self._images is None else await self._images.sent(item)
@@ -229,7 +233,7 @@ class Embed:
     def ask(self, row: Row) -> Ask:
         return self._build(row)
 
-    async def ask_for(self, items: Sequence[Item], line: Line) -> AsyncIterator[Settled]:
+    async def ask_for(self, items: Sequence[Item], line: Line) -> None:
         texts = [item.input for item in items]
 
         def make_request(places: range) -> EmbeddingRequest:
@@ -249,7 +253,7 @@ class Embed:
                 for outcome in outcomes
                 if outcome.embedding is not None
             ]
-            yield Settled(places=places, trace=first.trace, result=first.error or responses)
+            await line.settle(Settled(places=places, trace=first.trace, result=first.error or responses))
 
 
 class Transcribe:
@@ -286,8 +290,8 @@ class Transcribe:
             raise RowError(f"{row.source}: {_shown(ask.input)} is no audio file: {', '.join(_AUDIO)}")
         return replace(ask, input=asked, files=(os.path.join(self._folder, os.path.expanduser(ask.input)),))
 
-    def ask_for(self, items: Sequence[Item], line: Line) -> AsyncIterator[Settled]:
-        return _alone(items, line, self._request)
+    async def ask_for(self, items: Sequence[Item], line: Line) -> None:
+        await _ask_alone(items, line, self._request)
 
     async def _request(self, item: Item, trace: Trace) -> TranscriptionRequest:
         params = self._params
@@ -329,9 +333,9 @@ _AUDIO = (".flac", ".m4a", ".mp3", ".mp4", ".mpeg", ".mpga", ".oga", ".ogg", ".o
 """The audio files that models take. Nothing else leaves this machine as one."""
 
 
-async def _alone(
+async def _ask_alone(
     items: Sequence[Item], line: Line, make_request: Callable[[Item, Trace], Awaitable[Request]]
-) -> AsyncIterator[Settled]:
+) -> None:
     """Ask for one item in a request of its own."""
     [item] = items
     trace = line.trace((0,))
@@ -340,7 +344,7 @@ async def _alone(
         result = (await line.send(await make_request(item, trace)),)
     except ItemError as error:
         result = error
-    yield Settled(places=(0,), trace=trace, result=result)
+    await line.settle(Settled(places=(0,), trace=trace, result=result))
 
 
 def _params(config: RunnerConfig) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class Tuner:
         self._soft_start: SoftStart | None = None
         self._level = self._target = float(window.limit)  # where the window is, and where it goes
         self._slope = 1.0  # slots an answer on the way up
+        self._told = self._level  # where the window is by the log
         self._home: float | None = None  # the level to come back to while another one is tried
         self._in_flight = 0
         self._epoch = 0
@@ -149,6 +150,8 @@ class Tuner:
             return
         if self._level < self._target:
             self._set(min(self._level + self._slope, self._target))
+            if self._level == self._target and self._home is None:
+                self._tell_growth(self._level)
         if self._look.least <= ticket.in_flight <= self._look.most:
             self._round.add(in_flight=ticket.in_flight, work=work, seconds=now - ticket.sent_at, now=now)
             if self._look.suffices(self._round):
@@ -179,7 +182,7 @@ class Tuner:
     def _begin(self) -> _Plan:
         if self._soft_start is not None:
             self._soft_start.close()
-        self._level = self._target = float(self._window.limit)
+        self._level = self._target = self._told = float(self._window.limit)
         return self._follow(self._search())
 
     def _follow(self, plan: _Plan) -> _Plan:
@@ -227,11 +230,13 @@ class Tuner:
     def _climb(self) -> _Plan:
         """Double the window while the throughput follows; then step back to what was needed."""
         before = yield _Look(answers=max(4, self._level // 4))
+        why = "the search begins"
         while True:
             home = self._level
             self._go(2 * home)
             if self._target < home + 1:
                 return
+            self._tell(home, self._target, why)
             after = yield _Look(answers=max(2, self._target // 4), least=max(home, 0.75 * self._target))
             if not _follows(after, before):  # a quick look can mislead
                 after = yield _Look(answers=max(8, self._target // 4), least=0.9 * self._target)
@@ -239,7 +244,7 @@ class Tuner:
                 needed = before.in_flight * max(1.0, after.rate / before.rate)
                 self._settle(math.ceil(_HEADROOM * needed), f"about {needed:.0f} suffice")
                 return
-            self._tell(home, self._level, self._percent(after.gain(before)))
+            why = self._percent(after.gain(before))
             before = after
 
     def _keep(self, *, climbed: bool) -> _Plan:
@@ -360,8 +365,18 @@ class Tuner:
         self._tell(before, self._level, why)
 
     def _tell(self, before: float, after: float, why: str) -> None:
+        self._tell_growth(before)
+        self._told = after
         self._window.why = why
         logger.info("%s %d -> %d: %s", self._name, before, after, why)
+
+    def _tell_growth(self, level: float) -> None:
+        """What went on between two of the changes that are told, so that each line begins where the last one ended."""
+        if int(level) != int(self._told):
+            logger.info(
+                "%s %d -> %d: %s", self._name, self._told, level, "grown back" if self._home is None else "tried"
+            )
+            self._told = level
 
     def _percent(self, change: float) -> str:
         return f"{100 * change:+.0f} % {'tokens' if self._counts_tokens else 'requests'}/s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -44,8 +45,11 @@ class Workload:
         self._hash = ContentHasher(config)
         self._ceiling = Ceiling(config)
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         """Look at the first rows.
+
+        Returns:
+            What can be done and may not be meant, a sentence each.
 
         Raises:
             DatasetError: The dataset cannot be read.
@@ -54,6 +58,7 @@ class Workload:
         rows = list(islice(open_dataset(self._dataset), _PEEK))
         self.task.check(rows)
         self.scorers.check({name for row in rows for name in row.fields})
+        return list(self._doubts(rows))
 
     def count(self) -> int | None:
         """How many items there are, where that is quickly known."""
@@ -92,6 +97,19 @@ class Workload:
         if item.error is not None:
             return 0.0
         return None if item.files else self._ceiling.usd(item.input)
+
+    def _doubts(self, rows: Sequence[Row]) -> Iterator[str]:
+        asks: list[Ask] = []
+        for row in rows:
+            with suppress(ItemError):
+                asks.append(self.task.ask(row))
+        same = all((ask.input, ask.files) == (asks[0].input, asks[0].files) for ask in asks)
+        if len(asks) > 1 and same and any(row.fields != rows[0].fields for row in rows):
+            longest = max(rows[0].fields.items(), key=lambda field: len(str(field[1])), default=("FIELD", None))
+            yield (
+                f"the first {len(asks)} rows ask the very same: does prompt name a field of theirs, as in"
+                f" {{{{ {longest[0]} }}}}?"
+            )
 
     def _items_of(self, row: Row) -> Sequence[Item]:
         """A row's item, or one for each repeat."""

@@ -38,7 +38,7 @@ from runner.results import replace_file
 from runner.signals import handled_signals
 from runner.stack import open_stack
 from runner.sweep import Sweep
-from runner.tracker import Ending, Tracker, open_tracker
+from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
 from runner.types import Client, TokenUsage
 from runner.workload import Workload
@@ -67,17 +67,11 @@ async def run_bench(config: RunnerConfig, folder: Path, *, settings: Mapping[str
     client = _open_client(config)
     with lock_folder(folder / RUN_DATABASE):
         benchmark = Benchmark(config, workload, client, folder=folder)
-        tracker = open_tracker(
-            config.tracker,
-            folder=folder,
-            name=config.name,
-            run_id=f"{config.name}-{folder.name}",
-            settings=settings or {},
-        )
-        try:
-            reason = await _carry_out(benchmark, config, tracker)
-        finally:
-            await client.aclose()
+        async with tracking(config, folder, settings) as tracker:
+            try:
+                reason = await _carry_out(benchmark, config, tracker)
+            finally:
+                await client.aclose()
         report = _conclude(benchmark, config, workload, folder, reason)
     await tracker.finish(
         Ending(

@@ -49,9 +49,9 @@ class Questions:
         """
         group, client = next(self._groups)
         line = _Line(client)
-        settled = [each async for each in self._workload.task.ask_for(group, line)]
-        answer = _answer(group[0].position // self._workload.samples, settled)
-        for each in settled:
+        await self._workload.task.ask_for(group, line)
+        answer = _answer(group[0].position // self._workload.samples, line.settled)
+        for each in line.settled:
             self._judge(each)
         return answer
 
@@ -146,6 +146,7 @@ class _Line:
     """A group's way to the client, without books."""
 
     def __init__(self, client: Client) -> None:
+        self.settled: list[Settled] = []
         self._client = client
 
     def trace(self, places: Sequence[int]) -> Trace:
@@ -153,6 +154,9 @@ class _Line:
 
     async def send(self, request: Request) -> Response:
         return await self._client.send(request)
+
+    async def settle(self, settled: Settled) -> None:
+        self.settled.append(settled)
 
     async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
         return None

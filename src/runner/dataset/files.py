@@ -15,7 +15,8 @@ from runner.errors import DatasetError
 class Files:
     """A row for each file that a path, a glob (``**`` for any depth) or a folder, with all below it, names.
 
-    In the order of their paths, hidden ones left out; their contents are read by whoever asks for them. The fields:
+    In the order of their paths, hidden ones left out; their contents are read by whoever asks for them. A folder's
+    links to folders are followed, each folder once, so that one that leads back to itself has an end. The fields:
     ``path`` as the pattern leads to it, ``name``, ``stem``, ``suffix`` (lower case, with its dot), ``size`` in bytes.
     """
 
@@ -23,11 +24,12 @@ class Files:
         pattern = expanded(config, example="'recordings/**/*.wav'")
         self.name = os.path.basename(pattern.rstrip("/")) or pattern
         self._pattern = pattern
-        if os.path.isdir(pattern):
-            self._pattern = os.path.join(glob.escape(pattern), "**")
-        elif os.path.exists(pattern):
+        self._is_folder = os.path.isdir(pattern)
+        if not self._is_folder and os.path.exists(pattern):
             self._pattern = glob.escape(pattern)
         if not self._paths():
+            if os.path.isdir(pattern):
+                raise DatasetError(f"dataset.path={config.path}: this folder holds no files")
             hint = "" if glob.has_magic(pattern) else suggestion(pattern)
             raise DatasetError(f"dataset.path={config.path}: there is no such file.{hint}")
 
@@ -48,4 +50,17 @@ class Files:
 
     def _paths(self) -> list[str]:
         """In order, so that a row keeps its place; names are all that is held."""
-        return sorted(path for path in glob.iglob(self._pattern, recursive=True) if os.path.isfile(path))
+        found = _below(self._pattern) if self._is_folder else glob.iglob(self._pattern, recursive=True)
+        return sorted(path for path in found if os.path.isfile(path))
+
+
+def _below(folder: str) -> Iterator[str]:
+    seen = {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        wanted = []
+        for name in sorted(each for each in folders if not each.startswith(".")):
+            if (place := os.path.realpath(os.path.join(here, name))) not in seen:
+                seen.add(place)
+                wanted.append(name)
+        folders[:] = wanted
+        yield from (os.path.join(here, name) for name in names if not name.startswith("."))

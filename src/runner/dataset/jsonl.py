@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -34,7 +35,10 @@ class Jsonl:
         with open(self._path, "rb", buffering=1 << 20) as file:
             if file.read(3) != codecs.BOM_UTF8:
                 file.seek(0)
-            for number, line in enumerate(file, 1):
+            lines = iter(partial(file.readline, _LONGEST_LINE), b"")
+            for number, line in enumerate(lines, 1):
+                if _is_cut(line):
+                    next((rest for rest in lines if rest.endswith(b"\n")), None)
                 if not line.isspace():
                     yield number, line
 
@@ -42,6 +46,8 @@ class Jsonl:
         return sum(1 for _ in self.records())
 
     def fields(self, record: bytes) -> dict[str, Any]:
+        if _is_cut(record):
+            raise ValueError(f"the line is longer than {_LONGEST_LINE >> 20} MiB")
         try:
             value = orjson.loads(record)
             if _LONG_NUMBER in record.translate(_DIGITS):  # orjson rounds integers beyond 64 bits
@@ -68,6 +74,14 @@ class Jsonl:
         if self.name.endswith((".csv", ".tsv")):
             return "dataset=csv reads CSV"
         return "Write one JSON object per line"
+
+
+_LONGEST_LINE = 128 * 2**20
+"""A longer line fails alone: no row is so long, but a file of another kind may be one line, larger than the memory."""
+
+
+def _is_cut(line: bytes) -> bool:
+    return len(line) == _LONGEST_LINE and not line.endswith(b"\n")
 
 
 def _is_array(text: bytes) -> bool:

@@ -28,8 +28,13 @@ class Parquet:
             raise DatasetError(f"{self._shown} holds no rows")
 
     def records(self) -> Iterator[tuple[int, arrow.Record]]:
+        from pyarrow import ArrowException
+
         with self._file() as file:
-            yield from arrow.records(file.iter_batches(batch_size=_BATCH))
+            try:
+                yield from arrow.records(file.iter_batches(batch_size=_BATCH))
+            except ArrowException as error:
+                raise DatasetError(f"{self._shown} is damaged ({error})") from None
 
     def count(self) -> int:
         with self._file() as file:
@@ -40,11 +45,11 @@ class Parquet:
 
     def _file(self) -> pq.ParquetFile:
         try:
-            from pyarrow import ArrowInvalid
+            from pyarrow import ArrowException
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise ConfigError("dataset=parquet needs pyarrow: pip install 'runner[parquet]'") from None
         try:
             return ParquetFile(self._path)
-        except ArrowInvalid as error:
+        except ArrowException as error:
             raise DatasetError(f"{self._shown} is no Parquet file, or not a whole one ({error})") from None

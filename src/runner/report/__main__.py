@@ -1,4 +1,4 @@
-"""``python -m runner.report RUN_OR_SWEEP… [--output FILE]``."""
+"""``python -m runner.report RUN_OR_SWEEP… [--output FILE] [--wandb]``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.errors import BAD_CONFIG, FINISHED, RunnerError
+from runner.progress import printable
 from runner.report import read_comparisons, read_runs, render
 from runner.results import replace_file
 
@@ -21,20 +22,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="folder below runs/")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    parser.add_argument("--wandb", action="store_true", help="make a W&B Report of them as well")
     parser.add_argument("--title", help="heading (default: the folders' names)")
     given = parser.parse_args(argv)
     title = given.title or ", ".join(f"{path.absolute().parent.name}/{path.absolute().name}" for path in given.paths)
     try:
+        if given.wandb:
+            from runner.report.wandb_report import check_extra, publish
+
+            check_extra()
         runs = asyncio.run(read_runs(given.paths))
-        page = render(runs, title=title, comparisons=asyncio.run(read_comparisons(runs)))
+        comparisons = asyncio.run(read_comparisons(runs))
+        page = render(runs, title=title, comparisons=comparisons)
         replace_file(given.output, page.encode("utf-8", "backslashreplace"))
+        print(given.output)
+        if given.wandb:
+            spec = given.output.with_suffix(".wandb.json")
+            published = publish(runs, comparisons, paths=given.paths, title=title, spec=spec)
+            print(published.url or f"{published.spec}\n{published.why}. With W&B in reach, the same command saves it.")
     except RunnerError as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {printable(str(error))}", file=sys.stderr)
         return BAD_CONFIG
     except OSError as error:
         print(f"report: {given.output} cannot be written: {error.strerror or error}", file=sys.stderr)
         return BAD_CONFIG
-    print(given.output)
     return FINISHED
 
 

@@ -17,11 +17,11 @@ from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
 from runner.intervals import mean_interval, share_interval
-from runner.results import CURRENT, result_rows, rows_of, summarize, sums, sums_by_name, values_at
+from runner.redaction import redact
+from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
 from runner.store import Store
 from runner.sweep import Cell, Sweep
-from runner.tracker import redact
 
 SAMPLES = 20
 """Rows that are shown of those that were answered, and of those that failed."""
@@ -98,6 +98,11 @@ async def read_comparisons(runs: Sequence[RunFacts]) -> list[Comparison]:
     return [*(await compare(named) if len(named) > 1 else []), *compare_benchmarks(read_benchmarks(runs))]
 
 
+def score_names(runs: Sequence[RunFacts]) -> list[str]:
+    """The scorers that there are among the runs."""
+    return list(dict.fromkeys(name for run in runs for name in run.scores))
+
+
 def read_benchmarks(runs: Sequence[RunFacts]) -> list[Gathered]:
     """The benchmarks among the runs; those that differ in their level alone are one."""
     return gather([Cell(number=0, name=run.label, folder=str(run.folder), summary=run.summary) for run in runs])
@@ -119,7 +124,9 @@ def _run_folders(path: Path) -> Iterator[Path]:
 async def _read_cell(cell: Cell) -> RunFacts:
     folder = Path(cell.folder)
     if not is_run(folder) and not (folder / BENCHMARK).is_file():
-        return RunFacts(label=cell.name, folder=folder, state=cell.message or "it did not begin")
+        return RunFacts(
+            label=cell.name, folder=folder, state=cell.message or "it did not begin", overrides=_overrides(folder)
+        )
     return await _read_run(folder, cell.name)
 
 
@@ -185,32 +192,56 @@ async def _ended(store: Store) -> bool:
 
 
 def _last_summary(folder: Path) -> dict[str, Any] | None:
+    """The content of ``summary.json``, if it is what a run writes there; the store tells the same."""
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_bytes())
-    except (OSError, ValueError):
+        are_numbers = [isinstance(summary.get(key), int | float | None) for key in _NUMBERS]
+        are_tables = [
+            all(isinstance(value, int | float | None) for value in (summary.get(key) or {}).values()) for key in _TABLES
+        ]
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return summary
+    return summary if all(are_numbers) and all(are_tables) else None
+
+
+_NUMBERS = (
+    *("rows", "succeeded", "failed", "reused", "retries", "elapsed_s", "requests_per_s", "tokens_per_s"),
+    *("cost_usd", "cost_usd_upper_bound"),
+)
+_TABLES = ("tokens", "latency_s", "queue_wait_s", "errors")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / ".hydra" / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
+    settings = _read_yaml(folder / ".hydra" / "config.yaml")
     return redact(settings) if isinstance(settings, dict) else {}
 
 
 def _overrides(folder: Path) -> dict[str, str]:
-    path = folder / ".hydra" / "overrides.yaml"
-    try:
-        overrides = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
+    overrides = _read_yaml(folder / ".hydra" / "overrides.yaml")
     if not isinstance(overrides, list):
         return {}
     pairs = (str(override).partition("=") for override in overrides)
     return {key.lstrip("+"): value for key, _, value in pairs if not key.startswith("sweep.")}
+
+
+def _read_yaml(path: Path) -> Any:
+    """Plain data, interpolations as they stand. None where it cannot be read, or is a trap.
+
+    A trap has aliases, ten lines of which unfold to gigabytes, or is nested beyond measure. Hydra writes neither.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+                return None
+        return yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, ValueError):
+        return None
+
+
+_DEEPEST = 100
 
 
 async def _scores(stores: Sequence[Store]) -> dict[str, Score]:
@@ -276,7 +307,7 @@ async def _failures(stores: Sequence[Store]) -> list[Failure]:
         WHERE error_type IS NOT NULL
         GROUP BY error_type
     """
-    samples = int((await stores[0].meta()).get("samples", "1"))
+    samples = samples_of(await stores[0].meta())
     found: dict[str, Failure] = {}
     async for row in rows_of(stores, sql):
         kind, index = row["kind"], row["position"] // samples

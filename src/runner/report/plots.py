@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from runner.charts import Bar, Bars, Chart, Lines
 from runner.figures import short
 
 _WIDTH, _HEIGHT = 480, 250
@@ -16,55 +17,36 @@ _COLOURS = 6
 _LONGEST_LABEL = 60
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """A line, under the name that the legend shows."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
+def draw(chart: Chart) -> Markup:
+    """The chart as SVG, with its legend; empty where there is nothing to show."""
+    return _lines(chart) if isinstance(chart, Lines) else _bars(chart)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """A value, with an interval where one is known."""
-
-    name: str
-    value: float
-    text: str
-    low: float | None = None
-    high: float | None = None
-
-
-def lines(series: Sequence[Series], *, x: str, y: str, logarithmic: bool = False, dots: bool = False) -> Markup:
-    """A line for each series over a common x axis.
-
-    Args:
-        x, y: What the axes show, with the unit.
-        logarithmic: Whether the x axis doubles from tick to tick.
-        dots: Whether the points themselves are marked.
-    """
+def _lines(chart: Lines) -> Markup:
+    series = chart.series
     xs = [point[0] for each in series for point in each.points]
     ys = [point[1] for each in series for point in each.points]
     if not xs:
         return Markup("")
-    across = _Axis.over(xs, _LEFT, _WIDTH - _RIGHT, logarithmic=logarithmic)
+    across = _Axis.over(xs, _LEFT, _WIDTH - _RIGHT, logarithmic=chart.logarithmic)
     up = _Axis.over([0.0, *ys], _HEIGHT - _BOTTOM, _TOP)
-    parts = [*_grid(across, up), *_titles(x, y)]
+    parts = [*_grid(across, up), *_titles(chart.x, chart.y)]
     for number, each in enumerate(series):
         colour = f"c{number % _COLOURS}"
         path = " ".join(f"{across.place(px):.1f},{up.place(py):.1f}" for px, py in each.points)
         parts.append(f'<polyline class="line {colour}" points="{path}"/>')
-        if dots:
+        if chart.dots:
             parts += [
                 f'<circle class="dot {colour}" cx="{across.place(px):.1f}" cy="{up.place(py):.1f}" r="3.5">'
                 f"<title>{escape(each.name)}: {px:g}, {short(py)}</title></circle>"
                 for px, py in each.points
             ]
-    return _figure(parts, _HEIGHT, f"{y} over {x}") + _legend([each.name for each in series])
+    return _figure(parts, _HEIGHT, f"{chart.y} over {chart.x}") + _legend([each.name for each in series])
 
 
-def bars(values: Sequence[Bar], *, x: str) -> Markup:
+def _bars(chart: Bars) -> Markup:
     """A horizontal bar for each value, its name above it and its interval across its end."""
+    values = chart.values
     if not values:
         return Markup("")
     row = 44
@@ -92,8 +74,8 @@ def bars(values: Sequence[Bar], *, x: str) -> Markup:
                 f'<path class="interval" d="M{low:.1f} {top + 27}H{high:.1f}M{low:.1f} {top + 23}v8'
                 f'M{high:.1f} {top + 23}v8"/>'
             )
-    parts.append(f'<text class="title" x="{_WIDTH / 2}" y="{height - 2}" text-anchor="middle">{escape(x)}</text>')
-    return _figure(parts, height, x)
+    parts.append(f'<text class="title" x="{_WIDTH / 2}" y="{height - 2}" text-anchor="middle">{escape(chart.x)}</text>')
+    return _figure(parts, height, chart.x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,7 +298,7 @@ class Router:
             self._told = True
             which = "the deployment is" if len(self._replicas) == 1 else f"all {len(self._replicas)} deployments are"
             logger.warning(
-                "%s out, and requests wait for up to %g s (routing.max_wait_s): %s",
+                "%s out, and requests wait for up to %g s (max_wait_s of the routing): %s",
                 which,
                 self._patience_s(since),
                 self._causes(),

@@ -27,6 +27,7 @@ class Call:
         self.config = config
         self.ledger = ledger
         self.headers: dict[str, str] = {}  # of whatever is answered
+        self._number = ledger.arrive(asyncio.get_running_loop().time())
         self._counts: list[Count] = []  # of the body and of each prompt in it
 
     async def read(self) -> None:
@@ -55,7 +56,7 @@ class Call:
 
     async def answer(self, reply: Reply, pace: Pace, begun: float, fault: str | None) -> web.StreamResponse:
         """Charge the reply and send it at its pace, if no fault spoils it."""
-        self.ledger.charge(reply.prompt_tokens, reply.completion_tokens, self.config)
+        self.ledger.charge(self._number, reply.prompt_tokens, reply.completion_tokens, self.config)
         if reply.frames is not None:
             return await self._stream(reply.frames, reply.steps // 2, pace, begun, fault)
         await sleep_until(begun + pace.total_s)

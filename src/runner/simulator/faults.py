@@ -43,11 +43,14 @@ def crowded(model: str, most: int) -> Refusal:
     return Refusal(message, status=429, type="requests", code="rate_limit_exceeded")
 
 
-def http_fault(fault: str, model: str, *, streamed: bool) -> Refusal | None:
+def http_fault(fault: str, model: str, *, streamed: bool, retry_after: str | None = None) -> Refusal | None:
     """The answer of a fault that comes at once; None for those that delay or spoil the model's answer."""
     if fault not in _HTTP_FAULTS:
         return None
     refusal = _HTTP_FAULTS[fault](model)
+    if refusal.status == 429 and retry_after is not None:
+        refusal.headers.pop("retry-after-ms")
+        refusal.headers["retry-after"] = retry_after
     if streamed and refusal.status == 200:
         refusal.headers["content-type"] = "text/event-stream"
         refusal.body = b"data: %b\n\n" % refusal.body

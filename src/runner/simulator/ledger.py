@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,10 +37,19 @@ class Ledger:
         default_factory=lambda: Counter(hits=0, misses=0)
     )  # of prompts of 256 bytes at least
     beginnings: set[bytes] = field(default_factory=set)
+    arrived: array[float] = field(default_factory=lambda: array("d"))  # when each request did, on the monotonic clock
+    took: array[float] = field(default_factory=lambda: array("d"))  # tokens that each was charged
 
     def totals(self) -> dict[str, Any]:
-        details = ("bodies", "prompts", "beginnings")
+        details = ("bodies", "prompts", "beginnings", "arrived", "took")
         return {name: value for name, value in vars(self).items() if name not in details}
+
+    def arrive(self, at: float) -> int:
+        """Count a request; returns its number, from 0."""
+        self.requests += 1
+        self.arrived.append(at)
+        self.took.append(0)
+        return len(self.took) - 1
 
     def note_beginning(self, beginning: bytes) -> None:
         """Count whether a prompt that begins so is the first one."""
@@ -47,7 +57,8 @@ class Ledger:
             self.prefixes["hits" if beginning in self.beginnings else "misses"] += 1
             self.beginnings.add(beginning)
 
-    def charge(self, prompt_tokens: int, completion_tokens: int, config: SimulatorConfig) -> None:
+    def charge(self, number: int, prompt_tokens: int, completion_tokens: int, config: SimulatorConfig) -> None:
+        self.took[number] += prompt_tokens + completion_tokens
         self.tokens["prompt"] += prompt_tokens
         self.tokens["completion"] += completion_tokens
         self.cost_usd += prompt_tokens * config.usd_per_million_prompt_tokens / 1e6

@@ -35,6 +35,8 @@ class Simulator:
 
     - ``GET /ledger``: what came and went since the start or the last ``POST /ledger/reset``; see `Ledger`.
     - ``GET /ledger/requests`` and ``/ledger/prompts``: ``{hash of the body, or user's text: {asked, answered}}``.
+    - ``GET /ledger/arrivals``: ``{at, tokens}``, when each request came (seconds of the host's monotonic clock) and
+      what it was charged.
     - ``POST /settings``: changes the settings that its JSON names; answers all of them but the key.
 
     A setting that is impossible, or an answer key that cannot be read, is a `ConfigError`.
@@ -112,6 +114,8 @@ class Simulator:
                 return self._ledger.bodies
             case "GET", "/ledger/prompts":
                 return self._ledger.prompts
+            case "GET", "/ledger/arrivals":
+                return {"at": list(self._ledger.arrived), "tokens": list(self._ledger.took)}
             case "POST", "/ledger/reset":
                 self._ledger = Ledger()
                 return {}
@@ -129,7 +133,6 @@ class Simulator:
         """One request of the model: counted in flight from here until its last byte is handed over."""
         ledger = call.ledger
         self._in_flight += 1
-        ledger.requests += 1
         ledger.in_flight_peak = max(ledger.in_flight_peak, self._in_flight)
         try:
             try:
@@ -160,7 +163,8 @@ class Simulator:
         self._admit(call, body, reply)
         if fault := self._draw_fault(call):
             call.ledger.faults[fault] += 1
-            if refusal := http_fault(fault, body.model, streamed=reply.frames is not None):
+            streamed = reply.frames is not None
+            if refusal := http_fault(fault, body.model, streamed=streamed, retry_after=call.config.retry_after):
                 raise refusal
             if fault == "hang":
                 await asyncio.sleep(call.config.hang_s)

@@ -38,6 +38,7 @@ SETTINGS = {
     "faults.truncated": "share whose answer breaks off in the middle",
     "faults.invalid_json": "share that gets a 200 with half a JSON document",
     "faults.error_200": "share that gets a 200 with an error in it",
+    "retry_after": "what faults.http_429 says in Retry-After, whatever that is; default: 20 ms, in retry-after-ms",
     "hang_s": "how long a hanging request waits, in seconds",
     "slow_factor": "how many times as long a slow request takes",
     "usd_per_million_prompt_tokens": "price of the ledger's cost_usd",

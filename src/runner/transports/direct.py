@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ import aiohttp
 
 from runner import errors
 from runner.transports import wire
+from runner.transports.connections import Answer, Connections
 from runner.transports.deadlines import Deadlines
 from runner.transports.locality import warn_of_plain_http
 from runner.transports.stream import Stream
@@ -67,6 +68,7 @@ class DirectTransport:
         self._deadlines = Deadlines()
         self._max_response_bytes = max_response_bytes
         self._session: aiohttp.ClientSession | None = None
+        self._connections: Connections | None = None  # None: the session is to be asked
         self._closed = False
 
     async def send(self, request: Request) -> Response:
@@ -119,38 +121,57 @@ class DirectTransport:
         whole is no loss.
         """
         session = self._session or self._connect()
-        data = io.BytesIO(call.body) if len(call.body) > _LARGE_BODY else call.body
         answer_headers: Mapping[str, str] = {}
+
+        async def read(answer: Answer) -> tuple[int, bytes | None]:
+            nonlocal answer_headers
+            answer_headers = answer.headers
+            if stream is None or answer.status != 200:
+                return answer.status, await self._read(answer)
+            await self._follow(answer, stream)
+            return 200, None
+
         try:
             with self._deadlines.within(timeout_s):
-                async with session.post(
-                    self._base + call.path, data=data, headers=headers, timeout=_NO_TIMEOUT, allow_redirects=False
-                ) as answer:
-                    answer_headers = answer.headers
-                    if stream is None or answer.status != 200:
-                        return answer.status, await self._read(answer), answer_headers
-                    await self._follow(answer, stream)
+                if self._connections is not None and len(call.body) <= _LARGE_BODY:
+                    others = None if headers is self._headers else headers
+                    status, payload = await self._connections.post(call.path, call.body, read, headers=others)
+                else:
+                    status, payload = await self._post_through(session, call, headers, read)
+            return status, payload, answer_headers
         except TimeoutError:
             failure: errors.RequestError = errors.Timeout(f"no answer from {self._where} within {timeout_s:g} s")
         except aiohttp.ClientConnectorError as error:
             failure = errors.ConnectError(f"cannot connect to {self._where}: {error.strerror or error}")
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, aiohttp.http.HttpProcessingError, OSError) as error:
             failure = errors.APIConnectionError(
                 f"the connection to {self._where} broke before the answer was whole ({type(error).__name__})"
             )
         except errors.RequestError as error:
             failure = error
-        else:
-            return 200, None, answer_headers
         if stream is not None and stream.is_whole:
             return 200, None, answer_headers
         raise failure
 
-    async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
+    async def _post_through(
+        self,
+        session: aiohttp.ClientSession,
+        call: wire.Call,
+        headers: Mapping[str, str],
+        read: Callable[[Answer], Awaitable[tuple[int, bytes | None]]],
+    ) -> tuple[int, bytes | None]:
+        """As `Connections.post`, for what it is not made for."""
+        data = io.BytesIO(call.body) if len(call.body) > _LARGE_BODY else call.body
+        async with session.post(
+            self._base + call.path, data=data, headers=headers, timeout=_NO_TIMEOUT, allow_redirects=False
+        ) as answer:
+            return await read(Answer(answer.status, answer.headers, answer.content))
+
+    async def _read(self, answer: Answer) -> bytes:
         """The body, unless it is larger than allowed; a compressed one counts as what it unpacks to."""
-        length = answer.content_length
-        if length is not None and length <= self._max_response_bytes and "content-encoding" not in answer.headers:
-            return await answer.read()
+        length = answer.headers.get("content-length")
+        if length is not None and int(length) <= self._max_response_bytes and "content-encoding" not in answer.headers:
+            return await answer.content.read()
         parts: list[bytes] = []
         size = 0
         async for part in answer.content.iter_any():
@@ -159,7 +180,7 @@ class DirectTransport:
             parts.append(part)
         return b"".join(parts)
 
-    async def _follow(self, answer: aiohttp.ClientResponse, stream: Stream) -> None:
+    async def _follow(self, answer: Answer, stream: Stream) -> None:
         """Feed the stream until it is over."""
         size = 0
         async for part in answer.content.iter_any():
@@ -175,9 +196,8 @@ class DirectTransport:
                 async with asyncio.timeout(_LINGER_S):
                     await answer.content.readany()
 
-    def _check_size(self, size: int, answer: aiohttp.ClientResponse) -> None:
+    def _check_size(self, size: int, answer: Answer) -> None:
         if size > self._max_response_bytes:
-            answer.close()
             raise errors.APIResponseError(
                 f"the answer of {self._where} is larger than {self._max_response_bytes:,} bytes", status=answer.status
             )
@@ -186,13 +206,18 @@ class DirectTransport:
         if self._closed:
             raise RuntimeError("the transport is closed")
         warn_of_plain_http(self._base)
+        proxy = proxy_of(self._base)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60, keepalive_timeout=30),
             read_bufsize=_READ_BUFFER,
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("user-agent", "accept"),
-            proxy=proxy_of(self._base),
+            proxy=proxy,
         )
+        if proxy is None and self._base.startswith(("http://", "https://")):
+            self._connections = Connections(
+                self._session, base=self._base, headers=self._headers, read_bufsize=_READ_BUFFER
+            )
         return self._session
 
 

@@ -20,6 +20,9 @@ from runner.types import Endpoint, GenerationRequest
 
 _DONE = b"[DONE]"
 
+_MOST_PARTS = 1024
+"""Choices of an answer, and calls of a choice, that are kept apart: a server that makes up more wants memory."""
+
 
 class Stream:
     """One streamed answer on its way in.
@@ -251,6 +254,8 @@ class _Chunks:
             index = int(entry.get("index") or 0)
             choice = self._choices.get(index)
             if choice is None:
+                if len(self._choices) >= max(self._expected, _MOST_PARTS):
+                    raise ValueError("choices")
                 choice = self._choices[index] = _Choice()
             has_content |= choice.add(entry)
         return has_content
@@ -328,6 +333,8 @@ class _Choice:
         else:
             call = self._calls[-1] if self._calls and call_id in (None, "", self._calls[-1]["id"]) else None
         if call is None:
+            if len(self._calls) >= _MOST_PARTS:
+                raise ValueError("tool_calls")
             call = {"index": index, "id": None, "name": None, "arguments": []}
             self._calls.append(call)
         function = piece.get("function") or {}

@@ -12,7 +12,6 @@ import binascii
 import json
 import math
 import sys
-import time
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from runner import errors
-from runner.quota import retry_after_s
+from runner.quota import clock_of, retry_after_s
 from runner.transports.form import encode_form, form_fields
 from runner.types import (
     EmbeddingRequest,
@@ -104,6 +103,7 @@ _LARGEST_COUNT = 2**48
 
 _LONGEST_MESSAGE = 2000
 _SHORTEST_SECRET = 12
+_SHORTEST_PART = 8
 
 
 _JSON = "application/json"
@@ -237,13 +237,15 @@ def error_from(status: int | None, body: Any, headers: Mapping[str, str]) -> err
     return kind(
         f"{where}: {message}" if message else where,
         status=status,
-        retry_after_s=retry_after_s(headers, body, now=time.time()),
+        retry_after_s=retry_after_s(headers, body, now=clock_of(headers)),
         headers=headers,
     )
 
 
 def parse_json(payload: bytes) -> Any:
     """Decode JSON, forgiving what real servers send: invalid UTF-8, lone surrogates, NaN and Infinity (read as null).
+
+    Numbers that are too large for a float are null, too.
 
     Raises:
         ValueError: It is no JSON even so.
@@ -253,18 +255,31 @@ def parse_json(payload: bytes) -> Any:
     except orjson.JSONDecodeError:
         pass
     try:
-        body = json.loads(payload.decode("utf-8", "replace"), parse_constant=lambda _: None)
+        body = json.loads(payload.decode("utf-8", "replace"), parse_float=_finite, parse_constant=lambda _: None)
         text = json.dumps(body, ensure_ascii=False)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return orjson.loads(text.encode("utf-8", "replace"))
 
 
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
 def redacted(payload: bytes, secrets: Iterable[str]) -> bytes:
-    """``payload`` without the keys that some servers repeat in their refusals. Placeholders such as ``none`` stay."""
+    """``payload`` without the keys that some servers repeat in their refusals. Placeholders such as ``none`` stay.
+
+    The beginning of a key goes too where the payload was cut within it.
+    """
     for secret in secrets:
         if len(secret) >= _SHORTEST_SECRET:
-            payload = payload.replace(secret.encode(), b"***")
+            key = secret.encode()
+            payload = payload.replace(key, b"***")
+            for size in range(len(key) - 1, _SHORTEST_PART - 1, -1):
+                if payload.endswith(key[:size]):
+                    payload = payload[:-size] + b"***"
+                    break
     return payload
 
 
