@@ -43,7 +43,7 @@ from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
 from runner.private import for_owner_only, keep_private
 from runner.progress import printable, summary_table, sweep_table, write
-from runner.signals import first_signal, is_requeued
+from runner.signals import Preempted, first_signal, preemption
 from runner.sweep import Cell, Sweep
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     if sweep is not None and (signum := sweep.stopped_by) is not None:
         cell = replace(cell, exit_code=128 + signum, message="not begun")
     else:
-        cell = _ended(cell, composed)
+        with preemption():
+            cell = _ended(cell, composed)
     if sweep is not None:
         sweep.note(cell)
         if cell.exit_code is not None and cell.exit_code > 128 and not sweep.is_parallel:
@@ -227,11 +228,9 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     except (ConfigError, StoreError) as error:
         logger.error(error)
         return replace(cell, exit_code=_complain(str(error)), message=str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted):
         raise
     except BaseException as error:  # a bug, or sys.exit in a function of the user's, which would end the other cells
-        if isinstance(error, SystemExit) and is_requeued():
-            raise
         whose = "a function of yours ends the process" if isinstance(error, SystemExit) else "this is a fault of runner"
         message = f"{type(error).__name__}: {error}; {whose}, see {_keep_traceback(folder)}"
         _complain(message)

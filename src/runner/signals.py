@@ -17,9 +17,29 @@ PREEMPTION = signal.SIGUSR2
 """With it, submitit's jobs are told to save themselves and to get back into the queue."""
 
 
-def is_requeued() -> bool:
-    """Whether a scheduler's wrapper is around this process, which ends it to have it run again."""
-    return callable(signal.getsignal(PREEMPTION))
+class Preempted(SystemExit):
+    """A scheduler's wrapper around this process ends it, to have it run again."""
+
+
+@contextmanager
+def preemption() -> Iterator[None]:
+    """Have such a wrapper, where there is one, end what runs here with `Preempted`."""
+    requeue = signal.getsignal(PREEMPTION)
+    if not callable(requeue) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def preempt(signum: int, frame: FrameType | None) -> None:
+        try:
+            requeue(signum, frame)
+        except SystemExit as end:
+            raise Preempted(end.code) from None
+
+    signal.signal(PREEMPTION, preempt)
+    try:
+        yield
+    finally:
+        signal.signal(PREEMPTION, requeue)
 
 
 @contextmanager
