@@ -487,7 +487,7 @@ async def test_a_schema_file_that_changed_asks_something_else(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("layout", "problem"),
     [
-        ("none.json", "response_format=none.json: No such file"),
+        ("none.json", "response_format=none.json: there is no such file"),
         (f"{__name__}:Labels", "Did you mean 'Label'"),
         (f"{__name__}:shouted", "response_format=.* give a Pydantic model class or a JSON schema"),
         ({"type": "objekt"}, "response_format is no JSON schema"),

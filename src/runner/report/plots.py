@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +109,7 @@ class _Axis:
 
 def _nice(step: float) -> float:
     """The next step of 1, 2 or 5 times a power of ten."""
+    step = max(step, sys.float_info.min)  # below, there are no powers of ten any more
     size = 10.0 ** math.floor(math.log10(step))
     return next(size * factor for factor in (1, 2, 5, 10) if size * factor >= step * 0.999)
 
