@@ -221,6 +221,8 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
         "synchronous = NORMAL",
         f"cache_size = {-2048 if readonly else -4096}",
         "temp_store = FILE",
+        # Pages of the indexes are touched at random, over and over: the rarer the checkpoint, the fewer are written.
+        "wal_autocheckpoint = 8000",
     ):
         await database.execute_fetchall(f"PRAGMA {pragma}")
 
