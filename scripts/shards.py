@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -153,11 +153,11 @@ def comparable(path: Path) -> list[dict[str, Any]]:
 
 def speed(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Rows per second of one process and of two, by what holds them up: the server's latency, or the processors."""
-    for name, latency_s, usual in (("waiting for the server", 1.0, 2_000), ("as fast as it goes", 0.0005, 20_000)):
+    for name, server, usual in (("waiting for the server", SLOW, 2_000), ("as fast as it goes", AT_ONCE, 40_000)):
         rows = arguments.rows or usual
         write_rows(folder, rows)
-        with serving(folder, latency_s) as (url, server):
-            measured = [[measure(folder, url, server, n) for n in (1, 2)] for _ in range(arguments.repeats)]
+        with serving(folder, server) as (url, server_id):
+            measured = [[measure(folder, url, server_id, n) for n in (1, 2)] for _ in range(arguments.repeats)]
         one, two = ({key: median(each[key] for each in of) for key in of[0]} for of in zip(*measured, strict=True))
         yield {
             "name": name,
@@ -194,11 +194,16 @@ def cpu_of(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+SLOW = ("-m", "runner.simulator", "--port=0", "--latency-s=1", "--latency-spread=0")
+AT_ONCE = (str(Path(__file__).with_name("benchmark.py")), "server")
+"""Servers: one that is waited for, and one that takes next to no processor time from its clients."""
+
+
 @contextmanager
-def serving(folder: Path, latency_s: float) -> Iterator[tuple[str, int]]:
-    """A simulated provider in a process of its own: its address and its process."""
-    command = [sys.executable, "-m", "runner.simulator", "--port=0", f"--latency-s={latency_s}"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+def serving(folder: Path, server: Sequence[str] = SLOW) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own: its address and its process."""
+    command = [sys.executable, *server]
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         yield process.stdout.readline().rpartition(" ")[2].strip(), process.pid

@@ -232,7 +232,7 @@ async def test_after_an_outage_the_deployment_is_not_run_over() -> None:
 @virtual_time
 async def test_waiting_ends_after_max_wait_s_with_an_error_that_says_why() -> None:
     a, b = servers("ab")
-    fleet = Fleet(a, b, max_wait_s=50.0)
+    fleet = Fleet(a, b, max_wait_s=50.0, max_retries=6)
     await fleet.ask_many(20, at_once=4)
     a.error, b.error = ServiceUnavailableError("HTTP 503: full"), ConnectError("cannot connect to b")
     began = now()

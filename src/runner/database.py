@@ -253,6 +253,8 @@ def _check_or_create(database: sqlite3.Connection, path: Path, *, readonly: bool
         "synchronous = NORMAL",
         f"cache_size = {-2048 if readonly else -4096}",
         "temp_store = FILE",
+        # Pages of the indexes are touched at random, over and over: the rarer the checkpoint, the fewer are written.
+        "wal_autocheckpoint = 8000",
     ):
         database.execute(f"PRAGMA {pragma}")
 
