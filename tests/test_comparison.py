@@ -117,7 +117,8 @@ async def test_rows_that_bring_their_own_prompts_are_other_rows_where_these_diff
         return await Runs(tmp_path, 0).run(name, dataset=dataset, prompt=None, scorers={}, **changes)
 
     first = await run("a", "Say")
-    other, stopped = await run("b", "Name"), await run("c", "Name", budget=BudgetConfig(requests=5))
+    other = await run("b", "Name")
+    stopped = await run("c", "Name", budget=BudgetConfig(requests=5), limits=LimitsConfig(concurrency=2))
     refusals = [each.refusal or "" for each in await compare([first, other, stopped, await run("d", "Say")])]
 
     assert "their rows differ" in refusals[0]
