@@ -270,9 +270,9 @@ def _reject_misspelt(prefix: str, request: Mapping[str, Any], known: Sequence[st
     for key in request:
         near = [] if key in known else difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
         if near:
+            way_out = f"{prefix}extra_body.{key}" if prefix else f"extra_body={{{key!r}: …}}"
             raise ConfigError(
-                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write"
-                f" {prefix}extra_body.{key}"
+                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write {way_out}"
             )
 
 
