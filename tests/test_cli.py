@@ -338,6 +338,22 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
     assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
 
 
+async def test_a_signal_while_results_are_written_has_them_written(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"prompt": f"row {index}"} for index in range(3000)])
+    arguments = ["dataset=jsonl", "dataset.path=rows.jsonl", "simulator.latency_s=0", "tracker=none"]
+    assert (await command(*arguments)).exit_code == 0
+    written = command.run() / ".results.jsonl.partial"
+    async with command.running(*arguments) as process:
+        while not written.exists():
+            assert process.returncode is None
+            await asyncio.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        _, err = await process.communicate()
+    assert (process.returncode, "Traceback" in err.decode()) == (0, False), err.decode()
+    assert len(read_rows(command.run())) == 3000
+    assert not written.exists()
+
+
 @pytest.mark.parametrize(("task", "concurrency"), [("generate", 16), ("embed", 2), ("transcribe", 16)])
 def test_a_killed_run_loses_nothing_and_asks_nothing_twice(command: Command, task: str, concurrency: int) -> None:
     script = SOURCES.parent / "scripts" / "kill.py"

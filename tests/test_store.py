@@ -358,6 +358,20 @@ async def test_a_failure_for_which_there_is_an_answer_elsewhere_moves_to_the_led
         assert await answers(store) == {("a", 0): "answer to a"}
 
 
+async def test_a_search_elsewhere_that_fails_leaves_everything_as_it_was(path: Path) -> None:
+    async def elsewhere(asked: Sequence[tuple[Claim, int]]) -> list[Outcome]:
+        raise StoreError("the other run is out of reach")
+
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+        await save(store, 0, failure("a"))
+        await store.flush()
+        with pytest.raises(StoreError, match="out of reach"):
+            await claim(store, "a", "other", elsewhere=elsewhere)
+        assert await attempts(store) == []
+        assert await table(store, "SELECT content FROM rows") == [(content("a"),), (content("b"),)]
+
+
 # Starting over
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
-from runner.database import Database
+from runner.database import Statements
 from runner.types import Attempt
 
 Key: TypeAlias = tuple[bytes, int]
@@ -97,39 +97,39 @@ class Entry:
 # Each of these is a step of a transaction.
 
 
-async def put_answers(database: Database, outcomes: Sequence[Outcome]) -> None:
+def put_answers(statements: Statements, outcomes: Sequence[Outcome]) -> None:
     """Enter what came of rows, in the place of what was known of them."""
-    await _put(database, _PUT_ANSWERS, outcomes)
+    _put(statements, _PUT_ANSWERS, outcomes)
 
 
-async def put_attempts(database: Database, entries: Sequence[Entry]) -> None:
-    await _put(database, _PUT_ATTEMPTS, list(map(_ENTRY, entries)))
+def put_attempts(statements: Statements, entries: Sequence[Entry]) -> None:
+    _put(statements, _PUT_ATTEMPTS, list(map(_ENTRY, entries)))
 
 
-async def move_to_ledger(database: Database, keys: Iterable[Key]) -> None:
+def move_to_ledger(statements: Statements, keys: Iterable[Key]) -> None:
     """Make the outcomes of rows that are asked again attempts among others: what they cost was paid."""
     keys = list(keys)
     if not keys:
         return
-    await database.executemany(f"{_MOVE} WHERE reused_from IS NULL AND content = ? AND occurrence = ?", keys)
-    await database.executemany("DELETE FROM answers WHERE content = ? AND occurrence = ?", keys)
+    statements.executemany(f"{_MOVE} WHERE reused_from IS NULL AND content = ? AND occurrence = ?", keys)
+    statements.executemany("DELETE FROM answers WHERE content = ? AND occurrence = ?", keys)
 
 
-async def move_all_to_ledger(database: Database) -> None:
+def move_all_to_ledger(statements: Statements) -> None:
     """Give up every answer."""
-    await database.execute(f"{_MOVE} WHERE reused_from IS NULL")
-    await database.execute("DELETE FROM answers")
+    statements.execute(f"{_MOVE} WHERE reused_from IS NULL")
+    statements.execute("DELETE FROM answers")
 
 
-async def enter_lost(database: Database) -> None:
+def enter_lost(statements: Statements) -> None:
     """Enter what the last session had taken up and not answered when it was killed: it may have been paid for."""
-    killed = await database.fetch("SELECT id FROM sessions WHERE ended_at IS NULL ORDER BY id DESC LIMIT 1")
-    last = await database.fetch("SELECT max(id) FROM sessions")
+    killed = statements.fetch("SELECT id FROM sessions WHERE ended_at IS NULL ORDER BY id DESC LIMIT 1")
+    last = statements.fetch("SELECT max(id) FROM sessions")
     if killed and killed[0][0] == last[0][0]:
-        await database.execute(_ENTER_LOST, (killed[0][0],))
+        statements.execute(_ENTER_LOST, (killed[0][0],))
 
 
-async def read_answers(database: Database, keys: Sequence[Key]) -> list[Outcome]:
+def read_answers(statements: Statements, keys: Sequence[Key]) -> list[Outcome]:
     """The successful answers to those of ``keys`` that have one."""
     if not keys:
         return []
@@ -140,17 +140,17 @@ async def read_answers(database: Database, keys: Sequence[Key]) -> list[Outcome]
         JOIN answers ON answers.content = asked.column1 AND answers.occurrence = asked.column2
         WHERE answers.error_type IS NULL
     """
-    rows = await database.fetch(sql, [value for key in keys for value in key])
+    rows = statements.fetch(sql, [value for key in keys for value in key])
     return [Outcome(**dict(zip(_ANSWER_COLUMNS, row, strict=True))) for row in rows]
 
 
-async def _put(database: Database, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
+def _put(statements: Statements, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
     if not rows:
         return
     try:
-        await database.insert(into, rows)
+        statements.insert(into, rows)
     except UnicodeEncodeError:
-        await database.insert(into, [tuple(map(_encodable, row)) for row in rows])
+        statements.insert(into, [tuple(map(_encodable, row)) for row in rows])
 
 
 def _encodable(value: Any) -> Any:

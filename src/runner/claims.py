@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
-from runner.database import Database
+from runner.database import Statements
 
 
 class Claimed(Protocol):
@@ -58,46 +58,80 @@ class Terms:
     wanted: Callable[[int], bool] | None = None  # the positions that are taken up; None: all
 
 
-async def take_up(
-    database: Database,
-    claims: Sequence[Claimed],
-    terms: Terms,
-    *,
-    session: int,
-    bounds: MutableMapping[Key, float | None],
-) -> list[Known]:
-    """The work of `Store.claim`, within its transaction. Enters in ``bounds`` what it takes up.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What the store had for the rows of a chunk before they are taken up."""
+
+    stored: Sequence[sqlite3.Row]  # the first of them, as far as they ask what they asked before
+    changed_from: int | None  # the position from which on what is stored is no longer so
+    keys: Sequence[Key]  # of each
+    errors: Mapping[Key, str | None]  # the error class, or None for a success, of the outcomes there are
+    todo: Sequence[int]  # those to be taken up, by their place in the chunk
+    shared: Set[int]  # those that wait for another one's answer
+
+
+def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, *, session: int) -> Lookup | None:
+    """Find out what is known of rows. None: there is nothing to do about any of them.
 
     The stored rows are always the beginning of one dataset. So a row that stands unchanged among them is known with
     its occurrence; from the first one that has changed on, they are forgotten and laid down anew.
     """
-    if await _all_settled(database, claims, terms):
-        return [_SETTLED] * len(claims)
-    stored = await database.fetch(_STORED, (claims[0].position, claims[-1].position))
+    if _all_settled(statements, claims, terms):
+        return None
+    stored = statements.fetch(_STORED, (claims[0].position, claims[-1].position))
     same = _unchanged(claims, stored)
-    if same < len(stored):
-        await database.execute("DELETE FROM rows WHERE position >= ?", (stored[same]["position"],))
     keys = [(claim.content, row["occurrence"]) for claim, row in zip(claims, stored[:same], strict=False)]
-    keys += await _new_keys(database, claims[same:], dedupe=terms.dedupe)
+    keys += _new_keys(statements, claims[same:], dedupe=terms.dedupe)
     errors = {key: row["error_type"] for key, row in zip(keys, stored[:same], strict=False) if row["answered"]}
-    errors |= await _errors(database, keys[same:])
-
+    errors |= _errors(statements, keys[same:])
     todo = [n for n, key in enumerate(keys) if key not in errors or (terms.retry_failed and errors[key] is not None)]
     if terms.wanted is not None:
         todo = [n for n in todo if terms.wanted(claims[n].position)]
-    shared = await _shared(database, claims, todo, session=session) if terms.dedupe else frozenset()
-    todo = [n for n in todo if n not in shared]
-    await move_to_ledger(database, [keys[n] for n in todo if keys[n] in errors])
-    found = await _find_elsewhere(database, [(claims[n], keys[n]) for n in todo], terms.elsewhere)
-    errors |= dict.fromkeys(found)
-    taken = {n for n in todo if keys[n] not in found}
+    changed_from = stored[same]["position"] if same < len(stored) else None
+    shared: Set[int] = frozenset()
+    if terms.dedupe and todo:
+        shared = _shared(statements, claims, todo, session=session, changed_from=changed_from)
+    return Lookup(
+        stored=stored[:same],
+        changed_from=changed_from,
+        keys=keys,
+        errors=errors,
+        todo=[n for n in todo if n not in shared],
+        shared=shared,
+    )
+
+
+def take_up(
+    statements: Statements,
+    claims: Sequence[Claimed],
+    terms: Terms,
+    lookup: Lookup | None,
+    found: Sequence[Outcome],
+    *,
+    session: int,
+    bounds: MutableMapping[Key, float | None],
+) -> list[Known]:
+    """Bring rows up to date after their lookup, keep the answers ``found`` elsewhere, and take up what has none.
+
+    Enters in ``bounds`` what it takes up.
+    """
+    if lookup is None:
+        return [_SETTLED] * len(claims)
+    keys, stored, shared = lookup.keys, lookup.stored, lookup.shared
+    if lookup.changed_from is not None:
+        statements.execute("DELETE FROM rows WHERE position >= ?", (lookup.changed_from,))
+    move_to_ledger(statements, [keys[n] for n in lookup.todo if keys[n] in lookup.errors])
+    put_answers(statements, found)
+    is_found = {(outcome.content, outcome.occurrence) for outcome in found}
+    errors = {**lookup.errors, **dict.fromkeys(is_found)}
+    taken = {n for n in lookup.todo if keys[n] not in is_found}
 
     if terms.cost_bound is not None:
         bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
-    await _lay_down(database, claims, keys, stored[:same], taken, bounds=bounds, session=session)
-    scored = {n for n, (claim, row) in enumerate(zip(claims, stored[:same], strict=False)) if _has_scores(claim, row)}
+    _lay_down(statements, claims, keys, stored, taken, bounds=bounds, session=session)
+    scored = {n for n, (claim, row) in enumerate(zip(claims, stored, strict=False)) if _has_scores(claim, row)}
     unscored = {n for n, key in enumerate(keys) if terms.scored and n not in scored and errors.get(key, "") is None}
-    answers = await read_answers(database, [keys[n] for n in unscored])
+    answers = read_answers(statements, [keys[n] for n in unscored])
     texts = {(answer.content, answer.occurrence): answer.output_text for answer in answers}
     return [
         Known(
@@ -110,13 +144,13 @@ async def take_up(
     ]
 
 
-async def _all_settled(database: Database, claims: Sequence[Claimed], terms: Terms) -> bool:
+def _all_settled(statements: Statements, claims: Sequence[Claimed], terms: Terms) -> bool:
     """Whether there is nothing to do about any of the rows: so it is with most chunks of a run that goes on.
 
     Compared as a whole, in one step of SQLite, which needs no Python and leaves its lock to others.
     """
     parameters = (terms.retry_failed, terms.scored, claims[0].position, claims[-1].position)
-    [(positions, contents, metadata, occurrences)] = await database.fetch(_SETTLED_CHUNK, parameters)
+    [(positions, contents, metadata, occurrences)] = statements.fetch(_SETTLED_CHUNK, parameters)
     return (
         not occurrences
         and contents == b"".join([claim.content for claim in claims])
@@ -141,13 +175,13 @@ def _has_scores(claim: Claimed, row: sqlite3.Row) -> bool:
     return bool(row["scored"]) and row["metadata"] == claim.metadata
 
 
-async def _new_keys(database: Database, claims: Sequence[Claimed], *, dedupe: bool) -> list[Key]:
+def _new_keys(statements: Statements, claims: Sequence[Claimed], *, dedupe: bool) -> list[Key]:
     """The keys of rows that are laid down anew: an occurrence is counted from the dataset's beginning."""
     if dedupe or not claims:
         return [(claim.content, 0) for claim in claims]
     contents = {claim.content for claim in claims}
     sql = _NEXT_OCCURRENCES.format(", ".join(["(?)"] * len(contents)))
-    rows = await database.fetch(sql, (*contents, claims[0].position))
+    rows = statements.fetch(sql, (*contents, claims[0].position))
     following = {row["content"]: row["occurrence"] for row in rows}
     keys = []
     for claim in claims:
@@ -156,22 +190,22 @@ async def _new_keys(database: Database, claims: Sequence[Claimed], *, dedupe: bo
     return keys
 
 
-async def _errors(database: Database, keys: Sequence[Key]) -> dict[Key, str | None]:
+def _errors(statements: Statements, keys: Sequence[Key]) -> dict[Key, str | None]:
     """The error class, or None for a success, of the outcomes there are."""
     if not keys:
         return {}
     sql = _ERRORS.format(", ".join(["(?, ?)"] * len(keys)))
-    rows = await database.fetch(sql, [value for key in keys for value in key])
+    rows = statements.fetch(sql, [value for key in keys for value in key])
     return {(content, occurrence): error_type for content, occurrence, error_type in rows}
 
 
-async def _shared(database: Database, claims: Sequence[Claimed], todo: Sequence[int], *, session: int) -> Set[int]:
+def _shared(
+    statements: Statements, claims: Sequence[Claimed], todo: Sequence[int], *, session: int, changed_from: int | None
+) -> Set[int]:
     """Which of the rows in ``todo`` wait for the answer of another one, which this session has taken up."""
-    if not todo:
-        return frozenset()
     contents = {claims[n].content for n in todo}
     sql = _ASKED_BEFORE.format(", ".join(["(?)"] * len(contents)))
-    asked = {content for (content,) in await database.fetch(sql, (*contents, session))}
+    asked = {content for (content,) in statements.fetch(sql, (*contents, session, changed_from))}
     shared = set()
     for n in todo:
         if claims[n].content in asked:
@@ -180,19 +214,8 @@ async def _shared(database: Database, claims: Sequence[Claimed], todo: Sequence[
     return shared
 
 
-async def _find_elsewhere(
-    database: Database, todo: Sequence[tuple[Claimed, Key]], elsewhere: Elsewhere | None
-) -> dict[Key, Outcome]:
-    """Copy the answers that need not be asked for."""
-    if elsewhere is None or not todo:
-        return {}
-    found = await elsewhere([(claim, occurrence) for claim, (_, occurrence) in todo])
-    await put_answers(database, found)
-    return {(outcome.content, outcome.occurrence): outcome for outcome in found}
-
-
-async def _lay_down(
-    database: Database,
+def _lay_down(
+    statements: Statements,
     claims: Sequence[Claimed],
     keys: Sequence[Key],
     stored: Sequence[sqlite3.Row],
@@ -210,7 +233,7 @@ async def _lay_down(
         elif n >= len(stored) or stored[n]["metadata"] != claim.metadata:
             rows.append((claim.position, *key, claim.metadata, None, None, None))
     if rows:
-        await database.insert(_ROWS, rows)
+        statements.insert(_ROWS, rows)
 
 
 _STORED = """
@@ -262,8 +285,14 @@ _NEXT_OCCURRENCES = """
 """
 
 _ASKED_BEFORE = """
-    WITH asked (content) AS (VALUES {}), at_work (session) AS (VALUES (?))
+    WITH asked (content) AS (VALUES {}), at_work (session, until) AS (VALUES (?, ?))
     SELECT asked.content
     FROM asked, at_work
-    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = asked.content AND rows.session = at_work.session)
+    WHERE EXISTS (
+        SELECT 1
+        FROM rows
+        WHERE rows.content = asked.content
+            AND rows.session = at_work.session
+            AND rows.position < ifnull(at_work.until, rows.position + 1)
+    )
 """

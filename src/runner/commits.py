@@ -38,6 +38,7 @@ class GroupCommit(Generic[T]):
         self._durable = 0
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()  # set, and replaced, when a commit has ended
         self._failure: Exception | None = None
 
     async def put_all(self, entries: Iterable[T]) -> None:
@@ -89,8 +90,7 @@ class GroupCommit(Generic[T]):
         while self._durable < count:
             if self._failure is not None:
                 raise self._failure
-            assert self._task is not None
-            await asyncio.wait([self._task])
+            await self._ended.wait()
 
     async def _work(self) -> None:
         """Commit one group. What could not be committed stays pending."""
@@ -109,3 +109,6 @@ class GroupCommit(Generic[T]):
         else:
             if self._pending:
                 self._start()
+        finally:
+            self._ended.set()
+            self._ended = asyncio.Event()

@@ -7,17 +7,19 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import aiosqlite
+from typing import Any, BinaryIO, TypeVar
 
 from runner.errors import StoreError
 from runner.private import check_folder, make_private, open_private
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
@@ -73,15 +75,15 @@ def is_locked(path: Path) -> bool:
 
 
 class Database:
-    """The open file: one connection on one thread (aiosqlite's), transactions one at a time.
+    """The open file: one connection on one thread of its own, where transactions are run whole, one at a time.
 
     Every error of SQLite is a `StoreError`.
     """
 
-    def __init__(self, connection: aiosqlite.Connection, path: Path) -> None:
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, path: Path) -> None:
         self.path = path
         self._connection = connection
-        self._transacting = asyncio.Lock()
+        self._thread = thread
 
     @classmethod
     async def open(cls, path: Path, *, readonly: bool = False, patience_s: float = PATIENCE_S) -> Database:
@@ -92,68 +94,79 @@ class Database:
         _look_at(path, readonly=readonly)
         if not readonly:
             _make(path)
-        async with translated(path):
-            uri = f"{path.absolute().as_uri()}?{_mode(path) if readonly else 'mode=rwc'}"
-            # Opened here and not by aiosqlite, which would leave its thread behind where this fails.
-            opened = sqlite3.connect(
-                uri,
-                uri=True,
-                timeout=patience_s,
-                isolation_level="IMMEDIATE",
-                check_same_thread=False,
-                cached_statements=_STATEMENTS,
-            )
-            connection = await aiosqlite.Connection(lambda: opened, iter_chunk_size=64)
-            try:
-                connection.row_factory = sqlite3.Row
-                await _check_or_create(connection, path, readonly=readonly)
-            except BaseException:
-                await connection.close()
-                raise
-            return cls(connection, path)
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sqlite")
+        try:
+            opened = partial(_open, path, readonly=readonly, patience_s=patience_s)
+            return cls(await asyncio.get_running_loop().run_in_executor(thread, opened), thread, path)
+        except BaseException:
+            thread.shutdown(wait=False)
+            raise
 
     async def aclose(self) -> None:
-        await self._connection.close()
+        try:
+            await self._in_thread(self._connection.close)
+        finally:
+            self._thread.shutdown(wait=False)
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
-        """All or nothing. Where it is cancelled, it may be all."""
-        async with self._transacting, translated(self.path):
-            try:
-                yield  # the first write begins the transaction
-                if self._connection.in_transaction:
-                    await self._connection.commit()
-            except BaseException:
-                await self._connection.rollback()
-                raise
+    async def transact(self, work: Callable[[Statements], T]) -> T:
+        """All that ``work`` does, in the thread, or nothing. Where this is cancelled, it may be either.
+
+        A transaction goes to the thread and comes back once, whatever it consists of: each way costs the event loop's
+        thread some turns of the GIL.
+        """
+        return await self._in_thread(partial(self._transact, work))
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        async with translated(self.path):
-            return list(await self._connection.execute_fetchall(sql, parameters))
+        return await self._in_thread(partial(Statements(self._connection).fetch, sql, parameters))
 
     async def rows(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time."""
-        async with translated(self.path), self._connection.execute(sql, parameters) as cursor:
-            while rows := await cursor.fetchmany(_CHUNK):
+        cursor = await self._in_thread(partial(self._connection.execute, sql, parameters))
+        try:
+            while rows := await self._in_thread(partial(cursor.fetchmany, _CHUNK)):
                 for row in rows:
                     yield row
+        finally:
+            await self._in_thread(cursor.close)
 
-    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Execute a statement of a transaction; returns the id of the row that it inserted."""
-        cursor = await self._connection.execute(sql, parameters)
-        return cursor.lastrowid or 0
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        with translated(self.path):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        await self._connection.executemany(sql, rows)
+    def _transact(self, work: Callable[[Statements], T]) -> T:
+        try:
+            done = work(Statements(self._connection))  # the first write begins the transaction
+            self._connection.commit()
+        except BaseException:
+            self._connection.rollback()
+            raise
+        return done
 
-    async def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
+
+class Statements:
+    """What a transaction consists of. Belongs to the database's thread."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        return self._connection.execute(sql, parameters).fetchall()
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Execute a statement; returns the id of the row that it inserted."""
+        return self._connection.execute(sql, parameters).lastrowid or 0
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        self._connection.executemany(sql, rows)
+
+    def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
         """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
         columns = len(rows[0])
         size = max(1, _VALUES // columns)
         mark = f"({', '.join('?' * columns)})"
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
-            await self.execute(f"{into} VALUES {', '.join([mark] * len(block))}", list(chain.from_iterable(block)))
+            self.execute(f"{into} VALUES {', '.join([mark] * len(block))}", list(chain.from_iterable(block)))
 
 
 _VALUES = 2048
@@ -189,21 +202,40 @@ def _make(path: Path) -> None:
         raise StoreError(f"{path} cannot be made ({error.strerror}): {_way_out(path, error)}") from None
 
 
-async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readonly: bool) -> None:
-    application = await _number(database, "PRAGMA application_id")
-    version = await _number(database, "PRAGMA user_version")
-    tables = await _number(database, "SELECT count(*) FROM sqlite_master")
+def _open(path: Path, *, readonly: bool, patience_s: float) -> sqlite3.Connection:
+    with translated(path):
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?{_mode(path) if readonly else 'mode=rwc'}",
+            uri=True,
+            timeout=patience_s,
+            isolation_level="IMMEDIATE",
+            check_same_thread=False,
+            cached_statements=_STATEMENTS,
+        )
+        try:
+            connection.row_factory = sqlite3.Row
+            _check_or_create(connection, path, readonly=readonly)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _check_or_create(database: sqlite3.Connection, path: Path, *, readonly: bool) -> None:
+    application = _number(database, "PRAGMA application_id")
+    version = _number(database, "PRAGMA user_version")
+    tables = _number(database, "SELECT count(*) FROM sqlite_master")
     if application == 0 and tables == 0 and not readonly:
         schema = resources.files("runner").joinpath("schema.sql").read_text(encoding="utf-8")
-        await database.execute_fetchall("PRAGMA journal_mode = WAL")
-        await database.executescript(
+        database.execute("PRAGMA journal_mode = WAL")
+        database.executescript(
             f"BEGIN; {schema} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
     elif application != APPLICATION_ID:
         raise StoreError(f"{path} is no results database of runner; nothing was changed in it")
     elif version in _MIGRATIONS and not readonly:
         steps = "".join(_MIGRATIONS[each] for each in range(version, SCHEMA_VERSION))
-        await database.executescript(f"BEGIN IMMEDIATE; {steps} COMMIT;")
+        database.executescript(f"BEGIN IMMEDIATE; {steps} COMMIT;")
     elif version != SCHEMA_VERSION:
         way_out = (
             "the command that made it brings it up to date when it is run again"
@@ -211,7 +243,7 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
             else "use the version of runner that made it, or start a new run with another name=…"
         )
         raise StoreError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}: {way_out}")
-    if await _number(database, _STRANGE):
+    if _number(database, _STRANGE):
         raise StoreError(
             f"{path} holds views, triggers or virtual tables, which no store of runner has: it is not used"
         )
@@ -224,7 +256,7 @@ async def _check_or_create(database: aiosqlite.Connection, path: Path, *, readon
         # Pages of the indexes are touched at random, over and over: the rarer the checkpoint, the fewer are written.
         "wal_autocheckpoint = 8000",
     ):
-        await database.execute_fetchall(f"PRAGMA {pragma}")
+        database.execute(f"PRAGMA {pragma}")
 
 
 _STRANGE = """
@@ -233,10 +265,9 @@ _STRANGE = """
 """What a store from elsewhere could make a SELECT do more with than read rows."""
 
 
-async def _number(database: aiosqlite.Connection, sql: str) -> int:
-    async with database.execute(sql) as cursor:
-        row = await cursor.fetchone()
-    return int(row[0]) if row else 0
+def _number(database: sqlite3.Connection, sql: str) -> int:
+    [(number,)] = database.execute(sql)
+    return int(number)
 
 
 _MIGRATIONS = {
@@ -267,8 +298,8 @@ _MIGRATIONS = {
 """What makes a version the next one. All or nothing: a process that dies in it leaves the older version."""
 
 
-@asynccontextmanager
-async def translated(path: Path) -> AsyncIterator[None]:
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
     """SQLite's errors as ours, with the file and the way out."""
     try:
         yield

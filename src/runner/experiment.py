@@ -110,7 +110,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
                     except Exception:  # a bug; what was paid for is shown all the same
                         await _conclude(run, store, folder)
                         raise
-        report = await _conclude(run, store, folder)
+                report = await _conclude(run, store, folder)  # a signal finds what is written whole
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(
         Ending(

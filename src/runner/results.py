@@ -9,7 +9,9 @@ import sqlite3
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
+from functools import lru_cache
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO, TypeVar
 
 import orjson
@@ -65,10 +67,13 @@ async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) 
     if limit is not None:
         sql += f" LIMIT {limit:d}"
     async with aclosing(store.query(sql)) as records:
+        names: tuple[str, ...] = ()
         async for record in records:
+            names = names or tuple(record.keys())
             try:
+                _check_types(names, tuple(map(type, record)))
                 # By name in a dictionary, as SQLite's rows look through all their names each time.
-                row = _result_row(dict(zip(record.keys(), record, strict=True)), samples, task)
+                row = _result_row(dict(zip(names, record, strict=True)), samples, task)
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise StoreError(f"{store.path} is damaged at row {record['position']} ({error})") from None
             yield row
@@ -86,6 +91,10 @@ def samples_of(meta: Mapping[str, str]) -> int:
 async def in_order(streams: Sequence[AsyncGenerator[T, None]], *, key: Callable[[T], Any]) -> AsyncGenerator[T, None]:
     """The entries of several streams in one order, that of ``key``, which each of them keeps for itself."""
     async with AsyncExitStack() as stack:
+        if len(streams) == 1:
+            async for entry in await stack.enter_async_context(aclosing(streams[0])):
+                yield entry
+            return
         for stream in streams:
             await stack.enter_async_context(aclosing(stream))
         heads = []
@@ -152,6 +161,8 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     used = await sums(stores, _USED)
     spent = await sums(stores, _SPENT)
     rows = await sums(stores, "SELECT count(*) AS n FROM rows")
+    deployments = await sums_by_name(stores, _DEPLOYMENTS)
+    measured = sum(each["measured"] for each in deployments.values())
     elapsed_s = await _elapsed_s(stores)
     is_bounded = not spent["without_bound"]
     return {
@@ -175,12 +186,12 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
         "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
-        "latency_s": await _quantiles(stores, "service_time_s", _MEASURED),
-        "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED),
+        "latency_s": await _quantiles(stores, "service_time_s", _MEASURED, count=measured),
+        "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED, count=measured),
         "retries": used["retries"],
         "unparsed": totals["unparsed"],
-        "errors": await _counts(stores, _ERRORS),
-        "deployments": await _deployments(stores, totals["succeeded"]),
+        "errors": await _counts(stores, _ERRORS) if totals["failed"] else {},
+        "deployments": await _deployments(stores, deployments, totals["succeeded"]),
         "scores": await _scores(stores),
     }
 
@@ -246,10 +257,14 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 """What is in the columns of a row, beside null: SQLite keeps a value of any type in any column."""
 
 
-def _result_row(record: Any, samples: int, task: str) -> dict[str, Any]:
-    for name, types in _TYPES.items():
-        if (value := record[name]) is not None and type(value) not in types:
-            raise TypeError(f"{name} is of type {type(value).__name__}")
+@lru_cache  # as most rows are of the same types
+def _check_types(names: tuple[str, ...], types: tuple[type, ...]) -> None:
+    for name, found in zip(names, types, strict=True):
+        if found is not NoneType and found not in _TYPES.get(name, (found,)):
+            raise TypeError(f"{name} is of type {found.__name__}")
+
+
+def _result_row(record: Mapping[str, Any], samples: int, task: str) -> dict[str, Any]:
     if not record["are_json"]:
         raise ValueError("metadata or scores are no JSON")
     details = json.loads(record["details"]) if record["details"] else {}
@@ -348,13 +363,12 @@ async def _quantiles(
     where: str,
     parameters: Sequence[Any] = (),
     *,
+    count: int,
     percents: Sequence[int] = (50, 95, 99),
 ) -> dict[str, float | None]:
-    """Percentiles of a column: the values that stand so far down among those of all stores; None of nothing."""
-    rest = f"{CURRENT} {where}"
-    count = (await sums(stores, f"SELECT count(*) AS n {rest}", parameters))["n"]
+    """Percentiles of a column: the values that stand so far down among the ``count`` of all stores; None of nothing."""
     places = {f"p{percent}": round((count - 1) * percent / 100) for percent in percents}
-    sql = f"SELECT {column} AS value {rest}"
+    sql = f"SELECT {column} AS value {CURRENT} {where}"
     found = await values_at(places.values(), stores, sql, parameters) if count else {}
     return {name: found.get(place) for name, place in places.items()}
 
@@ -381,49 +395,44 @@ async def values_at(
     return found
 
 
-async def _deployments(stores: Sequence[Store], answers: int) -> dict[str, dict[str, Any]]:
+async def _deployments(
+    stores: Sequence[Store], found: Mapping[str | None, Mapping[str, Any]], answers: int
+) -> dict[str, dict[str, Any]]:
     """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
-    answered, failed, retries = [await _counts(stores, sql) for sql in (_ANSWERED, _FAILED, _RETRIES)]
+    rows = {label: numbers for label, numbers in found.items() if label is not None}
+    retries = await _counts(stores, _RETRIES)
     return {
         label: {
-            "answered": answered.get(label, 0),
-            "failed": failed.get(label, 0),
-            "share": answered.get(label, 0) / answers if answers else 0.0,
+            "answered": (answered := rows[label]["answered"] if label in rows else 0),
+            "failed": rows[label]["failed"] if label in rows else 0,
+            "share": answered / answers if answers else 0.0,
             "latency_s": await _quantiles(
-                stores, "service_time_s", "WHERE error_type IS NULL AND deployment = ?", (label,), percents=(50, 95)
+                stores,
+                "service_time_s",
+                "WHERE error_type IS NULL AND deployment = ?",
+                (label,),
+                count=answered,
+                percents=(50, 95),
             ),
             "retries": retries.get(label, 0),
         }
-        for label in sorted(answered.keys() | failed.keys() | retries.keys())
+        for label in sorted(rows.keys() | retries.keys())
     }
 
 
-_ANSWERED = f"""
-    SELECT deployment AS name, count(*) AS n {CURRENT} WHERE deployment IS NOT NULL AND error_type IS NULL GROUP BY name
-"""
-
-_FAILED = f"""
-    SELECT deployment AS name, count(*) AS n {CURRENT} WHERE deployment IS NOT NULL AND error_type IS NOT NULL
-    GROUP BY name
+_DEPLOYMENTS = f"""
+    SELECT
+        deployment AS name,
+        count(*) FILTER (WHERE error_type IS NULL) AS answered,
+        count(error_type) AS failed,
+        count(*) FILTER (WHERE error_type IS NULL AND reused_from IS NULL) AS measured
+    {CURRENT}
+    GROUP BY deployment
 """
 
 _RETRIES = """
     SELECT deployment AS name, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY name
 """
-
-_RANKED = f"""
-    SELECT deployment, place, value
-    FROM (
-        SELECT
-            deployment,
-            service_time_s AS value,
-            row_number() OVER (PARTITION BY deployment ORDER BY service_time_s) - 1 AS place
-        {CURRENT}
-        WHERE error_type IS NULL AND deployment IS NOT NULL
-    )
-    WHERE (deployment, place) IN (VALUES {{}})
-"""
-"""The answers at some places, the fastest of a deployment being at 0."""
 
 
 async def _counts(stores: Sequence[Store], sql: str) -> dict[str, int]:

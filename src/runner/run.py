@@ -104,6 +104,7 @@ class Run:
         self._any_answer = False
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
         self.total = workload.count()
         self.stop.listen(self._call_off)
         store.listen(lambda error: self.stop(SystemicError(str(error))))
@@ -143,7 +144,8 @@ class Run:
             if self.sharing and self._workload.scorers:
                 await self._score_sharing()
         except asyncio.CancelledError:
-            if self._interrupted_at is None or _is_cancelled():
+            # Somebody may have cancelled this task itself, and not only what it waits for.
+            if self._interrupted_at is None or _current_task(self._loop).cancelling():
                 raise
         except (StoreError, DatasetError) as error:
             self.stop(SystemicError(str(error)))
@@ -153,17 +155,16 @@ class Run:
 
     def interrupt(self, reason: Interrupted) -> None:
         """End early, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
-        loop = asyncio.get_running_loop()
-        self._interrupted_at = loop.time()
+        self._interrupted_at = self._loop.time()
         self.stop(reason)
         if self._batch is not None:
-            loop.call_later(GRACE_S, self._batch.cancel)
+            self._loop.call_later(GRACE_S, self._batch.cancel)
 
     def on_signal(self, signum: int) -> None:
         """Interrupt at the first signal; at a second one end the process, as what is stored is safe."""
         if self._interrupted_at is None:
             self.interrupt(Interrupted(signum))
-        elif asyncio.get_running_loop().time() - self._interrupted_at > ECHO_S:
+        elif self._loop.time() - self._interrupted_at > ECHO_S:
             print("ended at once: what is in results.sqlite is kept, and the same command goes on", file=sys.stderr)
             os._exit(128 + signum)
 
@@ -281,6 +282,7 @@ class Run:
         line = _Line(
             usable,
             samples=self._config.samples,
+            loop=self._loop,
             client=self._client,
             store=self._store,
             flights=self._flights,
@@ -385,6 +387,7 @@ class _Line:
         group: Sequence[Claimed],
         *,
         samples: int,
+        loop: asyncio.AbstractEventLoop,
         client: Client,
         store: Store,
         flights: dict[int, _Flight],
@@ -393,6 +396,7 @@ class _Line:
     ) -> None:
         self._group = group
         self._samples = samples
+        self._loop = loop
         self._client = client
         self._store = store
         self._flights = flights
@@ -402,7 +406,7 @@ class _Line:
     def trace(self, places: Sequence[int]) -> Trace:
         first, _ = self._group[places[0]]
         trace = Trace(row=first.position // self._samples)
-        flight = _Flight(_current_task(), trace, [_key(self._group[place]) for place in places])
+        flight = _Flight(_current_task(self._loop), trace, [_key(self._group[place]) for place in places])
         trace.on_failure = lambda attempt: self._note_attempt(flight, attempt)
         self._flights[id(trace)] = flight
         return trace
@@ -491,12 +495,8 @@ def _key(claimed: Claimed) -> Key:
     return item.content, occurrence
 
 
-def _current_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
+def _current_task(loop: asyncio.AbstractEventLoop) -> asyncio.Task[Any]:
+    """The running task of the running loop. Given the loop, this takes no system call."""
+    task = asyncio.current_task(loop)
     assert task is not None
     return task
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody cancelled this task itself, and not only what it waits for."""
-    return _current_task().cancelling() > 0

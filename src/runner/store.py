@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +26,9 @@ from runner.answers import (
     put_attempts,
     read_answers,
 )
-from runner.claims import Claim, Claimed, Known, Terms, take_up
+from runner.claims import Claim, Claimed, Known, Lookup, Terms, look_up, take_up
 from runner.commits import GroupCommit
-from runner.database import PATIENCE_S, Database, lock_folder
+from runner.database import PATIENCE_S, Database, Statements, lock_folder
 from runner.errors import StoreError
 from runner.reserve import Reserve
 from runner.types import Attempt
@@ -145,29 +145,37 @@ class Store:
     async def claim(self, claims: Sequence[Claimed], terms: Terms) -> list[Known]:
         """Bring the rows at these consecutive positions up to date, look them up, and take up those without an answer.
 
-        All in one transaction. Chunks come in the dataset's order, from position 0 on.
+        All in one transaction, save the search for answers elsewhere. Chunks come in the dataset's order, from position
+        0 on, one after the other.
         """
         session = self._session
         assert session is not None
 
-        async def claim() -> list[Known]:
-            async with self._database.transaction():
-                return await take_up(self._database, claims, terms, session=session, bounds=self._bounds)
+        def look(statements: Statements) -> Lookup | None:
+            return look_up(statements, claims, terms, session=session)
 
-        return await self._with_reserve(claim)
+        def take(statements: Statements, lookup: Lookup | None, found: Sequence[Outcome] = ()) -> list[Known]:
+            return take_up(statements, claims, terms, lookup, found, session=session, bounds=self._bounds)
+
+        if terms.elsewhere is None:
+            return await self._transact(lambda statements: take(statements, look(statements)))
+        lookup = await self._database.transact(look)
+        todo = lookup.todo if lookup else ()
+        found = await terms.elsewhere([(claims[n], lookup.keys[n][1]) for n in todo]) if lookup and todo else ()
+        return await self._transact(lambda statements: take(statements, lookup, found))
 
     async def find(self, keys: Sequence[Key]) -> list[Outcome]:
         """The successful answers to those of ``keys`` that have one."""
-        return await read_answers(self._database, keys)
+        return await self._database.transact(lambda statements: read_answers(statements, keys))
 
     async def forget_scores(self) -> None:
         """Have every answer scored again: the scorers changed."""
-        await self._execute("UPDATE rows SET scores = NULL WHERE scores IS NOT NULL")
+        await self._execute(_FORGET_SCORES)
 
     async def put_scores(self, scores: Iterable[tuple[int, str]]) -> None:
         """Store scores (JSON) by position."""
-        async with self._database.transaction():
-            await self._put_scores(scores)
+        rows = [(text, position) for position, text in scores]
+        await self._database.transact(lambda statements: statements.executemany(_PUT_SCORES, rows))
 
     async def truncate(self, length: int) -> None:
         """The dataset has ``length`` positions: drop rows beyond, keep their answers."""
@@ -175,18 +183,24 @@ class Store:
 
     async def start_over(self) -> None:
         """Give up every answer, to ask everything anew. What they cost stays in the ledger."""
-        async with self._database.transaction():
-            await move_all_to_ledger(self._database)
-            await self._database.execute("UPDATE rows SET scores = NULL WHERE scores IS NOT NULL")
+
+        def start_over(statements: Statements) -> None:
+            move_all_to_ledger(statements)
+            statements.execute(_FORGET_SCORES)
+
+        await self._database.transact(start_over)
 
     async def forget_rows(self) -> int:
         """Drop the rows and their answers. Returns how many answers to rows of earlier datasets remain."""
+
+        def forget_rows(statements: Statements) -> int:
+            statements.execute(_FORGET_ANSWERS)
+            statements.execute("DELETE FROM rows")
+            [(remaining,)] = statements.fetch("SELECT count(*) FROM answers")
+            return int(remaining)
+
         await self.flush()
-        async with self._database.transaction():
-            await self._database.execute(_FORGET_ANSWERS)
-            await self._database.execute("DELETE FROM rows")
-            [(remaining,)] = await self._database.fetch("SELECT count(*) FROM answers")
-        return int(remaining)
+        return await self._database.transact(forget_rows)
 
     # Answering
 
@@ -229,11 +243,9 @@ class Store:
         return {row["name"]: row["value"] for row in await self._database.fetch("SELECT name, value FROM meta")}
 
     async def put_meta(self, facts: Mapping[str, str]) -> None:
-        async with self._database.transaction():
-            await self._database.executemany(
-                "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                list(facts.items()),
-            )
+        sql = "INSERT INTO meta (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        rows = list(facts.items())
+        await self._database.transact(lambda statements: statements.executemany(sql, rows))
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
@@ -253,11 +265,9 @@ class Store:
 
     async def put_files(self, marks: Iterable[FileMark]) -> None:
         """Keep what is known of files."""
-        async with self._database.transaction():
-            await self._database.executemany(
-                "INSERT OR REPLACE INTO files (path, size, mtime_ns, digest) VALUES (?, ?, ?, ?)",
-                [(os.fsencode(mark.path), mark.size, mark.mtime_ns, mark.digest) for mark in marks],
-            )
+        sql = "INSERT OR REPLACE INTO files (path, size, mtime_ns, digest) VALUES (?, ?, ?, ?)"
+        rows = [(os.fsencode(mark.path), mark.size, mark.mtime_ns, mark.digest) for mark in marks]
+        await self._database.transact(lambda statements: statements.executemany(sql, rows))
 
     # Transactions
 
@@ -268,44 +278,40 @@ class Store:
         return outcome
 
     async def _execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
-        async with self._database.transaction():
-            await self._database.execute(sql, parameters)
+        await self._database.transact(lambda statements: statements.execute(sql, parameters))
 
     async def _begin_session(self) -> None:
-        async with self._database.transaction():
-            await enter_lost(self._database)
-            self._session = await self._database.execute(
-                "INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (self._now(),)
-            )
+        def begin(statements: Statements) -> int:
+            enter_lost(statements)
+            return statements.execute("INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (self._now(),))
 
-    async def _with_reserve(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do a transaction's work; where it fails, once more in the room that was held back, and have it known."""
+        self._session = await self._database.transact(begin)
+
+    async def _transact(self, work: Callable[[Statements], T]) -> T:
+        """Do a transaction; where it fails, once more in the room that was held back, and have it known."""
         try:
-            return await work()
+            return await self._database.transact(work)
         except StoreError as error:
             if self._reserve is None or not self._reserve.give_up():
                 raise
-            done = await work()
+            done = await self._database.transact(work)
             for listener in self._listeners:
                 listener(error)
             return done
 
     async def _commit(self, group: Sequence[_Settled | Entry]) -> None:
         settled = [each for each in group if isinstance(each, _Settled)]
+        outcomes = [each.outcome for each in settled]
+        entries = [each for each in group if isinstance(each, Entry)]
+        scores = [(each.scores, each.position) for each in settled if each.scores is not None]
 
-        async def commit() -> None:
-            async with self._database.transaction():
-                await put_answers(self._database, [each.outcome for each in settled])
-                await put_attempts(self._database, [each for each in group if isinstance(each, Entry)])
-                await self._put_scores((each.position, each.scores) for each in settled if each.scores is not None)
-                await self._database.execute(_SEEN, (self._now(), self._session))
+        def commit(statements: Statements) -> None:
+            put_answers(statements, outcomes)
+            put_attempts(statements, entries)
+            statements.executemany(_PUT_SCORES, scores)
+            statements.execute(_SEEN, (self._now(), self._session))
 
-        await self._with_reserve(commit)
-
-    async def _put_scores(self, scores: Iterable[tuple[int, str]]) -> None:
-        rows = [(text, position) for position, text in scores]
-        if rows:
-            await self._database.executemany("UPDATE rows SET scores = ? WHERE position = ?", rows)
+        await self._transact(commit)
 
     def _committed(self, group: Sequence[_Settled | Entry]) -> None:
         outcomes = [each.outcome for each in group if isinstance(each, _Settled)]
@@ -326,6 +332,10 @@ class _Settled(NamedTuple):
     outcome: Outcome
     scores: str | None
 
+
+_PUT_SCORES = "UPDATE rows SET scores = ? WHERE position = ?"
+
+_FORGET_SCORES = "UPDATE rows SET scores = NULL WHERE scores IS NOT NULL"
 
 _SEEN = "UPDATE sessions SET last_seen = ? WHERE id = ?"
 

@@ -11,6 +11,7 @@ class Deadlines:
 
     A timer of its own for each request, which hardly ever fires, costs a tenth of a request. Blocks with the same
     limit end in the order in which they began, so one timer a limit, set to the oldest block, serves them all.
+    Belongs to one event loop.
 
         with deadlines.within(30.0): ...  # raises TimeoutError after 30 s
     """
@@ -38,18 +39,18 @@ _MOST_QUEUES = 64
 
 
 class _Queue:
-    """The blocks with one limit, the oldest first."""
+    """The blocks with one limit, the oldest first. Knows its loop, as it takes a system call to find out."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.loop = asyncio.get_running_loop()
         self.waiting: dict[_Deadline, float] = {}  # when each is due, in the loop's time
         self._timer: asyncio.TimerHandle | None = None
 
     def enter(self, deadline: _Deadline) -> None:
-        loop = asyncio.get_running_loop()
-        due = self.waiting[deadline] = loop.time() + self.seconds
+        due = self.waiting[deadline] = self.loop.time() + self.seconds
         if self._timer is None:
-            self._timer = loop.call_at(due, self._expire)
+            self._timer = self.loop.call_at(due, self._expire)
 
     def close(self) -> None:
         if self._timer is not None:
@@ -59,11 +60,10 @@ class _Queue:
     def _expire(self) -> None:
         """End what is due. The timer was set for a block that may have ended long since."""
         self._timer = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self.loop.time()
         for deadline, due in list(self.waiting.items()):
             if due > now:
-                self._timer = loop.call_at(due, self._expire)
+                self._timer = self.loop.call_at(due, self._expire)
                 break
             del self.waiting[deadline]
             deadline.expire()
@@ -77,7 +77,7 @@ class _Deadline:
         self._expired = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._queue.loop)
         assert task is not None
         self._task = task
         self._cancelling = task.cancelling()
