@@ -67,6 +67,19 @@ def check(config: RunnerConfig) -> None:
     _reject_unavailable(config)
 
 
+def without_effect(config: RunnerConfig) -> Iterator[str]:
+    """What to say of a model of the root that differs from those of ``deployments``: it is asked nothing."""
+    left_alone = RunnerConfig()
+    for key in ("model", "api_base", "api_key_env") if config.deployments else ():
+        value = getattr(config, key)
+        used = {getattr(left_alone, key), *(getattr(each, key) for each in config.deployments.values())}
+        if value not in used:
+            yield (
+                f"{key}={value} has no effect beside deployments ({', '.join(config.deployments)}): set"
+                f" deployments.LABEL.{key}, or take deployments=none"
+            )
+
+
 def check_name(name: str) -> None:
     """Refuse a name that leads out of ``runs_dir``.
 
@@ -214,8 +227,10 @@ _NOT_AVAILABLE = "is not available in this version"
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
     is_bench = config.task.kind is TaskKind.bench
+    amounts = [f"budget.{key}=null" for key, amount in vars(config.budget).items() if amount is not None]
+    if is_bench and amounts:
+        raise ConfigError(f"budget with task=bench {_NOT_AVAILABLE}: leave it out, or set {' '.join(amounts)}")
     wanted = {
-        "budget with task=bench": is_bench and any(value is not None for value in vars(config.budget).values()),
         "plan=true with task=bench": is_bench and config.plan,
         "pilot with task=bench": is_bench and config.pilot is not None,
     }
