@@ -171,7 +171,7 @@ class DirectTransport:
         """The body, unless it is larger than allowed; a compressed one counts as what it unpacks to."""
         length = answer.headers.get("content-length")
         if length is not None and int(length) <= self._max_response_bytes and "content-encoding" not in answer.headers:
-            return await answer.content.read()
+            return answer.content.read_nowait() if answer.content.is_eof() else await answer.content.read()
         parts: list[bytes] = []
         size = 0
         async for part in answer.content.iter_any():
