@@ -437,7 +437,7 @@ def test_the_summary_is_aligned_text_in_a_pipe() -> None:
         "score words  37.5",
         "score empty  none (n = 0)",
         "elapsed      1m 15s",
-        "rate         21.4 requests/s, 1.2k tokens/s",
+        "rate         21.4 rows/s, 1.2k tokens/s",
         "latency      p50 143 ms, p95 1.50 s",
         "queue wait   p50 0 ms, p95 0 ms",
         "tokens       prompt 9,400, completion 5,640, total 15,040",

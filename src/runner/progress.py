@@ -450,7 +450,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact("elapsed", figures.duration(summary["elapsed_s"]))
     rates = [
         f"{figures.short(summary[key])} {unit}"
-        for key, unit in (("requests_per_s", "requests/s"), ("tokens_per_s", "tokens/s"))
+        for key, unit in (("requests_per_s", "rows/s"), ("tokens_per_s", "tokens/s"))
         if summary.get(key) is not None
     ]
     if rates:
