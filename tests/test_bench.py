@@ -77,6 +77,14 @@ async def test_each_level_is_measured_and_the_files_say_so(tmp_path: Path) -> No
     assert report.summary["cost_usd"] > 0
 
 
+async def test_the_last_line_of_the_progress_counts_every_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await run_bench(configured(), tmp_path)
+
+    assert "36/36 (100%)" in capsys.readouterr().err.splitlines()[-1]
+
+
 async def test_no_prompt_is_asked_twice(tmp_path: Path) -> None:
     dataset = rows_file(tmp_path, [{"q": f"row {number}"} for number in range(5)])
     async with serving() as provider:

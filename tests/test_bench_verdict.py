@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,10 +10,18 @@ import pytest
 
 from runner.bench.ladder import interleaved, next_level
 from runner.bench.levels import Audit, Figure, LevelFacts, Mode
-from runner.bench.table import evidence, level_line, verdict_line, wanted_columns
+from runner.bench.table import evidence, level_line, show_levels, verdict_line, wanted_columns
 from runner.bench.verdict import Standing, Verdict, verdict_on
 from runner.config import BenchConfig, SloConfig
 from runner.intervals import Interval
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
 
 CLEAN = Audit(in_flight=1, at_server=1, lag_mean_s=0, lag_p99_s=0, cpu_share=0.1)
 CLIENT = replace(CLEAN, limited_by="client", notes=("the client's thread is busy (99% of a core)",))
@@ -256,3 +265,13 @@ def test_percentiles_with_failures_stand_beside_those_without_them() -> None:
     assert "p95" in header
     assert line[header.index("p50, p95, p99 with failures")] == "-, never, -"
     assert not any("failures" in name for name in wanted_columns([facts(8, 8)])[0])
+
+
+def test_on_a_terminal_the_notes_stand_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    levels = [facts(4, 4.0), facts(8, 8.0, audit=CLIENT)]
+    show_levels(levels, verdict_on(levels, BenchConfig()), stream=terminal)
+    assert "\nlevel 8: client-limited: the client's thread is busy (99% of a core)\n" in terminal.getvalue()
+    assert terminal.getvalue().count("the client's thread is busy") == 1

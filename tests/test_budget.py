@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harness import Command, Experiment, numbered, refusal, serving, shout
-from runner.budget import Budget
+from runner.budget import Budget, shown
 from runner.config import (
     BudgetConfig,
     DatasetConfig,
@@ -501,3 +501,8 @@ async def test_cells_of_a_multirun_share_a_budget_over_processes(command: Comman
             [row] = [row async for row in store.query("SELECT count(*) AS n FROM answers")]
             paid += row["n"]
     assert paid == 50
+
+
+def test_an_amount_below_a_hundredth_of_a_cent_is_not_shown_as_nothing() -> None:
+    assert shown("usd", 0.00002) == "$0.000020"
+    assert shown("usd", 0.0) == "$0.0000"

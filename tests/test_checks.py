@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from runner.checks import check, check_deployment, check_limits, nearest_key, unknown_key_message, unknown_keys
+from runner.checks import (
+    check,
+    check_deployment,
+    check_limits,
+    nearest_key,
+    unknown_key_message,
+    unknown_keys,
+    without_effect,
+)
 from runner.config import (
     BenchConfig,
     BudgetConfig,
@@ -376,3 +384,17 @@ def test_a_place_for_shared_limits_that_are_not_shared_is_refused() -> None:
 
 def test_a_key_as_a_key_of_the_configuration_points_to_the_environment() -> None:
     assert "api_key_env names the variable" in unknown_key_message("api_key")
+
+
+def test_a_root_model_beside_deployments_is_said_to_have_no_effect() -> None:
+    fleet = {"a": DeploymentConfig(model="openai/x")}
+    assert list(without_effect(RunnerConfig(deployments=fleet))) == []
+    assert list(without_effect(RunnerConfig(deployments=fleet, model="openai/x"))) == []
+    assert list(without_effect(RunnerConfig(model="openai/y", api_base="http://h/v1"))) == []
+    [said] = without_effect(RunnerConfig(deployments=fleet, model="openai/y"))
+    assert said.startswith("model=openai/y has no effect beside deployments (a): set deployments.LABEL.model")
+
+
+def test_a_budget_of_a_benchmark_is_refused_with_the_key_that_takes_it_away() -> None:
+    with pytest.raises(ConfigError, match=r"or set budget\.usd=null$"):
+        check(RunnerConfig(task=BENCH, budget=BudgetConfig(usd=1.0)))

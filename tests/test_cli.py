@@ -617,6 +617,23 @@ async def test_a_launcher_that_gives_up_is_said_beside_the_cells(command: Comman
     assert re.search(r"^prompt=[ab] +killed", done.out, re.M)
 
 
+async def test_a_launcher_whose_workers_die_of_an_interrupt_has_not_failed(command: Command) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    command.write(
+        "odd.py",
+        "import os, signal, time\n\n\ndef rows():\n    os.kill(os.getppid(), signal.SIGINT)\n    time.sleep(1)\n"
+        "    os.kill(os.getpid(), 9)\n    yield {}\n",
+    )
+    done = await command(
+        *("-m", "hydra/launcher=joblib", "dataset=python", "dataset.function=odd:rows", "prompt=a,b", "tracker=none"),
+        PYTHONPATH=os.pathsep.join([command.environment["PYTHONPATH"], str(command.folder)]),
+    )
+
+    assert done.exit_code == 130
+    assert "interrupted: the same command goes on" in done.err
+    assert "launcher failed" not in done.err
+
+
 async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command: Command) -> None:
     async with Simulator(SimulatorConfig(latency_s=0.5, latency_spread=0)) as simulator:
         arguments = (

@@ -772,6 +772,8 @@ def test_an_argument_of_no_use_is_named_as_the_caller_wrote_it(options: dict[str
 def test_a_misspelt_argument_of_a_call_is_not_sent_to_the_server(client: LMClient) -> None:
     with pytest.raises(ConfigError, match="on_resutl: did you mean on_result"):
         client.generate_batch(["hello"], on_resutl=print)
+    with pytest.raises(ConfigError, match=r"did you mean temperature\?.* write extra_body=\{'temprature': …\}"):
+        client.generate("hello", temprature=0)
 
 
 async def test_where_nobody_listens_the_first_call_says_so_at_once() -> None:

@@ -22,6 +22,7 @@ from runner.config import (
     TrackerKind,
 )
 from runner.experiment import run_experiment
+from runner.intervals import Interval
 
 
 class Runs:
@@ -86,6 +87,20 @@ async def test_few_rows_cannot_tell_and_say_how_many_could(tmp_path: Path) -> No
     assert not accuracy.is_told
     assert "cannot tell" in finding(accuracy)
     assert accuracy.value == 0 or (accuracy.pairs_wanted or 0) > 50
+
+
+@pytest.mark.parametrize(("half", "wanted"), [(2.0, "71"), (12.0, "2.5k")])
+def test_the_rows_that_it_would_take_are_a_whole_number(half: float, wanted: str) -> None:
+    difference = Difference(
+        figure="latency_s",
+        pairs=10,
+        first=1.0,
+        second=2.0,
+        interval=Interval(low=1 - half, high=1 + half),
+        is_share=False,
+    )
+
+    assert finding(difference) == f"cannot tell: it would take about {wanted} rows"
 
 
 async def test_a_model_is_no_different_from_itself(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from aiohttp import web
 
 from harness import Asked, refusal, serving, shout
 from runner.config import (
+    BudgetConfig,
     DatasetConfig,
     DatasetKind,
     DeploymentConfig,
@@ -199,3 +200,30 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(capsys: pytest.CaptureF
     assert "FAULT  dataset" in capsys.readouterr().out
     assert main(["tracker=none", "+experiment=quickstart"]) == 0
     assert "Everything is in place." in capsys.readouterr().out
+
+
+async def test_a_budget_that_needs_a_price_is_a_fault_before_the_run_says_so() -> None:
+    async with serving(lambda asked: listing("llama")) as server:
+        [fault] = faults(await findings(experiment(server.url, budget=BudgetConfig(usd=1.0))))
+
+    assert "budget.usd needs a price" in fault
+
+
+async def test_a_name_that_is_not_listed_is_no_fault_where_a_request_for_it_is_answered() -> None:
+    def answer(asked: Asked) -> web.Response:
+        return listing("alias") if asked.path.endswith("/models") else shout(asked)
+
+    async with serving(answer) as server:
+        found = await findings(experiment(server.url), ask=True)
+
+    assert faults(found) == []
+    assert any("does not list 'llama', but alias" in finding.text for finding in found)
+
+
+async def test_a_model_beside_deployments_is_noted() -> None:
+    async with serving(lambda asked: listing("llama")) as server:
+        fleet = {"gpu": DeploymentConfig(model="hosted_vllm/llama", api_base=server.url)}
+        config = RunnerConfig(deployments=fleet, model="hosted_vllm/lama", prompt="hi")
+        found = await findings(config)
+
+    assert any("model=hosted_vllm/lama has no effect" in finding.text for finding in found)

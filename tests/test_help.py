@@ -94,3 +94,9 @@ def test_other_shells_complete_the_command_too(shell: str) -> None:
 
     assert "runner" in done.stdout.splitlines()[-1] + done.stdout.splitlines()[-2]
     assert "__main__" not in done.stdout
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_field_of_a_template_is_never_broken(width: int) -> None:
+    shown = help_text([], width=width)
+    assert shown.count("{{") == shown.count("{{ text }}")

@@ -136,6 +136,16 @@ def test_closing_writes_the_last_snapshot_once_and_ends_the_output(clock: Clock)
     assert lines[1].endswith("in 11s")
 
 
+def test_the_closing_line_has_the_rate_of_the_whole_time(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = open_progress("quickstart", stream=stream, clock=clock)
+    progress.update(replace(HALF_WAY, done=240, reused=40, elapsed_s=10.0, requests_per_s=3.0))
+    progress.close()
+    last = stream.getvalue().splitlines()[-1]
+    assert "20.0 rows/s" in last
+    assert "tok/s" not in last
+
+
 def test_closing_before_the_first_update_writes_nothing(terminal: Terminal) -> None:
     stream = io.StringIO()
     open_progress("quickstart", stream=stream).close()
@@ -427,7 +437,7 @@ def test_the_summary_is_aligned_text_in_a_pipe() -> None:
         "score words  37.5",
         "score empty  none (n = 0)",
         "elapsed      1m 15s",
-        "rate         21.4 requests/s, 1.2k tokens/s",
+        "rate         21.4 rows/s, 1.2k tokens/s",
         "latency      p50 143 ms, p95 1.50 s",
         "queue wait   p50 0 ms, p95 0 ms",
         "tokens       prompt 9,400, completion 5,640, total 15,040",

@@ -146,9 +146,18 @@ async def test_a_polars_frame_is_typed_even_without_an_answer() -> None:
     frame = await ask(["a"], Worker(fails=lambda prompt: True), return_dtype="polars")
     empty = await ask([], Worker(), return_dtype="polars")
 
-    assert frame.schema == empty.schema
+    assert frame.schema == {**empty.schema, "error": polars.String}
     assert frame.schema["result"] == polars.String
-    assert frame.rows() == [(0, frame["key"][0], "a", "missing", None)]
+    assert frame.rows() == [(0, frame["key"][0], "a", "missing", None, frame["error"][0])]
+
+
+async def test_a_polars_frame_says_why_a_prompt_has_no_answer() -> None:
+    pytest.importorskip("polars")
+
+    frame = await ask(["a", "bad"], Worker(fails=lambda prompt: prompt == "bad"), return_dtype="polars")
+
+    assert frame["error"][0] is None
+    assert "WorkerError" in frame["error"][1]
 
 
 async def test_no_prompts_give_no_rows() -> None:

@@ -114,7 +114,19 @@ def test_several_runs_and_a_folder_of_runs_are_compared(here: Path) -> None:
 
     assert f"evil/{evil.name}" in page
     assert "request.temperature=1" in page
-    assert of_folder.count("<details><summary>quickstart/") == 4  # rows and configuration of two
+    for name in ("request.temperature=0", "request.temperature=1"):
+        assert of_folder.count(f"<details><summary>{name}</summary>") == 2  # rows and configuration
+
+
+def test_a_folder_s_runs_stand_in_the_order_of_its_sweep_before_those_of_none(here: Path) -> None:
+    run_sweep(here, "request.temperature=1,0.5,0")
+    run(["+experiment=quickstart", "dataset.limit=12", "tracker=none", "request.temperature=0.2"])
+
+    assert main([str(here / "runs" / "quickstart"), "-o", "out.html"]) == 0
+
+    page = Path("out.html").read_text(encoding="utf-8")
+    names = ("temperature=1<", "temperature=0.5<", "temperature=0<", "<summary>quickstart/")
+    assert [page.index(name) for name in names] == sorted(page.index(name) for name in names)
 
 
 async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> None:

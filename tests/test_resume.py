@@ -26,6 +26,39 @@ def priced(tmp_path: Path, url: str, **settings: Any) -> Experiment:
     return Experiment(tmp_path, **{"model": "simulated/m", "api_base": url, **settings})
 
 
+# Rows that ask the same
+
+
+@pytest.mark.parametrize(("rows_later", "asked_later"), [(["same", "other"], 0), (["same", "other", "same"], 1)])
+async def test_an_answer_serves_whichever_row_asks_for_it(
+    tmp_path: Path, rows_later: list[str], asked_later: int
+) -> None:
+    """The first one failed, the second was answered; then one of them is gone, or both are there."""
+    failed: list[Asked] = []
+
+    def answer(asked: Asked) -> Any:
+        if asked.text == "same" and not failed:
+            failed.append(asked)
+            return refusal(400, "bad")
+        return shout(asked)
+
+    prompts = ["same", *(f"row {n}" for n in range(2000)), "same"]
+    async with serving(answer) as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=1))
+        scorers = {"exact": ScorerConfig(target="prompt")}
+        first = await experiment([{"prompt": each} for each in prompts], dedupe=Dedupe.never, scorers=scorers)
+        provider.requests.clear()
+        rest = [f"row {n}" for n in range(2000)]
+        later = [*rows_later[:1], *rest, *rows_later[1:]]
+        report = await experiment([{"prompt": each} for each in later], dedupe=Dedupe.never, scorers=scorers)
+
+    assert first.summary["failed"] == 1
+    assert asked_for(provider.requests)["same"] == asked_later
+    assert (report.exit_code, report.summary["succeeded"]) == (0, len(later))
+    assert report.summary["scores"]["exact"]["n"] == len(later)
+    assert [row["output_text"] for row in read_rows(tmp_path / "run")] == [each.upper() for each in later]
+
+
 # resume=fresh and resume=require
 
 

@@ -165,7 +165,8 @@ async def test_a_dead_replica_is_asked_once_in_a_while_only() -> None:
 
 @pytest.mark.parametrize("strategy", ["simple-shuffle", "least-busy", "cost-based-routing", "prefix-affinity"])
 @virtual_time
-async def test_one_that_returns_is_used_again_soon(strategy: str) -> None:
+async def test_one_that_returns_is_used_again_soon(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     a, b = servers("ab")
     fleet = Fleet(a, b, strategy=strategy)
     a.error = InternalServerError("oops")
@@ -176,6 +177,9 @@ async def test_one_that_returns_is_used_again_soon(strategy: str) -> None:
     await asyncio.sleep(3)
     assert fleet.state("a") == "up"
     asking_on.cancel()
+    out, back = [message for message in caplog.messages if message.startswith("a is")]
+    assert out.startswith("a is out: InternalServerError")
+    assert back == "a is back"
 
 
 @virtual_time

@@ -237,6 +237,19 @@ def test_a_function_that_fails_costs_the_score_and_warns_once(
     assert "scorer mine" in caplog.text
 
 
+def test_a_function_that_takes_long_is_warned_of_once(
+    write_module: WriteModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = write_module("import time\ndef f(output, fields): time.sleep(0.25); return 1")
+    scorers = Scorers({"judge": ScorerConfig(kind=f"{module}:f")})
+
+    with caplog.at_level(logging.WARNING):
+        assert [scorers("x", {}) for _ in range(2)] == [{"judge": 1.0}] * 2
+
+    assert len(caplog.records) == 1
+    assert "scorer judge took 0." in caplog.text
+
+
 def test_a_function_cannot_change_the_row(write_module: WriteModule) -> None:
     module = write_module("def f(output, fields): fields.clear(); return 1")
     fields = {"answer": "x"}

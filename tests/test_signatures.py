@@ -139,3 +139,7 @@ def test_every_public_name_can_be_imported(name: str) -> None:
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         runner.nothing  # noqa: B018
+
+
+def test_what_completion_offers_are_the_public_names() -> None:
+    assert {"LMClient", "prompt_map", "__version__"} <= set(dir(runner))

@@ -1080,6 +1080,7 @@ class Model:
     )  # name, occurrence, metadata, scores
     asked: dict[int, int] = field(default_factory=dict)  # session by position
     answers: dict[tuple[str, int], bool] = field(default_factory=dict)  # True: succeeded
+    sessions: dict[tuple[str, int], int] = field(default_factory=dict)  # in which each was answered
     ledger: Counter[tuple[str, int, str]] = field(default_factory=Counter)
 
     def claim(
@@ -1087,6 +1088,7 @@ class Model:
         session: int,
         dataset: list[tuple[str, int]],
         position: int,
+        end: int,  # of the chunk
         *,
         retry_failed: bool,
         scored: bool,
@@ -1100,11 +1102,18 @@ class Model:
         if not answered and not shared and key in self.answers:
             self.ledger[(*key, "Timeout")] += 1
             del self.answers[key]
+        last = [other for other, _ in dataset[:end]].count(name) - 1
+        spare = [other for other in sorted(self.answers) if other[0] == name and other[1] > last]
+        spare = [other for other in spare if self.answers[other] and self.sessions[other] < session]
+        moved = not (answered or dedupe) and bool(spare)
+        if moved:
+            self.answers[key], self.sessions[key] = self.answers.pop(spare[0]), self.sessions.pop(spare[0])
+            answered = True
         row = self.rows.get(position)
         if row is not None and row[0] != name:
             self.truncate(position)  # from here on it is another dataset
             row = None
-        if row is None or row[:3] != (*key, metadata) or not (answered or shared):
+        if row is None or row[:3] != (*key, metadata) or moved or not (answered or shared):
             self.rows[position] = (*key, metadata, None)
             self.asked[position] = session if not (answered or shared) else -1
         unscored = scored and self.answers.get(key) is True and not self.rows[position][3]
@@ -1115,9 +1124,10 @@ class Model:
             shared=shared,
         )
 
-    def save(self, position: int, *, success: bool, scores: str | None) -> None:
+    def save(self, position: int, session: int, *, success: bool, scores: str | None) -> None:
         name, occurrence, metadata, _ = self.rows[position]
         self.answers[name, occurrence] = success
+        self.sessions[name, occurrence] = session
         if scores is not None:
             self.rows[position] = name, occurrence, metadata, scores
 
@@ -1208,7 +1218,8 @@ async def run_session(store: Store, model: Model, session: Session, number: int)
             Terms(**options),
         )
         assert known == [
-            model.claim(number, session.dataset, position, **options) for position in range(first, first + len(part))
+            model.claim(number, session.dataset, position, first + len(part), **options)
+            for position in range(first, first + len(part))
         ]
         for position, (fact, (name, _)) in enumerate(zip(known, part, strict=True), start=first):
             if fact.unscored_text is not None:
@@ -1220,7 +1231,7 @@ async def run_session(store: Store, model: Model, session: Session, number: int)
             scores = '{"exact":1}' if success and session.scored else None
             outcome = answer(name, fact.occurrence) if success else failure(name, fact.occurrence)
             await save(store, position, outcome, scores)
-            model.save(position, success=success, scores=scores)
+            model.save(position, number, success=success, scores=scores)
     if len(session.dataset) <= session.stops_after:
         await store.truncate(len(session.dataset))
         model.truncate(len(session.dataset))

@@ -65,6 +65,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names as well, imported or not: for completion in a notebook."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name from its module at its first use: ``import runner`` alone costs nothing."""
     if name not in _HOMES:

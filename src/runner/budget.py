@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runner import figures
 from runner.ceiling import Ceiling
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 from runner.errors import (
@@ -57,9 +58,9 @@ class Budget:
     """
 
     def __init__(self, config: RunnerConfig, folder: Path) -> None:
-        limits = {name: float(limit) for name, limit in vars(config.budget).items() if limit is not None}
+        limits = _limits(config)
         self._deployments = replicas(config)
-        _check(config, limits)
+        check_budget(config)
         self._config = config
         is_shared = config.sweep.folder and not any(key.startswith("budget.") for key in config.sweep.over)
         place = Path(str(config.sweep.folder)) if is_shared else folder
@@ -256,8 +257,13 @@ def _taken_in_vain(request: Request, error: BaseException, reservation: Reservat
     return NOTHING
 
 
-def _check(config: RunnerConfig, limits: Mapping[str, float]) -> None:
-    """See whether what is reserved can be known."""
+def check_budget(config: RunnerConfig) -> None:
+    """See whether what a request takes of the budget can be known beforehand.
+
+    Raises:
+        ConfigError: A price is unknown, or how long an answer may be.
+    """
+    limits = _limits(config)
     for label, deployment in replicas(config).items():
         where = f"deployments.{label if config.deployments else 'LABEL'}"
         if "usd" in limits and price_for(deployment, config.simulator) is None:
@@ -270,6 +276,10 @@ def _check(config: RunnerConfig, limits: Mapping[str, float]) -> None:
                 f"budget.{min(bounded, key=list(limits).index)} must know how long an answer can be:"
                 f" set request.max_tokens=…, or {where}.max_output_tokens=… to what {deployment.model} can write"
             )
+
+
+def _limits(config: RunnerConfig) -> dict[str, float]:
+    return {name: float(limit) for name, limit in vars(config.budget).items() if limit is not None}
 
 
 def _is_bounded(config: RunnerConfig, deployment: DeploymentConfig) -> bool:
@@ -286,6 +296,8 @@ def price_hint(where: str) -> str:
 def shown(name: str, amount: float) -> str:
     """An amount for people."""
     match name:
+        case "usd" if 0 < amount < 0.0001:
+            return figures.dollars(amount)
         case "usd":
             return f"${amount:.4f}" if amount < 10 else f"${amount:,.2f}"
         case "seconds":

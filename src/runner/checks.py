@@ -67,6 +67,19 @@ def check(config: RunnerConfig) -> None:
     _reject_unavailable(config)
 
 
+def without_effect(config: RunnerConfig) -> Iterator[str]:
+    """What to say of a model of the root that differs from those of ``deployments``: it is asked nothing."""
+    left_alone = RunnerConfig()
+    for key in ("model", "api_base", "api_key_env") if config.deployments else ():
+        value = getattr(config, key)
+        used = {getattr(left_alone, key), *(getattr(each, key) for each in config.deployments.values())}
+        if value not in used:
+            yield (
+                f"{key}={value} has no effect beside deployments ({', '.join(config.deployments)}): set"
+                f" deployments.LABEL.{key}, or take deployments=none"
+            )
+
+
 def check_name(name: str) -> None:
     """Refuse a name that leads out of ``runs_dir``.
 
@@ -214,8 +227,10 @@ _NOT_AVAILABLE = "is not available in this version"
 def _reject_unavailable(config: RunnerConfig) -> None:
     """Keys whose capability this version does not have: better an error than a key without effect."""
     is_bench = config.task.kind is TaskKind.bench
+    amounts = [f"budget.{key}=null" for key, amount in vars(config.budget).items() if amount is not None]
+    if is_bench and amounts:
+        raise ConfigError(f"budget with task=bench {_NOT_AVAILABLE}: leave it out, or set {' '.join(amounts)}")
     wanted = {
-        "budget with task=bench": is_bench and any(value is not None for value in vars(config.budget).values()),
         "plan=true with task=bench": is_bench and config.plan,
         "pilot with task=bench": is_bench and config.pilot is not None,
     }
@@ -270,9 +285,9 @@ def _reject_misspelt(prefix: str, request: Mapping[str, Any], known: Sequence[st
     for key in request:
         near = [] if key in known else difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
         if near:
+            way_out = f"{prefix}extra_body.{key}" if prefix else f"extra_body={{{key!r}: …}}"
             raise ConfigError(
-                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write"
-                f" {prefix}extra_body.{key}"
+                f"{prefix}{key}: did you mean {prefix}{near[0]}? If the server really has {key!r}, write {way_out}"
             )
 
 

@@ -68,6 +68,7 @@ class Lookup:
     errors: Mapping[Key, str | None]  # the error class, or None for a success, of the outcomes there are
     todo: Sequence[int]  # those to be taken up, by their place in the chunk
     shared: Set[int]  # those that wait for another one's answer
+    moved: Mapping[Key, int]  # those that get the answer of a later row that asks the same, by its occurrence
 
 
 def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, *, session: int) -> Lookup | None:
@@ -91,13 +92,15 @@ def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, *, 
     shared: Set[int] = frozenset()
     if terms.dedupe and todo:
         shared = _shared(statements, claims, todo, session=session, changed_from=changed_from)
+    moved = {} if terms.dedupe else _moved(statements, keys, todo, session=session)
     return Lookup(
         stored=stored[:same],
         changed_from=changed_from,
         keys=keys,
         errors=errors,
-        todo=[n for n in todo if n not in shared],
+        todo=[n for n in todo if n not in shared and keys[n] not in moved],
         shared=shared,
+        moved=moved,
     )
 
 
@@ -120,16 +123,23 @@ def take_up(
     keys, stored, shared = lookup.keys, lookup.stored, lookup.shared
     if lookup.changed_from is not None:
         statements.execute("DELETE FROM rows WHERE position >= ?", (lookup.changed_from,))
-    move_to_ledger(statements, [keys[n] for n in lookup.todo if keys[n] in lookup.errors])
+    anew = [*(keys[n] for n in lookup.todo), *lookup.moved]
+    move_to_ledger(statements, [key for key in anew if key in lookup.errors])
+    statements.executemany(_MOVE, [(key[1], key[0], source) for key, source in lookup.moved.items()])
     put_answers(statements, found)
     is_found = {(outcome.content, outcome.occurrence) for outcome in found}
-    errors = {**lookup.errors, **dict.fromkeys(is_found)}
+    errors = {**lookup.errors, **dict.fromkeys(is_found), **dict.fromkeys(lookup.moved)}
     taken = {n for n in lookup.todo if keys[n] not in is_found}
 
     if terms.cost_bound is not None:
         bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
-    _lay_down(statements, claims, keys, stored, taken, bounds=bounds, session=session)
-    scored = {n for n, (claim, row) in enumerate(zip(claims, stored, strict=False)) if _has_scores(claim, row)}
+    kept = [None if key in lookup.moved else row for key, row in zip(keys, stored, strict=False)]
+    _lay_down(statements, claims, keys, kept, taken, bounds=bounds, session=session)
+    scored = {
+        n
+        for n, (claim, row) in enumerate(zip(claims, stored, strict=False))
+        if _has_scores(claim, row) and keys[n] not in lookup.moved
+    }
     unscored = {n for n, key in enumerate(keys) if terms.scored and n not in scored and errors.get(key, "") is None}
     answers = read_answers(statements, [keys[n] for n in unscored])
     texts = {(answer.content, answer.occurrence): answer.output_text for answer in answers}
@@ -214,23 +224,46 @@ def _shared(
     return shared
 
 
+def _moved(statements: Statements, keys: Sequence[Key], todo: Sequence[int], *, session: int) -> dict[Key, int]:
+    """Which rows in ``todo`` get an answer that an earlier session got for a later row that asks the same.
+
+    That row may be gone. If it is still there, it is asked in its turn instead.
+    """
+    if not todo or session == 1:
+        return {}
+    last: dict[bytes, int] = {}
+    for content, occurrence in keys:
+        last[content] = max(last.get(content, 0), occurrence)
+    contents = {keys[n][0] for n in todo}
+    sql = _SPARE.format(", ".join(["(?, ?)"] * len(contents)))
+    places = [value for content in contents for value in (content, last[content])]
+    spare: dict[bytes, list[int]] = {}
+    for row in statements.fetch(sql, (*places, _LATER, session)):
+        spare.setdefault(row["content"], []).append(row["occurrence"])
+    moved = {}
+    for n in todo:
+        if occurrences := spare.get(keys[n][0]):
+            moved[keys[n]] = occurrences.pop()
+    return moved
+
+
 def _lay_down(
     statements: Statements,
     claims: Sequence[Claimed],
     keys: Sequence[Key],
-    stored: Sequence[sqlite3.Row],
+    kept: Sequence[sqlite3.Row | None],
     taken: Set[int],
     *,
     bounds: Mapping[Key, float | None],
     session: int,
 ) -> None:
-    """Write the rows that are new, whose metadata changed, or that are taken up."""
+    """Write the rows that are taken up, and those of which nothing, or other metadata, is ``kept``."""
     now = time.time()
     rows: list[tuple[Any, ...]] = []
     for n, (claim, key) in enumerate(zip(claims, keys, strict=True)):
         if n in taken:
             rows.append((claim.position, *key, claim.metadata, now, session, bounds.get(key)))
-        elif n >= len(stored) or stored[n]["metadata"] != claim.metadata:
+        elif n >= len(kept) or (row := kept[n]) is None or row["metadata"] != claim.metadata:
             rows.append((claim.position, *key, claim.metadata, None, None, None))
     if rows:
         statements.insert(_ROWS, rows)
@@ -270,6 +303,20 @@ _ERRORS = """
     FROM (VALUES {}) AS asked
     JOIN answers ON answers.content = asked.column1 AND answers.occurrence = asked.column2
 """
+
+_SPARE = """
+    SELECT answers.content, answers.occurrence
+    FROM (VALUES {}) AS asked
+    JOIN answers
+        ON answers.content = asked.column1 AND answers.occurrence BETWEEN asked.column2 + 1 AND asked.column2 + ?
+    WHERE answers.error_type IS NULL AND answers.settled_at < (SELECT started_at FROM sessions WHERE id = ?)
+    ORDER BY answers.occurrence DESC
+"""
+
+_LATER = 1000
+"""How many occurrences are looked at, where many rows ask the same."""
+
+_MOVE = "UPDATE answers SET occurrence = ? WHERE content = ? AND occurrence = ?"
 
 # The occurrence of each of some contents that comes at a position or after it.
 _NEXT_OCCURRENCES = """

@@ -114,7 +114,7 @@ def _main(arguments: list[str]) -> int:
     except Exception as error:
         if sweep is None:
             raise
-        exit_code = _launcher_failed(error, sweep.folder)
+        exit_code = _launcher_failed(error, sweep)
         _wait_for_others(sweep)
     else:
         if sweep is not None:
@@ -238,10 +238,13 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     return replace(cell, exit_code=report.exit_code, message=report.message, summary=dict(report.summary))
 
 
-def _launcher_failed(error: Exception, folder: Path) -> int:
-    """Say why a multirun ended before its cells: a worker was killed, a cluster gave up."""
+def _launcher_failed(error: Exception, sweep: Sweep) -> int:
+    """Say why a multirun ended before its cells: a worker was killed, a cluster gave up, or somebody ended it."""
+    if (signum := sweep.stopped_by) is not None:  # workers without a cell die of it, and the launcher of that
+        write(sys.stderr, "interrupted: the same command goes on.\n")
+        return 128 + signum
     first = str(error).strip().partition("\n")[0]
-    _complain(f"the launcher failed with {type(error).__name__}: {first}; see {_keep_traceback(folder)}")
+    _complain(f"the launcher failed with {type(error).__name__}: {first}; see {_keep_traceback(sweep.folder)}")
     write(sys.stderr, "Cells that are done are kept: the same command goes on with the others.\n")
     return CELLS_FAILED
 

@@ -305,7 +305,7 @@ def finding(difference: Difference) -> str:
     wanted = difference.pairs_wanted
     if wanted is None:
         return "cannot tell: no difference in these rows"
-    return f"cannot tell: it would take about {figures.short(wanted)} rows"
+    return f"cannot tell: it would take about {wanted if wanted < 1000 else figures.short(wanted)} rows"
 
 
 def _percent(value: float) -> str:

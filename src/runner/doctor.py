@@ -22,7 +22,8 @@ from pathlib import Path
 from textwrap import wrap
 from urllib.parse import urlsplit
 
-from runner.checks import check
+from runner.budget import check_budget
+from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
 from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
 from runner.progress import printable, write
@@ -100,10 +101,13 @@ async def examine(config: RunnerConfig, *, ask: bool = False) -> AsyncIterator[F
     """
     try:
         check(config)
+        check_budget(config)
         yield _ok("configuration", "every key is known, every value possible")
     except ConfigError as error:
         yield _fault("configuration", str(error))
         return
+    for doubt in without_effect(config):
+        yield _note("configuration", doubt)
     for finding in _look_at_rows(config):
         yield finding
     for label, deployment in replicas(config).items():
@@ -179,9 +183,9 @@ async def _look_at_deployment(
         yield _fault(label, f"set {' and '.join(missing)}") if missing else _ok(label, "LiteLLM finds its keys")
     else:
         yield _note(label, f"there is no key in {variable}: right for a server that wants none")
-    if base is not None:
-        yield await _look_at_server(label, deployment, base, key, model)
     request = _tiny(config) if ask else None
+    if base is not None:
+        yield await _look_at_server(label, deployment, base, key, model, is_asked=request is not None)
     if ask and request is None:
         yield _note(label, "not asked: there is no recording at hand to have transcribed")
     if request is not None:
@@ -196,7 +200,10 @@ async def _look_at_deployment(
     await transport.aclose()
 
 
-async def _look_at_server(label: str, deployment: DeploymentConfig, base: str, key: str | None, model: str) -> Finding:
+async def _look_at_server(
+    label: str, deployment: DeploymentConfig, base: str, key: str | None, model: str, *, is_asked: bool
+) -> Finding:
+    """Whether it is there and has the model. Where it ``is_asked`` for an answer, that tells if it knows the name."""
     try:
         await check_addresses({label: deployment})
         listed = await listed_models(base, key)
@@ -208,7 +215,10 @@ async def _look_at_server(label: str, deployment: DeploymentConfig, base: str, k
         return _note(label, f"the server is there, but its list of models is not: {error}")
     if listed and model not in listed:
         some = ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")
-        return _fault(label, f"the server does not list {model!r}, but {some}: correct the model's name")
+        unlisted = f"the server does not list {model!r}, but {some}"
+        if is_asked:
+            return _note(label, f"{unlisted}: the request that follows says whether it knows the name")
+        return _fault(label, f"{unlisted}: correct the model's name")
     return _ok(label, f"{base} lists the model")
 
 

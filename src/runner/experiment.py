@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from runner.budget import Budget, price_hint, shown
-from runner.checks import check
+from runner.checks import check, without_effect
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
 from runner.errors import (
@@ -79,7 +79,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
-    doubts = workload.check()
+    doubts = [*without_effect(config), *workload.check()]
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = _open_client(config, window, Tuner.of(config.limits, window), budget)

@@ -113,12 +113,19 @@ def _laid_out(lines: Lines, width: int) -> Iterator[str]:
     for left, right in lines:
         beside = len(left) <= column
         indent = 4 + column if beside else 6
-        meaning = wrap(right, max(20, width - indent), break_long_words=False, break_on_hyphens=False)
+        meaning = _wrapped(right, max(20, width - indent))
         if beside:
             yield f"  {left:<{column}}  {meaning.pop(0) if meaning else ''}".rstrip()
         else:
             yield from _command(left, width)
         yield from (f"{'':<{indent}}{line}" for line in meaning)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of ``width``, with ``{{ field }}`` in one piece."""
+    whole = re.sub(r"\{\{.*?\}\}", lambda field: field[0].replace(" ", "\0"), text)
+    lines = wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def _command(text: str, width: int) -> Iterator[str]:

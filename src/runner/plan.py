@@ -62,19 +62,19 @@ class Plan:
         return self.prompt_tokens + self.completion_tokens
 
     def __str__(self) -> str:
+        lines = [_counts("send", self.send), _counts("keep", self.keep)]
+        if not sum(self.send.values()):
+            return "\n".join(lines)
         cost = self.usd.shown("usd") if self.usd else "unknown: no price is known, see deployments.LABEL.price"
         time = self.seconds.shown("seconds") if self.seconds else "unknown: nothing was answered yet"
-        lines = [
-            _counts("send", self.send),
-            _counts("keep", self.keep),
+        lines += [
             f"  tokens  {self.tokens.shown('tokens')}",
             f"  prompt  {self.prompt_tokens.shown('tokens')}",
             f"  answer  {self.completion_tokens.shown('tokens')}",
             f"  cost    {cost}",
             f"  time    {time}",
+            f"  by      {self._by()}",
         ]
-        if sum(self.send.values()):
-            lines.append(f"  by      {self._by()}")
         return "\n".join(lines)
 
     def _by(self) -> str:

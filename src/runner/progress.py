@@ -362,16 +362,19 @@ class _Column(NamedTuple):
 
 
 def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
-    """A snapshot in words, in the order they are read. Closing, the time that it took stands for the time left."""
+    """A snapshot in words, in the order they are read. Closing, it speaks of the whole time."""
     columns = [
         _Column(_rows(snapshot), 9),
         _Column(f"failed {snapshot.failed:,}", 8, "red" if snapshot.failed else ""),
     ]
     if snapshot.reused:
         columns.append(_Column(f"reused {snapshot.reused:,}", 2))
+    if closing:
+        columns.append(_Column(f"{figures.short(_mean_rate(snapshot))} rows/s", 6))
+    else:
+        columns.append(_Column(f"{figures.short(snapshot.requests_per_s)} rows/s", 6))
+        columns.append(_Column(f"{figures.short(snapshot.tokens_per_s)} tok/s", 4))
     columns += [
-        _Column(f"{figures.short(snapshot.requests_per_s)} rows/s", 6),
-        _Column(f"{figures.short(snapshot.tokens_per_s)} tok/s", 4),
         _Column(_cost(snapshot), 5),
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
@@ -387,6 +390,11 @@ def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
     elif snapshot.total is not None:
         columns.append(_Column("left ?" if snapshot.eta_s is None else f"left {figures.duration(snapshot.eta_s)}", 7))
     return columns
+
+
+def _mean_rate(snapshot: Snapshot) -> float:
+    """Rows per second over the whole time, without those that were there before."""
+    return (snapshot.done - snapshot.reused) / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
 
 
 def _rows(snapshot: Snapshot) -> str:
@@ -442,7 +450,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact("elapsed", figures.duration(summary["elapsed_s"]))
     rates = [
         f"{figures.short(summary[key])} {unit}"
-        for key, unit in (("requests_per_s", "requests/s"), ("tokens_per_s", "tokens/s"))
+        for key, unit in (("requests_per_s", "rows/s"), ("tokens_per_s", "tokens/s"))
         if summary.get(key) is not None
     ]
     if rates:

@@ -70,9 +70,10 @@ def shaped(rows: Sequence[PromptRow], return_dtype: str) -> Any:
     import polars
 
     text = polars.String
-    return polars.DataFrame(
-        records, schema={"idx": polars.Int64, "key": text, "prompt": text, "status": text, "result": text}
-    )
+    schema = {"idx": polars.Int64, "key": text, "prompt": text, "status": text, "result": text}
+    if any("error" in record for record in records):
+        schema["error"] = text
+    return polars.DataFrame(records, schema=schema)
 
 
 def check_place(path: Path) -> None:

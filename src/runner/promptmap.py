@@ -101,7 +101,8 @@ async def prompt_map(
         output_shape: ``original``, a row a prompt, in their order, and where there is no answer, the status
             ``missing`` and the result None; ``unique``, a row an answered prompt, by its first place.
         return_dtype: The rows as dictionaries with ``idx``, ``key``, ``prompt``, ``status`` and ``result``
-            (one that is missing also has an ``error``), as results, as (prompt, result), or as a Polars frame.
+            (one that is missing also has an ``error``), as results, as (prompt, result), or as a Polars frame of
+            the same columns.
         cache_db_url: The SQLite database of answers, ``sqlite+aiosqlite:///my_runs.db``.
         results_db_url: The SQLite database that the returned rows are written to, table ``results``. None:
             ``NAME-results.db`` beside the cache.

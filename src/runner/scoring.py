@@ -18,7 +18,8 @@ regex
 json_valid
     1 if the answer is one JSON document, perhaps in a ```` ```json ```` fence. It needs no target.
 package.module:function
-    Called as ``function(output_text, fields)``; returns a number, a bool, or None for "cannot be scored".
+    Called as ``function(output_text, fields)``; returns a number, a bool, or None for "cannot be scored". It is
+    called on the event loop, so it is to be quick: one that takes long is warned of.
 
 A target is a text, a number, or a list of which any will do. A row without one (absent, null, an empty list; for
 contains also an empty text) has the score None, which counts for no mean.
@@ -37,6 +38,7 @@ import json
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from decimal import Decimal
@@ -55,6 +57,9 @@ MAX_CHARACTERS = 1_000_000
 
 _RULES = 1
 """Raised when the same configuration begins to score differently, so that stored scores are known to be old."""
+
+_SLOW_S = 0.2
+"""A function that takes longer for an answer makes all others wait for theirs."""
 
 _log = logging.getLogger(__name__)
 
@@ -184,15 +189,19 @@ class _UserFunction:
         self.function = import_name(path, key=f"scorers.{name}.kind")
         self._name = name
         self._warned = False
+        self._said_slow = False
         if not callable(self.function) or inspect.iscoroutinefunction(self.function):
             raise ConfigError(f"scorers.{name}.kind={path!r} is no function that can be called without await")
 
     def __call__(self, output: str, fields: Mapping[str, Any]) -> float | None:
+        started = time.perf_counter()
         try:
             value = self.function(output, dict(fields))
         except Exception as error:
             self._warn(f"raised {type(error).__name__}: {error}")
             return None
+        finally:
+            self._see_time(time.perf_counter() - started)
         if value is None:
             return None
         if not isinstance(value, SupportsFloat):
@@ -203,6 +212,15 @@ class _UserFunction:
             self._warn(f"returned {score}")
             return None
         return score
+
+    def _see_time(self, elapsed_s: float) -> None:
+        if elapsed_s > _SLOW_S and not self._said_slow:
+            self._said_slow = True
+            _log.warning(
+                "scorer %s took %.2f s for one answer, and nothing else goes on meanwhile, so that all latencies grow:"
+                " where it asks a model, let a second run over results.jsonl ask (said once)",
+                *(self._name, elapsed_s),
+            )
 
     def _warn(self, problem: str) -> None:
         if not self._warned:

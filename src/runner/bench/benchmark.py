@@ -267,6 +267,7 @@ async def _shown(benchmark: Benchmark, config: RunnerConfig, tracker: Tracker) -
     finally:
         ticker.cancel()
         await asyncio.wait([ticker])
+        progress.update(benchmark.snapshot())
         progress.close()
 
 

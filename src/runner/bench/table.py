@@ -22,11 +22,17 @@ _PERCENTS = (50, 95, 99)
 def show_levels(levels: Sequence[LevelFacts], verdict: Verdict, *, stream: TextIO) -> None:
     """Print the levels, as a table where ``stream`` is a terminal and otherwise a line each, and what follows."""
     if stream.isatty():
+        header, lines = wanted_columns(levels)
+        if not header[-1]:  # the notes have room below
+            header, lines = header[:-1], [line[:-1] for line in lines]
         show_table(
-            *wanted_columns(levels),
+            header,
+            lines,
             styles=["yellow" if facts.audit.limited_by == "client" else "" for facts in levels],
             stream=stream,
         )
+        noted = ((facts, note(facts)) for facts in levels)
+        write(stream, "".join(f"level {facts.level:g}: {text}\n" for facts, text in noted if text))
     else:
         write(stream, "".join(f"{level_line(facts)}\n" for facts in levels))
     if len(levels) > 1:  # one level alone is compared with nothing

@@ -1,4 +1,4 @@
-"""``python -m runner.report RUN_OR_SWEEP… [--output FILE] [--wandb]``."""
+"""``python -m runner.report RUN_OR_SWEEP… [-o FILE] [--wandb]``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write one self-contained HTML file about runs or sweeps: summary, plots, failures, rows.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_SWEEP", help="folder below runs/")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    parser.add_argument("--output", "-o", type=Path, default=Path("report.html"), help="(default: %(default)s)")
     parser.add_argument("--wandb", action="store_true", help="make a W&B Report of them as well")
     parser.add_argument("--title", help="heading (default: the folders' names)")
     given = parser.parse_args(argv)

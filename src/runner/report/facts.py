@@ -81,10 +81,12 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
             runs += [await _read_shards(shards) for shards in find_shards(sweep) if shards.stores]
             runs += [await _read_cell(cell) for cell in cells if cell.shard is None]
             continue
-        folders = sorted(_run_folders(path))
+        names = _cell_names(path)
+        folders = sorted(_run_folders(path), key=lambda folder: (_place(names, folder), folder))
         if not folders:
             raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep: name a folder below runs/")
-        runs += [await _read_run(folder, f"{folder.parent.name}/{folder.name}") for folder in folders]
+        for folder in folders:
+            runs.append(await _read_run(folder, names.get(folder.name) or f"{folder.parent.name}/{folder.name}"))
     return runs
 
 
@@ -119,6 +121,19 @@ def _run_folders(path: Path) -> Iterator[Path]:
         if found:
             yield from found
             return
+
+
+def _cell_names(path: Path) -> dict[str, str]:
+    """What the latest sweep below a folder calls its runs, by the name of their folder, in its order."""
+    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime)
+    cells = Sweep(sweeps[-1].parent).cells() if sweeps else []
+    return {Path(cell.folder).name: cell.name for cell in cells}
+
+
+def _place(names: Mapping[str, str], folder: Path) -> int:
+    """Where a run stands: as in its sweep, and after all of these if it is in none."""
+    order = list(names)
+    return order.index(folder.name) if folder.name in names else len(order)
 
 
 async def _read_cell(cell: Cell) -> RunFacts:

@@ -121,7 +121,10 @@ class Router:
             replica.cancelled(mark, trace)
             raise
         else:
+            was_closed = replica.circuit.closed
             replica.answered(mark, trace, response.usage)
+            if replica.circuit.closed and not was_closed:
+                logger.info("%s is back", replica.label)
             if self._out_since is not None:
                 self._back()
             return response
