@@ -107,6 +107,16 @@ async def test_rows_that_share_an_answer_are_planned_once(tmp_path: Path) -> Non
     assert (plan.send, plan.keep) == ({"new": 1}, {"sharing the answer of another row": 4})
 
 
+async def test_an_answer_that_rows_share_is_evidence_once(tmp_path: Path) -> None:
+    quick = SimulatorConfig(latency_s=0.001)
+    rows = [{"prompt": "the same"}] * 5
+    await run_experiment(configured(tmp_path, rows, dedupe=Dedupe.always, simulator=quick), tmp_path / "run")
+    plan = await make_plan(
+        configured(tmp_path, [*rows, *numbered(3)], dedupe=Dedupe.always, simulator=quick), tmp_path / "run"
+    )
+    assert (plan.send, plan.keep, plan.basis) == ({"new": 3}, {"answered": 5}, 1)
+
+
 async def test_answers_of_other_runs_are_planned_to_be_taken_over(tmp_path: Path) -> None:
     quick = SimulatorConfig(latency_s=0.001)
     config = configured(tmp_path, numbered(3), runs_dir=str(tmp_path / "runs"), simulator=quick)

@@ -146,13 +146,16 @@ class _Draft:
         self._keep: Counter[str] = Counter()
         self._guessed = _Guessed()
         self._answers: list[_Answer] = []
+        self._counted: set[int] = set()  # ids of these: rows that share an answer are no evidence of their own
 
     def add(self, item: Item, known: Known, fact: Any) -> None:
         if known.shared:
             self._keep["sharing the answer of another row"] += 1
         elif known.answered:
             self._keep[_why_kept(fact)] += 1
-            if len(self._answers) < SAMPLE and fact["total_tokens"] is not None:
+            is_new = fact["id"] not in self._counted
+            if is_new and len(self._answers) < SAMPLE and fact["total_tokens"] is not None:
+                self._counted.add(fact["id"])
                 self._answers.append(_Answer.of(fact, self._estimate(item)))
         elif item.error is not None:
             self._keep["cannot be asked"] += 1
@@ -407,7 +410,7 @@ _FACTS = """
     SELECT
         rows.position, rows.content, before.content AS before, before.settled AS before_settled,
         before.error_type AS before_error, before.finish_reason AS before_finish,
-        answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
+        answers.id, answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
         answers.total_tokens, answers.cached_tokens, answers.service_time_s
     FROM rows
     LEFT JOIN before ON before.position = rows.position
