@@ -329,7 +329,7 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     cells = sweep.cells()
     if not cells:
         return exit_code
-    if len(cells) == 1:
+    if len(cells) == 1 and not _is_interrupted(exit_code, cells):  # else others may not have begun
         write(
             sys.stderr, "\n-m, but one cell: values that a comma separates make several, texts with commas in quotes\n"
         )
@@ -341,6 +341,10 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
     return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else FINISHED
+
+
+def _is_interrupted(exit_code: int, cells: Sequence[Cell]) -> bool:
+    return any(code is not None and code > 128 for code in (exit_code, *(cell.exit_code for cell in cells)))
 
 
 def _show_benchmarks(sweep: Sweep, cells: Sequence[Cell]) -> None:
