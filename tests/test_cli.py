@@ -207,6 +207,8 @@ BAD_INPUT = {
     "a text for a switch": (["routing.hedge=maybe", "prompt=x"], "routing.hedge=maybe: true or false"),
     "a text for a list": (["tracker.tags=first", "prompt=x"], "tracker.tags: a list, as in 'tracker.tags=[one, two]'"),
     "a text for a parameter": (["request.temperature=hot", "prompt=x"], "request.temperature='hot': a number"),
+    "a value for a section": (["budget=2", "prompt=x"], "budget=2: it has keys of its own, as there are budget.usd,"),
+    "a value for a mapping": (["request=5", "prompt=x"], "request: it has keys of its own, as in request.KEY=VALUE"),
     "no choice of a key": (
         ["resume=freh", "prompt=x"],
         "choose one of auto, fresh, require. Did you mean resume=fresh?",
@@ -649,6 +651,7 @@ async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command:
 
     assert process.returncode == 130
     assert b"Traceback" not in err
+    assert b"but one cell" not in err
     assert out.decode().splitlines()[-1].split()[:2] == ["request.seed=1", "130"]
     assert done.exit_code == 0
     assert ledger["requests"] == 3

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 from hydra.errors import OverrideParseException
 from yaml import Mark, MarkedYAMLError
 
+from runner import config
 from runner.checks import no_choice_message, unknown_key_message
 from runner.errors import RunnerError
 
@@ -61,6 +63,17 @@ def _no_list(found: re.Match[str]) -> str:
     return f"{found[1]}: a list, as in '{found[1]}=[one, two]'"
 
 
+def _no_section(found: re.Match[str]) -> str:
+    """``budget=2``: a value where keys belong."""
+    keys = ", ".join(f"{found[3]}.{each.name}" for each in fields(getattr(config, found[1])))
+    return f"{found[3]}={found[2]}: it has keys of its own, as there are {keys}"
+
+
+def _no_mapping(found: re.Match[str]) -> str:
+    """``request=5``: a value where keys of the user's own belong."""
+    return f"{found[1]}: it has keys of its own, as in {found[1]}.KEY=VALUE"
+
+
 def _no_choice(found: re.Match[str]) -> str:
     """``resume=freh``: none of an enum's names."""
     return no_choice_message(found[3], found[1], found[2].split(", "))
@@ -75,6 +88,8 @@ _EXPLANATIONS = (
     (r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)\s+full_key: (\S+)", _no_number),
     (r"Value '(.*)' is not a valid bool \(type \w+\)\s+full_key: (\S+)", _no_truth),
     (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
+    (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),
+    (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
     (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
     (r"Could not find '([^']+)'\s+Available options in '[^']+':((?:\n\t\S+)*)", _unknown_option),
 )
