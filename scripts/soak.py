@@ -653,7 +653,7 @@ class Episode:
             self._blame(f"session {self._found.sessions} cost {lost - self._found.lost} answers")
         self._found.lost = lost
         self._found.requests = self._requests()
-        if exit_code == -signal.SIGTERM and self._found.requests > requests_before:
+        if exit_code == -signal.SIGTERM and self._found.requests > requests_before and not books.is_closed:
             self._blame(f"session {self._found.sessions} had begun, and did not heed SIGTERM")
         self._check_budget(session, charged)
 

@@ -32,6 +32,7 @@ class Books:
     bounds_usd: float = 0.0  # of the attempts whose cost is unknown
     without_bound: int = 0  # attempts of unknown cost that have none
     elapsed_s: float = 0.0  # of all sessions
+    is_closed: bool = True  # the last session has said that it ended
     trouble: str | None = None  # what SQLite has against the file
 
     @property
@@ -61,6 +62,7 @@ def _read(database: sqlite3.Connection) -> Books:
     rows = database.execute("SELECT position, content, metadata FROM rows ORDER BY position").fetchall()
     at_least, bounds, without_bound = database.execute(_COSTS).fetchone()
     [elapsed_s] = database.execute("SELECT total(last_seen - started_at) FROM sessions").fetchone()
+    last = database.execute("SELECT ended_at FROM sessions ORDER BY id DESC LIMIT 1").fetchone()
     return Books(
         rows=[
             (position, content, json.loads(metadata or "{}").get("name", "")) for position, content, metadata in rows
@@ -71,6 +73,7 @@ def _read(database: sqlite3.Connection) -> Books:
         bounds_usd=bounds,
         without_bound=without_bound,
         elapsed_s=elapsed_s,
+        is_closed=last is None or last[0] is not None,
         trouble=None if verdict == "ok" else verdict,
     )
 
