@@ -160,20 +160,26 @@ class Statements:
         self._connection.executemany(sql, rows)
 
     def insert(self, into: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL."""
+        """Insert many rows with few statements: each one costs the event loop's thread two turns of the GIL.
+
+        They take a power of two of the rows each, so that there are few to be compiled and kept.
+        """
         columns = len(rows[0])
-        size = max(1, _VALUES // columns)
         mark = f"({', '.join('?' * columns)})"
-        for start in range(0, len(rows), size):
+        most = max(1, _VALUES // columns)
+        start = 0
+        while left := len(rows) - start:
+            size = 1 << (min(left, most).bit_length() - 1)
             block = rows[start : start + size]
-            self.execute(f"{into} VALUES {', '.join([mark] * len(block))}", list(chain.from_iterable(block)))
+            self.execute(f"{into} VALUES {', '.join([mark] * size)}", list(chain.from_iterable(block)))
+            start += size
 
 
 _VALUES = 2048
 """Values in one INSERT, at most."""
 
-_STATEMENTS = 512
-"""Statements that are kept compiled: INSERTs of many sizes are among them."""
+_STATEMENTS = 128
+"""Statements that are kept compiled, which takes up to 100 KB for the larger ones."""
 
 _CHUNK = 1000
 """Rows read at a time where they are streamed."""
