@@ -123,6 +123,14 @@ async def test_columns_that_only_some_run_has_are_there() -> None:
     assert [(row["reasoning"], row["choices"]) for row in cells("all.csv")] == [("", ""), ("because", "[1]")]
 
 
+async def test_a_spreadsheet_has_a_column_for_each_field_of_the_rows() -> None:
+    await make_run("runs/a/1", 2)
+
+    assert await exported("runs/a", "-o", "all.csv") == 0
+    assert [row["metadata.id"] for row in cells("all.csv")] == ["0", "1"]
+    assert "metadata" not in cells("all.csv")[0]
+
+
 async def test_parquet_holds_the_same_rows() -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     run = await make_run("runs/a/1", 3, cost_usd=0.5, total_tokens=7)

@@ -168,12 +168,34 @@ async def _open_writer(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -
     if form == "jsonl":
         return JsonLines(file)
     fields = {"run"} if len(runs) > 1 else set()
+    spread: dict[str, dict[str, None]] = {field: {} for field in _SPREAD}
     for run in runs:
         async with opened(run.stores) as stores:
             fields |= {field async for row in result_rows(*stores, limit=1) for field in row}
             fields |= {row["field"] for store in stores async for row in store.query(_RARE_FIELDS)}
-    return Csv(file, Columns(fields)) if form == "csv" else Parquet(file, Columns(fields))
+            for field, keys in spread.items() if form == "csv" else ():
+                for store in stores:
+                    keys |= {row["key"]: None async for row in store.query(_KEYS.format(field), (_MOST_KEYS + 1,))}
+    if form == "parquet":
+        return Parquet(file, Columns(fields))
+    few = {field: list(keys) for field, keys in spread.items() if 0 < len(keys) <= _MOST_KEYS}
+    return Csv(file, Columns(fields, spread=few))
 
+
+_SPREAD = ("metadata", "scores")
+"""Objects whose keys are columns of a CSV file: a spreadsheet reads no JSON."""
+
+_MOST_KEYS = 200
+"""With more, they are no columns but data."""
+
+_KEYS = """
+    SELECT entry.key AS key
+    FROM rows, json_each(rows.{0}) AS entry
+    WHERE json_valid(rows.{0}) AND json_type(rows.{0}) = 'object'
+    GROUP BY entry.key
+    ORDER BY min(rows.position), min(entry.id)
+    LIMIT ?
+"""
 
 _RARE_FIELDS = "SELECT DISTINCT entry.key AS field FROM answers, json_each(answers.details) AS entry"
 

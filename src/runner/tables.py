@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, BinaryIO, Protocol
 
 import orjson
@@ -53,6 +53,9 @@ RECORDS = {
 }
 """Fields of a row that are records, and the columns of what is in them."""
 
+_PLAIN = (str, int, float, bool)
+"""What stands in a cell as it is."""
+
 _RARE = frozenset({"run", "_sample", "embedding", "text", "language", "duration_s", "reasoning", "choices"})
 """Columns that a table without rows goes without."""
 
@@ -81,13 +84,19 @@ class Columns:
 
     Args:
         fields: The fields that there are in some row. None at all: the usual columns.
+        spread: Fields that are objects, each with the keys that get columns of their own, as in ``metadata.id``. The
+            others stay JSON in one column.
     """
 
-    def __init__(self, fields: Iterable[str]) -> None:
+    def __init__(self, fields: Iterable[str], *, spread: Mapping[str, Sequence[str]] | None = None) -> None:
         self._fields = frozenset(fields)
+        self._spread = {field: frozenset(keys) for field, keys in (spread or {}).items() if field in self._fields}
         names = {name for field in self._fields for name in RECORDS.get(field, [field])}
         known = [name for name in COLUMNS if (name in names if names else name not in _RARE)]
-        self.names = known + sorted(names - COLUMNS.keys())
+        self.names = []
+        for name in known + sorted(names - COLUMNS.keys()):
+            spread_over = (spread or {}).get(name) if name in self._spread else None
+            self.names += [name] if spread_over is None else [f"{name}.{key}" for key in spread_over]
         self.kinds = [COLUMNS.get(name, "json") for name in self.names]
         self._json = [name for name, kind in zip(self.names, self.kinds, strict=True) if kind == "json"]
         self._details = [name for name in self.names if name in _RARE and name not in self._json]
@@ -98,22 +107,27 @@ class Columns:
         Raises:
             StoreError: The row has a field that there was none of when the columns were chosen.
         """
-        if not self._fields.issuperset(row):
-            raise StoreError(
-                f"the run goes on and has got new columns ({', '.join(row.keys() - self._fields)}): export again"
-            )
+        self._expect(row.keys() - self._fields)
         values = dict(row)
+        for field, keys in self._spread.items():
+            record = orjson.loads(orjson.dumps(values.pop(field, None))) or {}
+            self._expect({f"{field}.{key}" for key in record.keys() - keys})
+            values |= {f"{field}.{key}": value for key, value in record.items()}
         values.update(values.pop("token_usage", None) or {})
         values.update(values.pop("metrics", None) or {})
         for name, value in (values.pop("error", None) or {}).items():
             values[f"error_{name}"] = value
         for name in self._json:
-            if (value := values.get(name)) is not None:
+            if (value := values.get(name)) is not None and not ("." in name and isinstance(value, _PLAIN)):
                 values[name] = orjson.dumps(value).decode()
         for name in self._details:
             if isinstance(value := values.get(name), orjson.Fragment):
                 values[name] = orjson.loads(orjson.dumps(value))
         return list(map(values.get, self.names))
+
+    def _expect(self, new: Set[str]) -> None:
+        if new:
+            raise StoreError(f"the run goes on and has got new columns ({', '.join(sorted(new))}): export again")
 
 
 class JsonLines:
