@@ -54,3 +54,10 @@ def test_a_doubling_axis_spaces_doublings_evenly() -> None:
 def test_nothing_is_drawn_of_nothing() -> None:
     assert draw(line([])) == ""
     assert draw(bars([])) == ""
+
+
+def test_one_point_is_drawn_although_it_makes_no_line() -> None:
+    series = [Series(name="a", points=[(0.5, 44.0)]), Series(name="b", points=[(0.5, 40.0), (1.5, 20.0)])]
+    figure = drawn(draw(Lines(title="t", note="", x="x", y="y", series=series)))
+
+    assert [dot.attrib["class"] for dot in figure.iter("circle")] == ["dot c0"]

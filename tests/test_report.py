@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,18 @@ def test_a_key_in_the_configuration_is_not_shown(here: Path) -> None:
     config.write_text(config.read_text() + "\nother:\n  api_key: sk-canary-0123456789\n")
 
     assert "canary" not in written(folder)
+
+
+@pytest.mark.parametrize(("seconds", "has_plot"), [(1.9, False), (2.1, True)])
+def test_a_plot_of_the_speed_takes_two_seconds(here: Path, seconds: float, has_plot: bool) -> None:
+    run(["name=quick", "prompt=Hello.", "samples=3", "tracker=none"])
+    folder = Command(here).run()
+    with closing(sqlite3.connect(folder / "results.sqlite")) as store, store:
+        store.execute("UPDATE answers SET settled_at = 1e9 + ? * (id - 1) / 2", (seconds,))
+
+    page = written(folder)
+
+    assert ("answers per second" in page) is has_plot
 
 
 def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

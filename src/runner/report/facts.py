@@ -302,17 +302,18 @@ async def _latencies(stores: Sequence[Store]) -> list[float]:
 
 
 async def _rate(stores: Sequence[Store]) -> list[tuple[float, float]]:
-    """Answers per second over the run's time, the pauses between its sessions included."""
+    """Answers per second over the run's time, the pauses between its sessions included; none of less than two seconds,
+    of which there is no line."""
     sql = "SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers"
     spans = [row async for row in rows_of(stores, sql) if row["first"] is not None]
     first, last = (min(row["first"] for row in spans), max(row["last"] for row in spans)) if spans else (0.0, 0.0)
-    if last - first < 1:
+    if last - first < 2:
         return []
     width = max(1.0, (last - first) / _BUCKETS)
     sql = "SELECT CAST((settled_at - ?) / ? AS INTEGER) AS name, count(*) AS n FROM answers GROUP BY name"
     counts = {name: found["n"] for name, found in (await sums_by_name(stores, sql, (first, width))).items()}
     whole = int((last - first) / width)  # the last bucket is cut short
-    return [((bucket + 0.5) * width, counts.get(bucket, 0) / width) for bucket in range(max(1, whole))]
+    return [((bucket + 0.5) * width, counts.get(bucket, 0) / width) for bucket in range(whole)]
 
 
 async def _failures(stores: Sequence[Store]) -> list[Failure]:

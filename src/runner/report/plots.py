@@ -36,7 +36,7 @@ def _lines(chart: Lines) -> Markup:
         colour = f"c{number % _COLOURS}"
         path = " ".join(f"{across.place(px):.1f},{up.place(py):.1f}" for px, py in each.points)
         parts.append(f'<polyline class="line {colour}" points="{path}"/>')
-        if chart.dots:
+        if chart.dots or len(each.points) == 1:  # of one point there is no line
             parts += [
                 f'<circle class="dot {colour}" cx="{across.place(px):.1f}" cy="{up.place(py):.1f}" r="3.5">'
                 f"<title>{escape(each.name)}: {px:g}, {short(py)}</title></circle>"
