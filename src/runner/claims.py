@@ -135,11 +135,7 @@ def take_up(
         bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
     kept = [None if key in lookup.moved else row for key, row in zip(keys, stored, strict=False)]
     _lay_down(statements, claims, keys, kept, taken, bounds=bounds, session=session)
-    scored = {
-        n
-        for n, (claim, row) in enumerate(zip(claims, stored, strict=False))
-        if _has_scores(claim, row) and keys[n] not in lookup.moved
-    }
+    scored = {n for n, (claim, row) in enumerate(zip(claims, kept, strict=False)) if row and _has_scores(claim, row)}
     unscored = {n for n, key in enumerate(keys) if terms.scored and n not in scored and errors.get(key, "") is None}
     answers = read_answers(statements, [keys[n] for n in unscored])
     texts = {(answer.content, answer.occurrence): answer.output_text for answer in answers}

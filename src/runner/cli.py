@@ -30,6 +30,7 @@ from runner.composition import (
     conf_folder,
     first_cell,
     is_multirun,
+    joined,
     load_environment,
     planned,
     sweep_folder,
@@ -195,11 +196,11 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     is_shard = _SHARD in own and composed.task.kind is not TaskKind.bench
     cell = Cell(
         number=job.job.num if sweep else 0,
-        name=_joined(own),
+        name=joined(own),
         folder=job.runtime.output_dir,
         shard=composed.dataset.shard.index if is_shard else None,
         shards=composed.dataset.shard.count,
-        whole=_joined({key: value for key, value in own.items() if key != _SHARD}),
+        whole=joined({key: value for key, value in own.items() if key != _SHARD}),
     )
     if sweep is not None:
         write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
@@ -214,10 +215,6 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         if cell.exit_code is not None and cell.exit_code > 128 and not sweep.is_parallel:
             raise KeyboardInterrupt  # ends the sweep too; where each cell has a process, the others go on
     return asdict(cell)
-
-
-def _joined(overrides: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def _ended(cell: Cell, composed: DictConfig) -> Cell:

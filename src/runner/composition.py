@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -152,8 +152,7 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
         load_environment(composed.env_file)
         config = typed(composed)
         swept = dict(swept_by(overrides, keys))
-        name = " ".join(f"{key}={value}" for key, value in swept.items())
-        yield name, config, Path(config.runs_dir) / config.name / run_id(config, swept=swept)
+        yield joined(swept), config, Path(config.runs_dir) / config.name / run_id(config, swept=swept)
 
 
 def swept_by(overrides: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -162,6 +161,11 @@ def swept_by(overrides: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[st
         key, _, value = override.partition("=")
         if key.lstrip("+") in keys:
             yield key.lstrip("+"), value
+
+
+def joined(overrides: Mapping[str, str]) -> str:
+    """The name of what sets a cell apart."""
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
 
 
 def _choices(overrides: Sequence[str]) -> dict[str, list[str]]:

@@ -36,7 +36,7 @@ from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.resume import resuming
 from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
-from runner.stack import Stack, open_stack
+from runner.stack import stack_of
 from runner.store import Store
 from runner.sweep import Sweep
 from runner.tracker import Ending, Tracker, tracking
@@ -82,7 +82,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     doubts = [*without_effect(config), *workload.check()]
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
-    client = _open_client(config, window, Tuner.of(config.limits, window), budget)
+    client = stack_of(config, window, tuner=Tuner.of(config.limits, window), budget=budget)
     meter = Meter()
     store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
     async with _closing(client, store), resuming(store, config, workload, folder=folder) as resumption:
@@ -131,23 +131,7 @@ def check_experiment(config: RunnerConfig) -> None:
     """
     check(config)
     Workload(config).check()
-    _open_client(config, Window.of(config.limits), budget=Budget.of(config, Path()))
-
-
-def _open_client(
-    config: RunnerConfig, window: Window, tuner: Tuner | None = None, budget: Budget | None = None
-) -> Stack:
-    return open_stack(
-        replicas(config),
-        limits=config.limits,
-        retry=config.retry,
-        routing=config.routing,
-        simulator=config.simulator,
-        window=window,
-        tuner=tuner,
-        budget=budget,
-        timeout_s=config.request.get("timeout"),
-    )
+    stack_of(config, Window.of(config.limits), budget=Budget.of(config, Path()))
 
 
 @asynccontextmanager

@@ -13,7 +13,15 @@ from runner.account import Account
 from runner.adaptive import Adaptive
 from runner.budget import Budget
 from runner.concurrency import Window
-from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RoutingConfig, SimulatorConfig
+from runner.config import (
+    DeploymentConfig,
+    LimitsConfig,
+    RetryConfig,
+    RoutingConfig,
+    RunnerConfig,
+    SimulatorConfig,
+    replicas,
+)
 from runner.estimate import Estimator
 from runner.limited import Limited
 from runner.limiter import RateLimiter, limits_of
@@ -51,6 +59,23 @@ class Limiters:
 
     of: Mapping[str, RateLimiter]  # each deployment's own, by label
     account: RateLimiter | None = None  # what holds for all of them together
+
+
+def stack_of(
+    config: RunnerConfig, window: Window, *, tuner: Tuner | None = None, budget: Budget | None = None
+) -> Stack:
+    """The client of a run, by `open_stack` with all that its configuration says."""
+    return open_stack(
+        replicas(config),
+        limits=config.limits,
+        retry=config.retry,
+        routing=config.routing,
+        simulator=config.simulator,
+        window=window,
+        tuner=tuner,
+        budget=budget,
+        timeout_s=config.request.get("timeout"),
+    )
 
 
 def open_stack(

@@ -36,7 +36,7 @@ from runner.metrics import Meter, Snapshot
 from runner.progress import Progress, open_progress
 from runner.results import replace_file
 from runner.signals import handled_signals
-from runner.stack import open_stack
+from runner.stack import stack_of
 from runner.sweep import Sweep
 from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
@@ -64,7 +64,8 @@ async def run_bench(config: RunnerConfig, folder: Path, *, settings: Mapping[str
     check(config)
     workload = Workload(config)
     workload.check()
-    client = _open_client(config)
+    # Nobody waits for this window: a request keeps its place in the load while it waits.
+    client = stack_of(config, Window(MOST_IN_FLIGHT))
     with lock_folder(folder / RUN_DATABASE):
         benchmark = Benchmark(config, workload, client, folder=folder)
         async with tracking(config, folder, settings) as tracker:
@@ -206,19 +207,6 @@ class Benchmark:
             queue_wait_s=sample.queue_wait_s,
             retries=sample.retries,
         )
-
-
-def _open_client(config: RunnerConfig) -> Client:
-    """The stack, beside a window that nobody waits for: a request keeps its place in the load while it waits."""
-    return open_stack(
-        replicas(config),
-        limits=config.limits,
-        retry=config.retry,
-        routing=config.routing,
-        simulator=config.simulator,
-        window=Window(MOST_IN_FLIGHT),
-        timeout_s=config.request.get("timeout"),
-    )
 
 
 async def _carry_out(benchmark: Benchmark, config: RunnerConfig, tracker: Tracker) -> RunStopped | None:
