@@ -67,7 +67,7 @@ async def test_a_store_of_the_first_version_is_migrated_with_all_that_is_in_it(p
         lost = [tuple(row) async for row in store.query("SELECT content, started_at FROM attempts ORDER BY id")]
         assert rows == [('{"exact":1}',), (None,), (None,), (None,)]
         assert lost == [(b"\x02", None), (b"\x03", 201.0)]  # what was in flight at the kill is entered after migrating
-        await save(store, 3, Outcome(content=b"\x03", occurrence=0, settled_at=1.0, embedding=b"v", cost_bound_usd=1.0))
+        await save(store, 3, Outcome(ticket=0, content=b"\x03", settled_at=1.0, embedding=b"v", cost_bound_usd=1.0))
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
@@ -93,7 +93,7 @@ def layout(path: Path) -> dict[str, set[tuple[str, str]]]:
 async def test_an_older_store_is_not_migrated_by_a_reader(path: Path) -> None:
     version_1(path)
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"schema version 1, this program reads version 3: the command that made it"):
+    with pytest.raises(StoreError, match=r"schema version 1, this program reads version 4: the command that made it"):
         await Store.open_readonly(path)
     assert path.read_bytes() == before
 

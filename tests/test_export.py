@@ -38,7 +38,7 @@ async def settle(store: Store, first: int, count: int, **columns: Any) -> None:
     await store.claim(claims, Terms(retry_failed=False, scored=False))
     for position, key in enumerate(keys, first):
         text = {"output_text": f"answer {position}", **columns}
-        await save(store, position, Outcome(content=key, occurrence=0, settled_at=1.0, **text))
+        await save(store, position, Outcome(ticket=0, content=key, settled_at=1.0, **text))
     await store.flush()
 
 

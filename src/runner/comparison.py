@@ -189,7 +189,7 @@ _SETTLED = f"""
     SELECT rows.position, rows.metadata, rows.scores, error_type,
         {", ".join(f"{column} AS {name}" for name, column in _COLUMNS.items())}
     FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    JOIN answers USING (ticket)
     ORDER BY rows.position
 """
 

@@ -99,6 +99,6 @@ _ANSWERS = """
     SELECT total_tokens, cost_usd
     FROM answers
     WHERE error_type IS NULL AND reused_from IS NULL
-    ORDER BY id DESC
+    ORDER BY ticket DESC
     LIMIT ?
 """

@@ -30,8 +30,8 @@ def success(
     """
     usage = response.usage
     return Outcome(
+        ticket=key[1],
         content=key[0],
-        occurrence=key[1],
         settled_at=time.time(),
         **_columns(response.output, response_format),
         request_id=response.request_id,
@@ -56,8 +56,8 @@ def failure(key: tuple[bytes, int], trace: Trace, error: ItemError, *, shared: b
     """The stored form of a row that failed; ``shared`` as in `success`."""
     row = error.as_row()
     return Outcome(
+        ticket=key[1],
         content=key[0],
-        occurrence=key[1],
         settled_at=time.time(),
         error_type=row["type"],
         error_message=row["message"],

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 CURRENT = """
     FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    JOIN answers USING (ticket)
 """
 """The rows that the dataset holds now, each with what came of it, as the end of a SELECT."""
 
@@ -217,7 +217,7 @@ _USED = """
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
         coalesce(sum(retries) FILTER (WHERE NOT shared), 0) AS retries
     FROM answers
-    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = answers.content AND rows.occurrence = answers.occurrence)
+    WHERE ticket IN (SELECT ticket FROM rows)
 """
 
 _SPENT = """
@@ -237,7 +237,7 @@ _SPENT = """
     FROM attempt
 """
 
-_DEDUPLICATED = "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM (SELECT DISTINCT content FROM rows)) AS n"
+_DEDUPLICATED = "SELECT count(*) - count(DISTINCT ticket) AS n FROM rows"
 
 _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""
