@@ -276,6 +276,18 @@ async def test_from_the_first_row_that_changed_on_the_dataset_is_another_one(pat
         assert {one, other} <= {"a0", "a2", "a4"}
 
 
+async def test_what_a_pilot_has_just_answered_stays_where_it_is(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "a")
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "a", wanted={2}.__contains__) == [True, True, False]
+        await save(store, 2, answer("a"))
+        await store.flush()
+        assert await answered(store, "a", "b", wanted={0, 1}.__contains__) == [False, False]
+        assert await answered(store, "a", first=2, wanted={0, 1}.__contains__) == [True]
+        assert await shown(store) == [None, None, "answer to a"]
+
+
 async def test_the_end_of_an_interrupted_pass_over_a_changed_dataset_is_not_mixed_with_the_old_one(path: Path) -> None:
     async with await Store.open(path) as store:
         await claim(store, "x", "a", "b", "x")

@@ -11,13 +11,14 @@ _MOST = 1000
 
 
 class Pool:
-    """What a store held when a session began, made when it is first asked for. Belongs to the database's thread.
+    """What a store held before the session's own answers came. Belongs to the database's thread.
 
     It takes the place of an index of what answers answer, which would have to be kept up to date all the time and is
-    wanted only where a dataset was changed. It lies in a temporary table, which goes with the connection.
+    wanted only where a dataset was changed. It is made when the first row without an answer is looked up, in a
+    temporary table, which goes with the connection.
 
     Args:
-        session: Whose answers are no earlier ones. None: every answer of the store can be had.
+        session: The first one has no earlier answers. None: of a store that is only read, every answer can be had.
     """
 
     def __init__(self, session: int | None) -> None:
@@ -59,7 +60,7 @@ class Pool:
             return
         statements.execute(_TABLE)
         if self._session is not None:
-            statements.execute(_FILL_FROM_ROWS, (self._session, first))
+            statements.execute(_FILL_FROM_ROWS, (first,))
         statements.execute(_FILL_WITHOUT_ROWS if self._session is not None else _FILL)
         statements.execute("CREATE INDEX temp.pool_by_content ON pool (content, failed, position)")
 
@@ -78,7 +79,7 @@ _FILL_FROM_ROWS = """
     SELECT answers.ticket, answers.content, answers.error_type IS NOT NULL, rows.position
     FROM rows
     JOIN answers USING (ticket)
-    WHERE rows.session IS NOT ? AND rows.position >= ?
+    WHERE rows.position >= ?
 """
 
 _FILL = "INSERT INTO pool SELECT ticket, content, error_type IS NOT NULL, 1 << 62 FROM answers"
