@@ -157,7 +157,7 @@ def test_a_plot_of_the_speed_takes_two_seconds(here: Path, seconds: float, has_p
     run(["name=quick", "prompt=Hello.", "samples=3", "tracker=none"])
     folder = Command(here).run()
     with closing(sqlite3.connect(folder / "results.sqlite")) as store, store:
-        store.execute("UPDATE answers SET settled_at = 1e9 + ? * (id - 1) / 2", (seconds,))
+        store.execute("UPDATE answers SET settled_at = 1e9 + ? * (ticket % 4294967296) / 2", (seconds,))
 
     page = written(folder)
 

@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
 from runner.database import Statements
@@ -33,11 +33,10 @@ class Claim:
     metadata: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Known(NamedTuple):
     """What the store has for a claimed row."""
 
-    ticket: int  # of its answer
+    ticket: int  # of its answer; 0 where nobody needs it
     answered: bool  # it is not to be asked: it has its outcome, or is not wanted
     unscored_text: str | None = None  # of an answer that is to be scored
     shared: bool = False  # it has none, but an earlier row that asks the same is being asked

@@ -32,7 +32,7 @@ CURRENT = """
 """The rows that the dataset holds now, each with what came of it, as the end of a SELECT."""
 
 
-async def result_rows(
+def result_rows(
     *stores: Store, limit: int | None = None, failed: bool | None = None
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
@@ -48,8 +48,14 @@ async def result_rows(
     Raises:
         StoreError: There is something else in the store than a run puts there; names the row.
     """
-    left = limit
     shards = [_result_rows(store, limit=limit, failed=failed) for store in stores]
+    return shards[0] if len(shards) == 1 else _merged(shards, limit)
+
+
+async def _merged(
+    shards: Sequence[AsyncGenerator[dict[str, Any], None]], limit: int | None
+) -> AsyncGenerator[dict[str, Any], None]:
+    left = limit
     async with aclosing(in_order(shards, key=lambda row: (row["_index"], row.get("_sample", 0)))) as rows:
         async for row in rows:
             if left is not None and (left := left - 1) < 0:
@@ -91,10 +97,6 @@ def samples_of(meta: Mapping[str, str]) -> int:
 async def in_order(streams: Sequence[AsyncGenerator[T, None]], *, key: Callable[[T], Any]) -> AsyncGenerator[T, None]:
     """The entries of several streams in one order, that of ``key``, which each of them keeps for itself."""
     async with AsyncExitStack() as stack:
-        if len(streams) == 1:
-            async for entry in await stack.enter_async_context(aclosing(streams[0])):
-                yield entry
-            return
         for stream in streams:
             await stack.enter_async_context(aclosing(stream))
         heads = []

@@ -8,9 +8,9 @@ import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
@@ -367,8 +367,7 @@ class Run:
         return dump_text(scores)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A request under way, and whom it asks for."""
 
     task: asyncio.Task[Any]
