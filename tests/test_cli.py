@@ -517,14 +517,28 @@ def test_a_bad_cell_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFi
 
     out, err = capfd.readouterr()
     assert exit_code == 1
-    assert err.count("runner: model='nonsense' has no provider") == 2
+    assert err.count("runner: model='nonsense' has no provider") == 1
     assert "Traceback" not in err
     results = {path.parent.parent.name: len(read_rows(path.parent)) for path in here.glob("runs/*/*/results.jsonl")}
     assert results == {"a": 1, "b": 1}
     assert len(list(here.glob("runs/*/*/results.jsonl"))) == 4
     lines = [line.split() for line in out.splitlines()]
-    assert any(line[:5] == ["model=nonsense", "name=b", "2", "model='nonsense'", "has"] for line in lines)
+    assert any(line == ["model=nonsense", "name=b", "2"] for line in lines)
+    assert "model=nonsense name=a, model=nonsense name=b: model='nonsense' has no provider" in out
     assert any(line[:4] == ["model=simulated/other", "name=b", "0", "1"] for line in lines)
+
+
+def test_what_is_wrong_with_all_cells_is_said_once(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = "scorers.a.kind='exct'"
+
+    exit_code = main(["-m", *ROWS, "prompt=x", "scorers.a.kind=exct", "model=simulated/a,simulated/b", "tracker=none"])
+
+    out, err = capfd.readouterr()
+    assert exit_code == 1
+    assert err.count(told) == 1
+    assert "runner: as in #0\n" in err
+    assert f"model=simulated/a, model=simulated/b: {told}" in out
+    assert out.count(told) == 1
 
 
 def test_a_cell_with_a_wrong_type_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
