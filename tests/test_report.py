@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -225,6 +226,17 @@ def test_cells_that_share_a_name_are_told_apart_by_their_folders(here: Path) -> 
     page = written(first, second)
 
     assert len(set(re.findall(r"<summary>(request\.temperature=0 \((?:quickstart|other)/\w+\))</summary>", page))) == 2
+
+
+def test_a_folder_of_several_sweeps_calls_all_cells_by_their_names(here: Path) -> None:
+    run_sweep(here, "request.temperature=0,1")
+    run(["-m", "name=quickstart", "model=simulated/a,simulated/b", "prompt=hi", "tracker=none"])
+
+    runs = asyncio.run(read_runs([here / "runs" / "quickstart"]))
+
+    assert {each.label for each in runs} == {
+        *("request.temperature=0", "request.temperature=1", "model=simulated/a", "model=simulated/b")
+    }
 
 
 def test_bars_that_differ_have_labels_that_do() -> None:

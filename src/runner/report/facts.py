@@ -137,10 +137,13 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 
 def _cell_names(path: Path) -> dict[str, str]:
-    """What the latest sweep below a folder calls its runs, by the name of their folder, in its order."""
-    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime)
-    cells = Sweep(sweeps[-1].parent).cells() if sweeps else []
-    return {Path(cell.folder).name: cell.name for cell in cells}
+    """What the sweeps below a folder call its runs, by the name of their folder: the latest first, in its order."""
+    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    names: dict[str, str] = {}
+    for sweep in sweeps:
+        for cell in Sweep(sweep.parent).cells():
+            names.setdefault(Path(cell.folder).name, cell.name)
+    return names
 
 
 def _place(names: Mapping[str, str], folder: Path) -> int:
