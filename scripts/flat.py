@@ -72,7 +72,7 @@ def rates(store: Path, part: int) -> tuple[float, float]:
 
 _SPAN = """
     SELECT min(settled_at), max(settled_at)
-    FROM (SELECT settled_at FROM answers ORDER BY id {} LIMIT ?)
+    FROM (SELECT settled_at FROM answers ORDER BY ticket {} LIMIT ?)
 """
 
 
