@@ -529,7 +529,7 @@ async def test_polars_is_missed_before_anything_is_asked(monkeypatch: pytest.Mon
     monkeypatch.setattr("runner.prompt_rows.find_spec", lambda name: None)
     worker = Worker()
 
-    with pytest.raises(ConfigError, match=r"pip install 'runner\[polars\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[polars\]'"):
         await ask(["a"], worker, return_dtype="polars")
     assert worker.asked == []
 

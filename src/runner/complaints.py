@@ -11,6 +11,7 @@ from yaml import Mark, MarkedYAMLError
 from runner import config
 from runner.checks import no_choice_message, unknown_key_message
 from runner.errors import RunnerError
+from runner.extras import installation
 
 
 def explain(error: BaseException) -> str:
@@ -44,7 +45,7 @@ def _unknown_option(found: re.Match[str]) -> str:
     """``dataset=jsnl``: a group's option that does not exist."""
     group, _, option = found[1].rpartition("/")
     if group == "hydra/launcher" and (extra := _EXTRAS.get(option)):
-        return f"{group}={option} is not installed: pip install 'runner[{extra}]'"
+        return f"{group}={option} is not installed: {installation(extra)}"
     prefix = "+" if group == "experiment" else ""
     return no_choice_message(f"{prefix}{group}", option, found[2].split())
 
