@@ -221,6 +221,12 @@ def no_choice_message(key: str, value: str, options: Sequence[str]) -> str:
     return f"{key}={value}: choose one of {', '.join(options)}.{hint}"
 
 
+def no_section_message(given: str, path: str, section: type) -> str:
+    """What to say of a value that is ``given`` where the keys of ``section`` belong, below ``path``."""
+    keys = ", ".join(f"{path}.{each.name}" for each in fields(section) if each.name not in SECRET_KEYS)
+    return f"{given}: it has keys of its own, as there are {keys}"
+
+
 _NOT_AVAILABLE = "is not available in this version"
 
 

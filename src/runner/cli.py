@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner.arguments import friendly, quoted
+from runner.arguments import friendly, options_first, quoted
 from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
@@ -86,7 +86,7 @@ def _main(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
-        arguments = list(friendly(arguments))
+        arguments = list(friendly(options_first(arguments)))
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
         sweep, swept = _begin_sweep(arguments) if is_multirun(arguments) else (None, [])
@@ -131,21 +131,27 @@ def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     """The sweep of a command line and the keys that it is over; warns of what its processes would not keep together.
 
     Raises:
-        ConfigError: They are to share what is nowhere.
+        ConfigError: They are to share what is nowhere, or there is but one cell and it cannot be run.
     """
+    from runner.experiment import check_experiment
+
     first = first_cell(arguments)
+    swept = swept_keys(first, arguments)
     launcher = first.hydra.runtime.choices["hydra/launcher"]
     load_environment(first.env_file)
     try:
         config = typed(first)
-    except ConfigError:  # the cell says so itself, and the others go on
-        pass
+        if not swept:
+            check_experiment(config)
+    except ConfigError:
+        if not swept:
+            raise  # else the cell says so itself, and the others go on
     else:
         for warning in unshared(config, launcher):
             write(sys.stderr, f"{warning}\n")
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
-    return sweep, swept_keys(first, arguments)
+    return sweep, swept
 
 
 def _wait_for_others(sweep: Sweep) -> None:
