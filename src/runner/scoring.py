@@ -140,9 +140,7 @@ def _scorer(name: str, config: ScorerConfig) -> _Scorer:
 
 def _compiled(name: str, config: ScorerConfig) -> re.Pattern[str]:
     if not config.pattern:
-        raise ConfigError(
-            f"scorers.{name}.pattern is missing: scorers.{name}.kind=regex needs the regular expression to look for"
-        )
+        raise ConfigError(f"scorers.{name}.pattern is missing: the regular expression to look for")
     try:
         return re.compile(config.pattern, re.IGNORECASE if config.ignore_case else 0)
     except (re.error, OverflowError, RecursionError) as error:
