@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from runner.config import RunnerConfig, TaskKind, asked_kind
+from runner.config import DatasetKind, RunnerConfig, TaskKind, asked_kind
 from runner.dataset import Row, media_folder
 from runner.digests import read_unchanged
 from runner.embedding import embed
@@ -108,6 +108,15 @@ def task_of(config: RunnerConfig, response_format: ResponseFormat | None) -> Tas
         case TaskKind.transcribe:
             return Transcribe(config)
     return Generate(config, response_format)
+
+
+def suffixes_of(config: RunnerConfig) -> Sequence[str] | None:
+    """Of ``dataset=files``, the suffixes of the files that the task can send. None: any, or it is another dataset."""
+    if config.dataset.kind is not DatasetKind.files or config.mapper is not None:
+        return None
+    if asked_kind(config) is TaskKind.transcribe:
+        return _AUDIO
+    return tuple(_IMAGES) if config.task.image == "path" else None
 
 
 class Generate:
