@@ -357,6 +357,33 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
     assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
 
 
+KILLS_ITSELF = "import os, time; os.kill(os.getpid(), {signum}); time.sleep(5)"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("module", ["hydra", "odd"], ids=["while it imports", "while it looks at the rows"])
+async def test_a_signal_before_the_run_has_begun_is_one_line(
+    command: Command, module: str, signum: signal.Signals
+) -> None:
+    command.write(f"{module}.py", KILLS_ITSELF.format(signum=signum.value))
+    done = await command("dataset=python", "dataset.function=odd:rows", "prompt=x", "tracker=none")
+
+    assert done.exit_code == 128 + signum
+    assert done.err == f"runner: interrupted by {signum.name} before anything was sent\n"
+    assert command.runs() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+async def test_a_plan_that_is_interrupted_leaves_nothing_behind(command: Command, signum: signal.Signals) -> None:
+    command.write("odd.py", f"def rows():\n    yield {{}}\n    {KILLS_ITSELF.format(signum=signum.value)}\n")
+    (command.folder / "tmp").mkdir()
+    asked = ("dataset=python", "dataset.function=odd:rows", "prompt=x", "plan=true")
+    done = await command(*asked, TMPDIR=str(command.folder / "tmp"))
+
+    assert (done.exit_code, done.err) == (128 + signum, f"runner: interrupted by {signum.name}\n")
+    assert list((command.folder / "tmp").iterdir()) == []
+
+
 async def test_a_signal_while_results_are_written_has_them_written(command: Command) -> None:
     command.write_rows("rows.jsonl", [{"prompt": f"row {index}"} for index in range(3000)])
     arguments = ["dataset=jsonl", "dataset.path=rows.jsonl", "simulator.latency_s=0", "tracker=none"]

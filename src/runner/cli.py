@@ -39,7 +39,16 @@ from runner.composition import (
     typed,
 )
 from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
-from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
+from runner.errors import (
+    BAD_CONFIG,
+    FINISHED,
+    SOME_FAILED,
+    BudgetExhausted,
+    ConfigError,
+    Interrupted,
+    RunnerError,
+    StoreError,
+)
 from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
 from runner.private import for_owner_only, keep_private
@@ -174,12 +183,17 @@ def _plan(arguments: Sequence[str]) -> int:
     """Explain what each cell would do, and all of them together."""
     from runner.plan import make_plan, together
 
+    def end(signum: int) -> None:
+        write(sys.stderr, f"runner: {Interrupted(signum)}\n")
+        raise SystemExit(128 + signum)  # so that the copies that were planned in are removed
+
     _calm_garbage_collector()
     plans = []
-    for name, config, folder in planned(arguments):
-        plan = asyncio.run(make_plan(config, folder))
-        write(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n\n")
-        plans.append(plan)
+    with first_signal(end):
+        for name, config, folder in planned(arguments):
+            plan = asyncio.run(make_plan(config, folder))
+            write(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n\n")
+            plans.append(plan)
     if len(plans) > 1:
         write(sys.stdout, f"{len(plans)} runs together\n{together(plans)}\n\n")
     write(sys.stdout, "Nothing was sent. Without plan=true the same command does it.\n")
