@@ -69,7 +69,7 @@ def insert(database: sqlite3.Connection, table: str, records: Iterator[dict[str,
 
 
 def key(number: int) -> dict[str, Any]:
-    return {"content": b"%016d" % number, "occurrence": 0}
+    return {"ticket": number + 1, "content": b"%016d" % number}
 
 
 def answer(number: int) -> dict[str, Any]:

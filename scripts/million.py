@@ -93,17 +93,18 @@ async def lay(path: Path, workload: Workload) -> None:
 def answers(chunk: list[Item], unanswered: set[int]) -> Iterator[tuple[Any, ...]]:
     for item in chunk:
         if item.position not in unanswered:
-            yield item.content, 1_700_000_000.0 + item.position / 100, f"{ANSWER} {item.position}", f"r-{item.position}"
+            answered_at = 1_700_000_000.0 + item.position / 100
+            yield item.position + 1, item.content, answered_at, f"{ANSWER} {item.position}", f"r-{item.position}"
 
 
-_ROW = "INSERT INTO rows (position, content, occurrence, metadata, asked_at, session) VALUES (?, ?, 0, ?, 1.7e9, 1)"
+_ROW = "INSERT INTO rows (position, content, ticket, metadata, asked_at, session) VALUES (?1, ?2, ?1 + 1, ?3, 1.7e9, 1)"
 
 _ANSWER = """
     INSERT INTO answers (
-        content, occurrence, settled_at, output_text, request_id, finish_reason, model_id, prompt_tokens,
+        ticket, content, settled_at, output_text, request_id, finish_reason, model_id, prompt_tokens,
         completion_tokens, total_tokens, deployment, retries, queue_wait_s, service_time_s, end_to_end_s
     )
-    VALUES (?, 0, ?, ?, ?, 'stop', 'echo', 25, 20, 45, 'openai_like/echo', 0, 0.001, 0.25, 0.251)
+    VALUES (?, ?, ?, ?, ?, 'stop', 'echo', 25, 20, 45, 'openai_like/echo', 0, 0.001, 0.25, 0.251)
 """
 
 

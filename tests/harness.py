@@ -19,7 +19,7 @@ from aiohttp import ClientSession, web
 from runner.config import DatasetConfig, DatasetKind, RetryConfig, RunnerConfig, TrackerConfig, TrackerKind
 from runner.experiment import Report, run_experiment
 from runner.simulator.body import read_form
-from runner.store import Outcome, Store
+from runner.store import Key, Outcome, Store
 
 SOURCES = Path(__file__).resolve().parents[1] / "src"
 
@@ -120,8 +120,16 @@ class Experiment:
 
 
 async def save(store: Store, position: int, outcome: Outcome, scores: str | None = None) -> None:
-    """Hand in what came of one row."""
+    """Hand in what came of one row. Where the outcome has no ticket (0), it gets the row's."""
+    if not outcome.ticket:
+        outcome = outcome._replace(ticket=(await key_of(store, position))[1])
     await store.save_all([(position, outcome, scores)])
+
+
+async def key_of(store: Store, position: int) -> Key:
+    """What a claimed row is called in the books."""
+    [row] = [row async for row in store.query("SELECT content, ticket FROM rows WHERE position = ?", (position,))]
+    return row["content"], row["ticket"]
 
 
 def numbered(count: int) -> list[Json]:

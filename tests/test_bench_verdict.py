@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -275,3 +276,32 @@ def test_on_a_terminal_the_notes_stand_below_the_table(monkeypatch: pytest.Monke
     show_levels(levels, verdict_on(levels, BenchConfig()), stream=terminal)
     assert "\nlevel 8: client-limited: the client's thread is busy (99% of a core)\n" in terminal.getvalue()
     assert terminal.getvalue().count("the client's thread is busy") == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "left_out"),
+    [(75, "p50, ITL p95, queue p95, prompt tokens/s"), (80, "ITL p95, queue p95, prompt tokens/s"), (120, None)],
+)
+def test_a_narrow_terminal_gets_the_columns_that_matter_whole(
+    monkeypatch: pytest.MonkeyPatch, columns: int, left_out: str | None
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    times = {"p50": Figure(value=0.123), "p95": Figure(value=1.25), "p99": Figure(value=2.5)}
+    tokens = {"prompt": 12_345.0, "completion": 678.0}
+    level = facts(8, 8, tokens_per_s=tokens, latency_s=times, ttft_s=times, itl_s=times, queue_wait_s=times)
+    show_levels([level], verdict_on([level], BenchConfig()), stream=terminal)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "│ 2.50 s │" in shown
+    assert re.search("completion +│", shown)
+    assert re.findall("not shown, for want of columns: (.*)", shown) == ([left_out] if left_out else [])
+
+
+def test_tokens_per_second_are_named_by_what_they_are_of() -> None:
+    header, [line] = wanted_columns([facts(8, 8, tokens_per_s={"prompt": 99.0, "completion": 0.0})])
+
+    assert line[header.index("prompt tokens/s")] == "99.0"
+    assert "completion tokens/s" not in header

@@ -561,14 +561,28 @@ def test_a_bad_cell_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFi
 
     out, err = capfd.readouterr()
     assert exit_code == 1
-    assert err.count("runner: model='nonsense' has no provider") == 2
+    assert err.count("runner: model='nonsense' has no provider") == 1
     assert "Traceback" not in err
     results = {path.parent.parent.name: len(read_rows(path.parent)) for path in here.glob("runs/*/*/results.jsonl")}
     assert results == {"a": 1, "b": 1}
     assert len(list(here.glob("runs/*/*/results.jsonl"))) == 4
     lines = [line.split() for line in out.splitlines()]
-    assert any(line[:5] == ["model=nonsense", "name=b", "2", "model='nonsense'", "has"] for line in lines)
+    assert any(line == ["model=nonsense", "name=b", "2"] for line in lines)
+    assert "model=nonsense name=a, model=nonsense name=b: model='nonsense' has no provider" in out
     assert any(line[:4] == ["model=simulated/other", "name=b", "0", "1"] for line in lines)
+
+
+def test_what_is_wrong_with_all_cells_is_said_once(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = "scorers.a.kind='exct'"
+
+    exit_code = main(["-m", *ROWS, "prompt=x", "scorers.a.kind=exct", "model=simulated/a,simulated/b", "tracker=none"])
+
+    out, err = capfd.readouterr()
+    assert exit_code == 1
+    assert err.count(told) == 1
+    assert "runner: as in #0\n" in err
+    assert f"model=simulated/a, model=simulated/b: {told}" in out
+    assert out.count(told) == 1
 
 
 def test_a_cell_with_a_wrong_type_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -577,10 +591,10 @@ def test_a_cell_with_a_wrong_type_does_not_stop_the_others(here: Path, capfd: py
     out, err = capfd.readouterr()
     assert exit_code == 1
     assert "deployments.a.weight=x: a number" in err
-    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [
-        ["deployments.a.weight=x", "2"],
-        ["deployments.a.weight=2", "0"],
-    ]
+    *_, first, second, why = out.splitlines()
+    assert first.split()[:2] == ["deployments.a.weight=x", "2"]
+    assert second.split()[:2] == ["deployments.a.weight=2", "0"]
+    assert why.startswith("deployments.a.weight=x: deployments.a.weight=x: a number")
 
 
 def test_several_texts_without_m_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -630,11 +644,12 @@ async def test_no_cell_breaks_a_launcher_whatever_it_raises(command: Command, la
 
     assert done.exit_code == 1, done.err
     assert "Traceback" not in done.err
-    lines = [" ".join(line.split()) for line in done.out.splitlines()[-4:]]
+    lines = [" ".join(line.split()) for line in done.out.splitlines()[-7:]]
     assert lines[0].startswith("dataset.arguments.way=fine 0 2 0 ")
-    assert lines[1].startswith("dataset.arguments.way=odd 2 dataset.function=odd:rows raised after row 1: Odd: ")
-    assert lines[2].startswith("dataset.arguments.way=exit 70 SystemExit: 3; a function of yours ends the process")
-    assert lines[3].startswith("dataset.arguments.way=base 70 BaseException: ")
+    assert lines[1:4] == [f"dataset.arguments.way={way}" for way in ("odd 2", "exit 70", "base 70")]
+    assert lines[4].startswith("dataset.arguments.way=odd: dataset.function=odd:rows raised after row 1: Odd: ")
+    assert lines[5].startswith("dataset.arguments.way=exit: SystemExit: 3; a function of yours ends the process")
+    assert lines[6].startswith("dataset.arguments.way=base: BaseException: ")
 
 
 _ODD = """
@@ -705,7 +720,9 @@ async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command:
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert b"but one cell" not in err
-    assert out.decode().splitlines()[-1].split()[:2] == ["request.seed=1", "130"]
+    *_, cell, why = out.decode().splitlines()
+    assert cell.split()[:2] == ["request.seed=1", "130"]
+    assert why.startswith("request.seed=1: interrupted")
     assert done.exit_code == 0
     assert ledger["requests"] == 3
 

@@ -21,7 +21,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from harness import Asked, refusal, serving
-from runner import DeploymentConfig, LMClient, image_block
+from runner import BatchResult, DeploymentConfig, LMClient, image_block
 from runner.config import FaultsConfig, SimulatorConfig
 from runner.errors import (
     AuthenticationError,
@@ -32,6 +32,7 @@ from runner.errors import (
     RequestError,
     RequestTooLargeError,
     RowError,
+    Timeout,
 )
 
 FAST = SimulatorConfig(latency_s=0.001, latency_spread=0.0)
@@ -109,6 +110,16 @@ def test_an_input_that_the_endpoint_does_not_take_fails_alone(client: LMClient) 
 
     assert [result is not None for result in batch] == [True, False, False, False, True]
     assert all(isinstance(error, RowError) for error in batch.errors[1:4])
+
+
+def test_a_batch_shows_how_many_there_are_and_not_what_they_say() -> None:
+    failed: BatchResult[str] = BatchResult(
+        results=["long " * 1000, None, None, None], errors=[None, Timeout("x"), Timeout("y"), RowError("z")]
+    )
+    fine: BatchResult[int] = BatchResult(results=[0] * 1200, errors=[None] * 1200)
+
+    assert repr(failed) == "BatchResult(1 result, 3 errors: 2 Timeout, 1 RowError)"
+    assert repr(fine) == "BatchResult(1,200 results, 0 errors)"
 
 
 @pytest.mark.parametrize("endpoint", ["chat_completion", "text_completion", "responses"])

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from harness import Command, Json
-from runner.comparison import Comparison, Difference, Pairs, compare, finding, is_run, show_comparisons
+from runner.comparison import (
+    Comparison,
+    Difference,
+    Pairs,
+    compare,
+    difference_cells,
+    finding,
+    is_run,
+    show_comparisons,
+)
 from runner.config import (
     BudgetConfig,
     DatasetConfig,
@@ -208,6 +217,45 @@ def test_a_constant_difference_is_told() -> None:
     assert difference.value == pytest.approx(0.5)
 
 
+def test_counts_that_happen_to_be_one_are_no_shares() -> None:
+    pairs = Pairs()
+    for _ in range(10):
+        pairs.add({"prompt_tokens": [1], "score right": [1]}, {"prompt_tokens": [1], "score right": [1]})
+    right, tokens = pairs.differences()
+
+    assert right.is_share
+    assert not tokens.is_share
+    assert finding(tokens) == "the same"
+
+
+def test_what_adding_up_leaves_is_no_difference() -> None:
+    difference = Difference(
+        figure="cost_usd",
+        pairs=4,
+        first=1.44e-05,
+        second=1.44e-05 + 1.7e-21,
+        interval=Interval(low=-1.4e-06, high=1.4e-06),
+        is_share=False,
+    )
+
+    assert difference.value == 0
+    assert finding(difference) == "cannot tell: no difference in these rows"
+
+
+def test_figures_have_units_and_three_digits() -> None:
+    pairs = Pairs()
+    for number in (1, 2, 3):
+        here = {"latency_s": [0.05125], "cost_usd": [1.4401e-05], "completion_tokens": [1_023.75]}
+        pairs.add(here, {name: [values[0] * number] for name, values in here.items()})
+    shown = [difference_cells(each)[:4] for each in pairs.differences()]
+
+    assert shown == [
+        ["latency", "51.2 ms", "102 ms", "+51.2 ms"],
+        ["completion tokens", "1,024", "2,048", "+1,024"],
+        ["cost", "$1.44e-05", "$2.88e-05", "+$1.44e-05"],
+    ]
+
+
 def test_differences_are_shown_with_their_interval() -> None:
     comparisons = [
         Comparison(first="model=a", second="model=b", differences=[drawn(1, 2000)], same_prompts=False),
@@ -253,9 +301,9 @@ async def test_the_shipped_comparison_says_what_a_prompt_costs_and_that_it_canno
     assert "2 runs together" in planned.out, planned.err
     assert done.exit_code == 0, done.err
     assert re.search(r"^score contains .* cannot tell: no difference in these rows$", done.out, re.M)
-    assert re.search(r"^prompt_tokens .* higher$", done.out, re.M)
+    assert re.search(r"^prompt tokens .* higher$", done.out, re.M)
     assert len(command.runs()) == 2 + 2, models.err
-    assert re.search(r"^prompt_tokens .* the same$", models.out, re.M)
+    assert re.search(r"^prompt tokens .* the same$", models.out, re.M)
 
 
 def test_a_folder_without_answers_is_no_run(tmp_path: Path) -> None:

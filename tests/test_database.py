@@ -33,7 +33,10 @@ async def test_what_holds_answers_can_be_read_by_its_owner_only(path: Path) -> N
 
 
 def version_1(path: Path) -> None:
-    """A store as the first version left it: killed, with two rows answered, one failed and one in flight."""
+    """A store as the first version left it: killed, with three rows answered, one failed and one in flight.
+
+    Two of the rows ask the same.
+    """
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as database:
         database.executescript(f"PRAGMA journal_mode = WAL; {SCHEMA_1.read_text(encoding='utf-8')}")
@@ -44,11 +47,11 @@ def version_1(path: Path) -> None:
             INSERT INTO sessions VALUES (1, 100.0, 110.0, 111.0), (2, 200.0, 210.0, NULL);
             INSERT INTO rows VALUES (0, x'00', 0, '{"n":0}', '{"exact":1}', 101.0),
                 (1, x'01', 0, '{"n":1}', NULL, 102.0), (2, x'02', 0, '{"n":2}', NULL, 103.0),
-                (3, x'03', 0, '{"n":3}', NULL, 201.0);
+                (3, x'03', 0, '{"n":3}', NULL, 201.0), (4, x'00', 1, '{"n":4}', NULL, 104.0);
             INSERT INTO answers (content, occurrence, settled_at, output_text, error_type, retries, queue_wait_s,
                 service_time_s, end_to_end_s, cost_usd)
             VALUES (x'00', 0, 105.0, 'zero', NULL, 0, 0, 1, 1, 0.25), (x'01', 0, 105.0, 'one', NULL, 0, 0, 1, 1, 0.25),
-                (x'02', 0, 105.0, NULL, 'Timeout', 2, 0, 1, 1, NULL);
+                (x'02', 0, 105.0, NULL, 'Timeout', 2, 0, 1, 1, NULL), (x'00', 1, 105.0, 'more', NULL, 0, 0, 1, 1, 0.25);
             INSERT INTO attempts (content, occurrence, error_type) VALUES (x'02', 0, 'Timeout');
             """
         )
@@ -58,16 +61,18 @@ async def test_a_store_of_the_first_version_is_migrated_with_all_that_is_in_it(p
     version_1(path)
     async with await Store.open(path) as store:
         known = await store.claim(
-            [Claim(position=n, content=bytes([n]), metadata=f'{{"n":{n}}}') for n in range(4)],
+            [Claim(position=n, content=bytes([n % 4]), metadata=f'{{"n":{n}}}') for n in range(5)],
             Terms(retry_failed=False),
         )
-        assert [each.answered for each in known] == [True, True, True, False]
+        assert [each.answered for each in known] == [True, True, True, False, True]
         assert await store.meta() == {"samples": "1", "scorers": "x"}
         rows = [tuple(row) async for row in store.query("SELECT scores FROM rows ORDER BY position")]
         lost = [tuple(row) async for row in store.query("SELECT content, started_at FROM attempts ORDER BY id")]
-        assert rows == [('{"exact":1}',), (None,), (None,), (None,)]
+        assert rows == [('{"exact":1}',), (None,), (None,), (None,), (None,)]
+        texts = "SELECT output_text FROM rows LEFT JOIN answers USING (ticket) ORDER BY position"
+        assert [text async for (text,) in store.query(texts)] == ["zero", "one", None, None, "more"]
         assert lost == [(b"\x02", None), (b"\x03", 201.0)]  # what was in flight at the kill is entered after migrating
-        await save(store, 3, Outcome(content=b"\x03", occurrence=0, settled_at=1.0, embedding=b"v", cost_bound_usd=1.0))
+        await save(store, 3, Outcome(ticket=0, content=b"\x03", settled_at=1.0, embedding=b"v", cost_bound_usd=1.0))
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
@@ -93,7 +98,7 @@ def layout(path: Path) -> dict[str, set[tuple[str, str]]]:
 async def test_an_older_store_is_not_migrated_by_a_reader(path: Path) -> None:
     version_1(path)
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"schema version 1, this program reads version 3: the command that made it"):
+    with pytest.raises(StoreError, match=r"schema version 1, this program reads version 4: the command that made it"):
         await Store.open_readonly(path)
     assert path.read_bytes() == before
 

@@ -38,7 +38,7 @@ async def settle(store: Store, first: int, count: int, **columns: Any) -> None:
     await store.claim(claims, Terms(retry_failed=False, scored=False))
     for position, key in enumerate(keys, first):
         text = {"output_text": f"answer {position}", **columns}
-        await save(store, position, Outcome(content=key, occurrence=0, settled_at=1.0, **text))
+        await save(store, position, Outcome(ticket=0, content=key, settled_at=1.0, **text))
     await store.flush()
 
 
@@ -103,16 +103,30 @@ async def test_a_sweep_is_one_file_with_the_runs_in_a_column() -> None:
 
     assert await exported("runs/a", "runs/b/3/results.sqlite", "runs/a/2", "-o", "all.csv") == 0
     assert await exported("runs", "-o", "all.jsonl") == 0
-    assert [(row["run"], row["_index"]) for row in cells("all.csv")] == [("1", "0"), ("1", "1"), ("2", "0"), ("3", "0")]
-    assert [(row["run"], row["_index"]) for row in lines("all.jsonl")] == [("1", 0), ("1", 1), ("2", 0), ("3", 0)]
+    assert [(row["run"], row["_index"]) for row in cells("all.csv")] == [
+        *(("a/1", "0"), ("a/1", "1"), ("a/2", "0"), ("b/3", "0"))
+    ]
+    assert [(row["run"], row["_index"]) for row in lines("all.jsonl")] == [
+        *(("a/1", 0), ("a/1", 1), ("a/2", 0), ("b/3", 0))
+    ]
 
 
-async def test_runs_of_one_name_are_told_apart_by_their_paths() -> None:
-    await make_run("runs/a/1", 1)
-    await make_run("runs/b/1", 1)
+async def test_runs_of_one_name_and_id_are_told_apart_by_their_paths() -> None:
+    await make_run("one/a/1", 1)
+    await make_run("two/a/1", 1)
 
-    assert await exported("runs", "-o", "all.jsonl") == 0
-    assert [row["run"] for row in lines("all.jsonl")] == ["runs/a/1/results.sqlite", "runs/b/1/results.sqlite"]
+    assert await exported("one", "two", "-o", "all.jsonl") == 0
+    assert [row["run"] for row in lines("all.jsonl")] == ["one/a/1/results.sqlite", "two/a/1/results.sqlite"]
+
+
+async def test_runs_of_one_name_are_called_by_what_differs(command: Command) -> None:
+    for model in ("a", "b"):
+        await command("name=mine", f"model=simulated/{model}", "prompt=hi", "tracker=none")
+    await command("-m", "name=other", "model=simulated/c,simulated/d", "prompt=hi", "tracker=none")
+    [sweep] = command.folder.glob("runs/other/sweep-*")
+
+    assert await exported("runs/mine", sweep, "-o", "all.jsonl") == 0
+    assert {row["run"] for row in lines("all.jsonl")} == {f"model=simulated/{model}" for model in "abcd"}
 
 
 async def test_columns_that_only_some_run_has_are_there() -> None:

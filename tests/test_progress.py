@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runner.metrics import DeploymentSnapshot, Snapshot
-from runner.progress import open_progress, printable, show_table, summary_table
+from runner.progress import open_progress, printable, say, show_table, summary_table
 
 HALF_WAY = Snapshot(
     total=240,
@@ -216,6 +216,12 @@ def test_reused_rows_are_mentioned_where_there_are_some(clock: Clock) -> None:
     assert "reused 64" in stream.getvalue()
 
 
+def test_a_session_that_goes_on_says_that_its_figures_are_its_own(clock: Clock) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream, clock=clock, is_resumed=True).update(replace(HALF_WAY, reused=64))
+    assert "reused 64  this session:  23.1 rows/s  1.2k tok/s  $0.0031  " in stream.getvalue()
+
+
 # A terminal
 
 
@@ -274,6 +280,17 @@ def test_columns_are_dropped_from_the_least_to_the_most_important(
     assert "in 5s" in line
     assert "retries" not in line
     assert "in flight" not in line
+
+
+@pytest.mark.parametrize("columns", range(20, 140, 5))
+def test_a_session_s_cost_never_stands_without_saying_so(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    progress = open_progress("x", stream=terminal, is_resumed=True)
+    progress.update(HALF_WAY)
+    progress.close()
+    assert ("$0.0031" in terminal.lines()[-1]) <= ("this session:" in terminal.lines()[-1])
 
 
 def test_a_narrow_terminal_gets_counts_and_no_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,14 +373,65 @@ def test_a_page_of_a_note_is_cut(clock: Clock) -> None:
     assert len(stream.getvalue()) < 3_000
 
 
-def test_a_table_on_a_narrow_terminal_cuts_nothing_off(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "30")
+@pytest.mark.parametrize("columns", [30, 44, 60, 80, 100])
+def test_a_table_breaks_no_word_and_cuts_nothing_off(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    header = ["", "first", "second", "difference", "99 % interval", "rows", ""]
+    line = [
+        "completion tokens",
+        "2.63e-07",
+        "$1,234.50",
+        "+12.5 pp",
+        "[-62.4 pp, 62.4 pp]",
+        "1,024",
+        "cannot tell: yet",
+    ]
 
-    show_table(["name", "what came of it"], [["completion_tokens", "no-difference-at-all"]], stream=terminal)
+    show_table(header, [line], stream=terminal)
 
-    shown = "".join(re.findall(r"[\w-]", re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())))
-    assert "…" not in terminal.getvalue()
-    assert len(shown) == len("name what came of it completion_tokens no-difference-at-all".replace(" ", ""))
+    shown = terminal.lines()
+    assert max(map(len, shown)) <= columns
+    words = {word for text in shown for word in re.split(r"[\s│]+", text)}
+    assert words >= {*" ".join(line).split(), "difference", "interval"}
+
+
+def test_a_summary_on_a_narrow_terminal_breaks_no_word(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "44")
+
+    summary_table(SUMMARY, stream=terminal)
+
+    assert "│ tokens      │ prompt 9,400,              │" in terminal.lines()
+    assert "│             │ completion 5,640,          │" in terminal.lines()
+
+
+def test_what_is_said_is_broken_at_spaces(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/" + "long" * 20
+
+    say(
+        terminal,
+        f"runner: choose exact_match, contains, regex, json_valid\n{path}\n\n  by      a guess of what an answer takes",
+    )
+
+    assert terminal.getvalue().splitlines() == [
+        "runner: choose exact_match, contains,",
+        "regex, json_valid",
+        path,
+        "",
+        "  by      a guess of what an answer",
+        "          takes",
+    ]
+
+
+def test_a_note_is_broken_at_spaces(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    progress = open_progress("x", stream=terminal, clock=clock)
+
+    progress.note("the first of these deployments did not answer")
+
+    assert terminal.lines() == ["the first of these deployments did not", "answer"]
 
 
 def test_printable_keeps_ordinary_text() -> None:

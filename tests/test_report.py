@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from harness import Command, progress_of
+from runner.charts import Bars
 from runner.cli import main as run
-from runner.report import read_runs, render
+from runner.report import RunFacts, charts_of, read_runs, render
 from runner.report.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -157,7 +159,7 @@ def test_a_plot_of_the_speed_takes_two_seconds(here: Path, seconds: float, has_p
     run(["name=quick", "prompt=Hello.", "samples=3", "tracker=none"])
     folder = Command(here).run()
     with closing(sqlite3.connect(folder / "results.sqlite")) as store, store:
-        store.execute("UPDATE answers SET settled_at = 1e9 + ? * (id - 1) / 2", (seconds,))
+        store.execute("UPDATE answers SET settled_at = 1e9 + ? * (ticket % 4294967296) / 2", (seconds,))
 
     page = written(folder)
 
@@ -204,3 +206,46 @@ def test_benchmarks_of_a_sweep_are_one_table_for_each_model(here: Path) -> None:
 
     assert page.count("<h3>model=simulated/") >= 3  # two tables, and their differences
     assert "model=simulated/b − model=simulated/a at 2" in page
+
+
+def test_runs_of_one_name_are_called_by_what_differs(here: Path) -> None:
+    for temperature in (0, 1):
+        run(["name=same", "prompt=x", f"request.temperature={temperature}", "tracker=none"])
+
+    page = written(here / "runs" / "same")
+
+    assert "request.temperature=0" in page
+    assert "request.temperature=1" in page
+
+
+def test_cells_that_share_a_name_are_told_apart_by_their_folders(here: Path) -> None:
+    first = run_sweep(here, "request.temperature=0,1")
+    run(["-m", "name=other", "prompt=x", "request.temperature=0,1", "tracker=none"])
+    [second] = here.glob("runs/other/sweep-*")
+
+    page = written(first, second)
+
+    assert len(set(re.findall(r"<summary>(request\.temperature=0 \((?:quickstart|other)/\w+\))</summary>", page))) == 2
+
+
+def test_a_folder_of_several_sweeps_calls_all_cells_by_their_names(here: Path) -> None:
+    run_sweep(here, "request.temperature=0,1")
+    run(["-m", "name=quickstart", "model=simulated/a,simulated/b", "prompt=hi", "tracker=none"])
+
+    runs = asyncio.run(read_runs([here / "runs" / "quickstart"]))
+
+    assert {each.label for each in runs} == {
+        *("request.temperature=0", "request.temperature=1", "model=simulated/a", "model=simulated/b")
+    }
+
+
+def test_bars_that_differ_have_labels_that_do() -> None:
+    runs = [
+        RunFacts(label=name, folder=Path(name), state="finished", summary={"cost_usd": cost})
+        for name, cost in (("a", 0.00016), ("b", 0.00024))
+    ]
+
+    [costs] = [chart for chart in charts_of(runs) if chart.title == "Cost"]
+
+    assert isinstance(costs, Bars)
+    assert [bar.text for bar in costs.values] == ["$0.000160", "$0.000240"]

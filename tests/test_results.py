@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from harness import save
+from harness import key_of, save
 from runner.identity import dump_json, dump_text
 from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.store import Claim, Outcome, Store, Terms
@@ -28,16 +28,14 @@ def content(position: int) -> bytes:
     return b"%016d" % position
 
 
-async def settle(
-    store: Store, position: int, *, metadata: Any = None, scores: Any = None, occurrence: int = 0, **columns: Any
-) -> None:
+async def settle(store: Store, position: int, *, metadata: Any = None, scores: Any = None, **columns: Any) -> None:
     """Enter a row and what came of it."""
     text = dump_text(metadata or {})
     await store.claim([Claim(position=position, content=content(position), metadata=text)], Terms(retry_failed=False))
     await save(
         store,
         position,
-        Outcome(content=content(position), occurrence=occurrence, settled_at=1.0, **columns),
+        Outcome(ticket=0, content=content(position), settled_at=1.0, **columns),
         None if scores is None else dump_json(scores).decode(),
     )
     await store.flush()
@@ -75,8 +73,8 @@ async def test_the_summary_says_what_each_deployment_did(store: Store) -> None:
         status=None,
         cost_usd=None,
     )
-    await store.note_attempts([(content(0), 0)], lost)
-    await store.note_attempts([(content(1), 0)], lost)
+    await store.note_attempts([await key_of(store, 0)], lost)
+    await store.note_attempts([await key_of(store, 1)], lost)
 
     deployments = (await summarize(store))["deployments"]
 
@@ -172,7 +170,7 @@ async def test_rows_come_in_the_datasets_order_however_they_were_settled(store: 
     for position in range(5):
         await store.claim([Claim(position=position, content=content(position), metadata=None)], Terms())
     for position in (3, 0, 4, 1):
-        await save(store, position, Outcome(content=content(position), occurrence=0, settled_at=1.0))
+        await save(store, position, Outcome(ticket=0, content=content(position), settled_at=1.0))
     await store.flush()
     assert [row["_index"] for row in await rows(store)] == [0, 1, 3, 4]
 
@@ -245,7 +243,7 @@ async def test_the_file_can_be_written_while_another_connection_writes(store: St
             Terms(),
         )
     for n in range(rows_there):
-        await save(store, n, Outcome(content=content(n), occurrence=0, settled_at=1.0))
+        await save(store, n, Outcome(ticket=0, content=content(n), settled_at=1.0))
     await store.flush()
     stopped = False
 
@@ -423,7 +421,7 @@ async def test_costs_of_answers_and_failed_attempts_add_up(store: Store) -> None
     await settle(store, 0, cost_usd=0.25)
     await settle(store, 1, cost_usd=0.5)
     await settle(store, 2, **failed("BadRequestError", cost_usd=0.0))
-    await store.note_attempts([(content(0), 0)], attempt(cost_usd=0.125))
+    await store.note_attempts([await key_of(store, 0)], attempt(cost_usd=0.125))
     summary = await summarize(store)
     assert summary["cost_usd"] == summary["cost_usd_upper_bound"] == 0.875
     assert summary["attempts_of_unknown_cost"] == 0
@@ -432,11 +430,11 @@ async def test_costs_of_answers_and_failed_attempts_add_up(store: Store) -> None
 async def test_each_attempt_of_unknown_cost_is_bounded_by_what_it_can_have_cost(store: Store) -> None:
     bounds = Terms(cost_bound=lambda claim: 2.0**claim.position)
     await store.claim([Claim(position=n, content=content(n), metadata=None) for n in range(4)], bounds)
-    await store.note_attempts([(content(0), 0)], attempt(cost_usd=None))
-    await store.note_attempts([(content(0), 0)], attempt(cost_usd=0.0))
-    await store.note_lost([[(content(1), 0)]])
-    await save(store, 0, Outcome(content=content(0), occurrence=0, settled_at=1.0, cost_usd=0.25))
-    await save(store, 2, Outcome(content=content(2), occurrence=0, settled_at=1.0, **failed("Timeout")))
+    await store.note_attempts([await key_of(store, 0)], attempt(cost_usd=None))
+    await store.note_attempts([await key_of(store, 0)], attempt(cost_usd=0.0))
+    await store.note_lost([[await key_of(store, 1)]])
+    await save(store, 0, Outcome(ticket=0, content=content(0), settled_at=1.0, cost_usd=0.25))
+    await save(store, 2, Outcome(ticket=0, content=content(2), settled_at=1.0, **failed("Timeout")))
     await store.flush()
     summary = await summarize(store)
     assert (summary["cost_usd"], summary["attempts_of_unknown_cost"]) == (0.25, 3)
@@ -446,8 +444,8 @@ async def test_each_attempt_of_unknown_cost_is_bounded_by_what_it_can_have_cost(
 
 async def test_where_one_attempt_has_no_bound_there_is_none(store: Store) -> None:
     await store.claim([Claim(position=0, content=content(0), metadata=None)], Terms())
-    await store.note_attempts([(content(0), 0)], attempt(cost_usd=None))
-    await save(store, 0, Outcome(content=content(0), occurrence=0, settled_at=1.0, cost_usd=0.25))
+    await store.note_attempts([await key_of(store, 0)], attempt(cost_usd=None))
+    await save(store, 0, Outcome(ticket=0, content=content(0), settled_at=1.0, cost_usd=0.25))
     await store.flush()
     summary = await summarize(store)
     assert (summary["cost_usd"], summary["cost_usd_upper_bound"]) == (0.25, None)
@@ -469,7 +467,7 @@ async def test_an_answer_that_rows_share_counts_once(store: Store) -> None:
     await store.put_meta({"dedupe": "true"})
     same = [Claim(position=n, content=content(0), metadata=None) for n in range(3)]
     await store.claim(same, Terms(dedupe=True))
-    await save(store, 0, Outcome(content=content(0), occurrence=0, settled_at=1.0, total_tokens=5, retries=1))
+    await save(store, 0, Outcome(ticket=0, content=content(0), settled_at=1.0, total_tokens=5, retries=1))
     await store.flush()
     summary = await summarize(store)
     assert (summary["rows"], summary["succeeded"], summary["deduplicated"]) == (3, 3, 2)

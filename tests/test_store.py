@@ -20,7 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import save
+from harness import key_of, save
+from runner.database import SCHEMA_VERSION
 from runner.errors import StoreError
 from runner.store import Claim, Known, Outcome, Store, Terms
 from runner.types import Attempt
@@ -45,14 +46,14 @@ def claims(*names: object, first: int = 0) -> list[Claim]:
     ]
 
 
-def answer(name: object, occurrence: int = 0, **others: Any) -> Outcome:
+def answer(name: object, ticket: int = 0, **others: Any) -> Outcome:
     values: dict[str, Any] = {"settled_at": 1.0, "output_text": f"answer to {name}", **others}
-    return Outcome(content=content(name), occurrence=occurrence, **values)
+    return Outcome(ticket=ticket, content=content(name), **values)
 
 
-def failure(name: object, occurrence: int = 0, **others: Any) -> Outcome:
+def failure(name: object, ticket: int = 0, **others: Any) -> Outcome:
     values: dict[str, Any] = {"error_type": "Timeout", "error_message": "slow", "output_text": None, **others}
-    return answer(name, occurrence, **values)
+    return answer(name, ticket, **values)
 
 
 async def claim(store: Store, *names: object, first: int = 0, **options: Any) -> list[Known]:
@@ -67,14 +68,25 @@ async def table(store: Store, sql: str) -> list[tuple[Any, ...]]:
     return [tuple(row) async for row in store.query(sql)]
 
 
-async def answers(store: Store) -> dict[tuple[str, int], str | None]:
-    rows = await table(store, "SELECT content, occurrence, output_text FROM answers")
-    return {(name.decode().lstrip("."), occurrence): text for name, occurrence, text in rows}
+async def answers(store: Store) -> list[tuple[str, str | None]]:
+    """What is answered, and how, in any order."""
+    rows = await table(store, "SELECT content, output_text FROM answers")
+    return sorted((name.decode().lstrip("."), text) for name, text in rows)
 
 
-async def attempts(store: Store) -> list[tuple[str, int, str]]:
-    rows = await table(store, "SELECT content, occurrence, error_type FROM attempts ORDER BY id")
-    return [(name.decode().lstrip("."), occurrence, kind) for name, occurrence, kind in rows]
+async def shown(store: Store) -> list[str | None]:
+    """The answer of each row there is."""
+    return [
+        text
+        for _, text in await table(
+            store, "SELECT position, output_text FROM rows LEFT JOIN answers USING (ticket) ORDER BY position"
+        )
+    ]
+
+
+async def attempts(store: Store) -> list[tuple[str, str]]:
+    rows = await table(store, "SELECT content, error_type FROM attempts ORDER BY id")
+    return [(name.decode().lstrip("."), kind) for name, kind in rows]
 
 
 # Asking and answering
@@ -94,8 +106,8 @@ async def test_a_row_is_asked_once_over_sessions(path: Path) -> None:
 
 async def test_an_outcome_is_kept_in_every_detail(path: Path) -> None:
     outcome = Outcome(
+        ticket=7,
         content=content("a"),
-        occurrence=0,
         settled_at=1_700_000_000.25,
         output_text="Grüße\n\x00🐎",
         details='{"reasoning":"because"}',
@@ -126,17 +138,15 @@ async def test_an_outcome_is_kept_in_every_detail(path: Path) -> None:
         await save(store, 0, outcome)
     async with await Store.open_readonly(path) as store:
         [row] = [dict(row) async for row in store.query("SELECT * FROM answers")]
-    row.pop("id")
     assert Outcome(**row) == outcome
 
 
 async def test_rows_that_ask_the_same_are_asked_each(path: Path) -> None:
     async with await Store.open(path) as store:
-        known = await claim(store, "a", "b", "a", "a")
-        assert [each.occurrence for each in known] == [0, 0, 1, 2]
-        await save(store, 2, answer("a", 1, output_text="second"))
-        known = await claim(store, "a", "c", first=4)
-        assert [each.occurrence for each in known] == [3, 0]
+        first = await claim(store, "a", "b", "a", "a")
+        await save(store, 2, answer("a", output_text="second"))
+        second = await claim(store, "a", "c", first=4)
+        assert len({each.ticket for each in [*first, *second]}) == 6
     async with await Store.open(path) as store:
         assert await answered(store, "a", "b", "a", "a") == [False, False, True, False]
 
@@ -149,23 +159,19 @@ async def test_rows_may_be_reordered_added_and_removed_between_sessions(path: Pa
     async with await Store.open(path) as store:
         assert await answered(store, "c", "new", "a") == [True, False, True]
         await save(store, 1, answer("new"))
-        rows = await table(
-            store, "SELECT position, output_text FROM rows JOIN answers USING (content, occurrence) ORDER BY position"
-        )
     async with await Store.open_readonly(path) as store:
-        assert await answers(store) == {(name, 0): f"answer to {name}" for name in ("a", "b", "c", "new")}
-    assert rows[0] == (0, "answer to c")
+        assert await answers(store) == [(name, f"answer to {name}") for name in ("a", "b", "c", "new")]
+        assert await shown(store) == ["answer to c", "answer to new", "answer to a"]
 
 
 async def test_a_removed_duplicate_gives_its_answer_to_the_one_that_moves_up(path: Path) -> None:
     async with await Store.open(path) as store:
         await claim(store, "a", "a")
-        await save(store, 1, answer("a", 1, output_text="second"))
-        await save(store, 0, answer("a", 0, output_text="first"))
+        await save(store, 1, answer("a", output_text="second"))
+        await save(store, 0, answer("a", output_text="first"))
     async with await Store.open(path) as store:
         assert await answered(store, "b", "a") == [False, True]
-        rows = await table(store, "SELECT position, occurrence FROM rows ORDER BY position")
-    assert rows == [(0, 0), (1, 0)]
+        assert (await shown(store))[1] in ("first", "second")
 
 
 async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(path: Path) -> None:
@@ -182,11 +188,10 @@ async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(p
     async with await Store.open(path) as store:
         assert await answered(store, "a", "b") == [False, True]
         [attempt] = [dict(row) async for row in store.query("SELECT * FROM attempts")]
-        assert await answers(store) == {("b", 0): "answer to b"}
+        assert await answers(store) == [("b", "answer to b")]
     assert attempt == {
         "id": 1,
         "content": content("a"),
-        "occurrence": 0,
         "number": 4,
         "deployment": "x",
         "started_at": 98.0,
@@ -215,7 +220,7 @@ async def test_a_later_outcome_replaces_an_earlier_one(path: Path) -> None:
         await save(store, 0, failure("a"))
         await save(store, 0, answer("a", output_text="at last"))
     async with await Store.open_readonly(path) as store:
-        assert await answers(store) == {("a", 0): "at last"}
+        assert await answers(store) == [("a", "at last")]
 
 
 async def test_a_row_is_brought_up_to_date_where_only_its_metadata_changed(path: Path) -> None:
@@ -224,7 +229,7 @@ async def test_a_row_is_brought_up_to_date_where_only_its_metadata_changed(path:
         await save(store, 0, answer("a"), '{"exact":0}')
     async with await Store.open(path) as store:
         [known] = await store.claim([Claim(position=0, content=content("a"), metadata="2")], Terms(scored=True))
-        assert known == Known(occurrence=0, answered=True, unscored_text="answer to a")
+        assert (known.answered, known.unscored_text) == (True, "answer to a")
         assert await table(store, "SELECT metadata, scores FROM rows") == [("2", None)]
 
 
@@ -242,31 +247,45 @@ async def test_rows_beyond_the_dataset_are_dropped_and_their_answers_kept(path: 
 async def test_many_rows_go_through_in_chunks_of_any_size(path: Path) -> None:
     names = [n % 700 for n in range(1_500)]
     async with await Store.open(path) as store:
-        occurrences: list[int] = []
+        tickets: set[int] = set()
         position = 0
         for size in (1, 63, 64, 65, 128, 256, 500, 423):
             part = names[position : position + size]
             known = await claim(store, *part, first=position)
-            occurrences += [each.occurrence for each in known]
+            tickets |= {each.ticket for each in known}
             for n, (name, each) in enumerate(zip(part, known, strict=True)):
-                await save(store, position + n, answer(name, each.occurrence))
+                await save(store, position + n, answer(name, each.ticket))
             position += size
-    assert occurrences == [n // 700 for n in range(1_500)]
+    assert len(tickets) == 1_500
     async with await Store.open_readonly(path) as store:
-        assert await table(store, "SELECT count(*) FROM rows JOIN answers USING (content, occurrence)") == [(1_500,)]
+        assert await shown(store) == [f"answer to {name}" for name in names]
 
 
 async def test_from_the_first_row_that_changed_on_the_dataset_is_another_one(path: Path) -> None:
     async with await Store.open(path) as store:
         await claim(store, "a", "b", "a", "c", "a")
-        for position, (name, occurrence) in enumerate([("a", 0), ("b", 0), ("a", 1), ("c", 0), ("a", 2)]):
-            await save(store, position, answer(name, occurrence, output_text=f"{name}{occurrence}"))
+        for position, name in enumerate("abaca"):
+            await save(store, position, answer(name, output_text=f"{name}{position}"))
     async with await Store.open(path) as store:
-        known = await claim(store, "b", "b")
-        assert [(each.occurrence, each.answered) for each in known] == [(0, True), (1, False)]
+        assert await answered(store, "b", "b") == [True, False]
         assert await table(store, "SELECT position FROM rows") == [(0,), (1,)]
-        known = await claim(store, "a", "c", "a", first=2)
-        assert [(each.occurrence, each.answered) for each in known] == [(0, True), (0, True), (1, True)]
+        assert await answered(store, "a", "c", "a", first=2) == [True, True, True]
+        b, _, one, c, other = await shown(store)
+        assert (b, c) == ("b1", "c3")
+        assert one != other
+        assert {one, other} <= {"a0", "a2", "a4"}
+
+
+async def test_what_a_pilot_has_just_answered_stays_where_it_is(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b", "a")
+    async with await Store.open(path) as store:
+        assert await answered(store, "a", "b", "a", wanted={2}.__contains__) == [True, True, False]
+        await save(store, 2, answer("a"))
+        await store.flush()
+        assert await answered(store, "a", "b", wanted={0, 1}.__contains__) == [False, False]
+        assert await answered(store, "a", first=2, wanted={0, 1}.__contains__) == [True]
+        assert await shown(store) == [None, None, "answer to a"]
 
 
 async def test_the_end_of_an_interrupted_pass_over_a_changed_dataset_is_not_mixed_with_the_old_one(path: Path) -> None:
@@ -275,8 +294,10 @@ async def test_the_end_of_an_interrupted_pass_over_a_changed_dataset_is_not_mixe
     async with await Store.open(path) as store:
         await claim(store, "y", "a")  # and interrupted
     async with await Store.open(path) as store:
-        known = await claim(store, "y", "a", "b", "x")
-        assert [each.occurrence for each in known] == [0, 0, 0, 0]
+        await claim(store, "y", "a", "b", "x")
+        rows = await table(store, "SELECT content, ticket FROM rows ORDER BY position")
+        assert [name for name, _ in rows] == [content(name) for name in "yabx"]
+        assert len({ticket for _, ticket in rows}) == 4
 
 
 # Sharing
@@ -285,11 +306,8 @@ async def test_the_end_of_an_interrupted_pass_over_a_changed_dataset_is_not_mixe
 async def test_rows_that_ask_the_same_may_share_one_answer(path: Path) -> None:
     async with await Store.open(path) as store:
         known = await claim(store, "a", "b", "a", dedupe=True)
-        assert [(each.occurrence, each.answered, each.shared) for each in known] == [
-            (0, False, False),
-            (0, False, False),
-            (0, False, True),
-        ]
+        assert [(each.answered, each.shared) for each in known] == [(False, False), (False, False), (False, True)]
+        assert known[0].ticket == known[2].ticket != known[1].ticket
         [known] = [await claim(store, "b", "c", first=3, dedupe=True)]
         assert [each.shared for each in known] == [True, False]
         await save(store, 0, answer("a"))
@@ -312,7 +330,7 @@ async def test_a_shared_failure_is_given_up_once_and_not_again_in_the_same_sessi
         await store.flush()
         known = await claim(store, "a", first=1, dedupe=True)
         assert (known[0].answered, known[0].shared) == (False, True)
-        assert await attempts(store) == [("a", 0, "Timeout")]
+        assert await attempts(store) == [("a", "Timeout")]
         assert await table(store, "SELECT count(*) FROM answers") == [(1,)]
 
 
@@ -321,18 +339,19 @@ async def test_of_rows_that_share_a_request_one_is_lost_by_a_kill(path: Path, tm
         await claim(store, "a", "a", "a", dedupe=True)
         killed = as_killed(path, tmp_path / "killed")
     async with await Store.open(killed) as store:
-        assert await attempts(store) == [("a", 0, "Lost")]
+        assert await attempts(store) == [("a", "Lost")]
 
 
 # Answers from elsewhere
 
 
 async def test_what_is_found_elsewhere_is_kept_and_not_asked_for(path: Path) -> None:
-    looked: list[list[tuple[int, int]]] = []
+    looked: list[list[int]] = []
 
-    async def elsewhere(asked: Sequence[tuple[Claim, int]]) -> list[Outcome]:
-        looked.append([(row.position, occurrence) for row, occurrence in asked])
-        return [answer("b", cost_usd=0.0, reused_from="other/run")]
+    async def elsewhere(asked: Sequence[Claim]) -> list[Outcome | None]:
+        looked.append([row.position for row in asked])
+        found = {content("b"): answer("b", cost_usd=0.0, reused_from="other/run")}
+        return [found.get(row.content) for row in asked]
 
     async with await Store.open(path) as store:
         await claim(store, "a")
@@ -341,25 +360,25 @@ async def test_what_is_found_elsewhere_is_kept_and_not_asked_for(path: Path) -> 
         known = await claim(store, "a", "b", "a", "c", elsewhere=elsewhere, scored=True)
         assert [each.answered for each in known] == [True, True, False, False]
         assert [each.unscored_text for each in known] == ["answer to a", "answer to b", None, None]
-        assert looked == [[(1, 0), (2, 1), (3, 0)]]
+        assert looked == [[1, 2, 3]]
         assert await table(store, "SELECT position FROM rows WHERE session IS NOT NULL") == [(0,), (2,), (3,)]
 
 
 async def test_a_failure_for_which_there_is_an_answer_elsewhere_moves_to_the_ledger(path: Path) -> None:
-    async def elsewhere(asked: Sequence[tuple[Claim, int]]) -> list[Outcome]:
-        return [answer("a", reused_from="other/run")]
+    async def elsewhere(asked: Sequence[Claim]) -> list[Outcome | None]:
+        return [answer("a", reused_from="other/run") for _ in asked]
 
     async with await Store.open(path) as store:
         await claim(store, "a")
         await save(store, 0, failure("a"))
         await store.flush()
         assert await answered(store, "a", elsewhere=elsewhere) == [True]
-        assert await attempts(store) == [("a", 0, "Timeout")]
-        assert await answers(store) == {("a", 0): "answer to a"}
+        assert await attempts(store) == [("a", "Timeout")]
+        assert await answers(store) == [("a", "answer to a")]
 
 
 async def test_a_search_elsewhere_that_fails_leaves_everything_as_it_was(path: Path) -> None:
-    async def elsewhere(asked: Sequence[tuple[Claim, int]]) -> list[Outcome]:
+    async def elsewhere(asked: Sequence[Claim]) -> list[Outcome | None]:
         raise StoreError("the other run is out of reach")
 
     async with await Store.open(path) as store:
@@ -383,7 +402,7 @@ async def test_a_store_that_starts_over_keeps_the_books_of_what_this_run_paid(pa
         await save(store, 2, answer("c", cost_usd=0.0, reused_from="other/run"))
     async with await Store.open(path) as store:
         await store.start_over()
-        assert await answers(store) == {}
+        assert await answers(store) == []
         entries = await table(store, "SELECT error_type, number, cost_usd, cost_bound_usd FROM attempts ORDER BY id")
         assert entries == [("GivenUp", 2, 0.5, None), ("Timeout", 1, None, 0.25)]
         assert await table(store, "SELECT count(scores) FROM rows") == [(0,)]
@@ -396,7 +415,7 @@ async def test_a_store_that_starts_over_keeps_the_books_of_what_this_run_paid(pa
 async def test_what_a_killed_session_had_taken_up_is_bounded_in_the_ledger(path: Path, tmp_path: Path) -> None:
     async with await Store.open(path) as store:
         await claim(store, "a", "b", "c", cost_bound=lambda row: None if row.position == 2 else row.position + 0.5)
-        await store.note_attempts([(content("a"), 0)], replace(ATTEMPT, cost_usd=None))
+        await store.note_attempts([await key_of(store, 0)], replace(ATTEMPT, cost_usd=None))
         await save(store, 1, answer("b", cost_usd=0.125))
         await store.flush()
         killed = as_killed(path, tmp_path / "killed")
@@ -417,7 +436,7 @@ async def test_a_clock_that_is_set_back_hides_nothing_that_was_lost(
         await claim(store, "a")
         killed = as_killed(path, tmp_path / "killed")
     async with await Store.open(killed) as store:
-        assert await attempts(store) == [("a", 0, "Lost")]
+        assert await attempts(store) == [("a", "Lost")]
 
 
 # Scores
@@ -495,7 +514,6 @@ async def test_a_failed_attempt_is_durable_when_its_note_returns(path: Path) -> 
     assert row == {
         "id": 1,
         "content": content("a"),
-        "occurrence": 1,
         "number": 2,
         "deployment": "east",
         "started_at": 50.0,
@@ -513,7 +531,7 @@ async def test_requests_that_were_cancelled_in_flight_are_entered_as_lost(path: 
     async with await Store.open(path) as store:
         await store.note_lost([])
         await store.note_lost([[(content("a"), 0)], [(content("b"), 1)]])
-        assert await attempts(store) == [("a", 0, "Lost"), ("b", 1, "Lost")]
+        assert await attempts(store) == [("a", "Lost"), ("b", "Lost")]
         assert await table(store, "SELECT count(*) FROM attempts WHERE cost_usd IS NULL") == [(2,)]
 
 
@@ -539,7 +557,7 @@ async def test_outcomes_that_come_together_become_durable_together(path: Path) -
     async with await Store.open(path, on_commit=groups.append) as store:
         await claim(store, *range(100))
         for n in range(100):
-            await save(store, n, answer(n))
+            await save(store, n, answer(n, n + 1))
         assert groups == []
         await asyncio.sleep(0.2)
         assert [outcome.content for group in groups for outcome in group] == [content(n) for n in range(100)]
@@ -557,7 +575,7 @@ async def test_outcomes_that_come_during_a_commit_are_kept_and_reported_once(pat
         async def work(numbers: range) -> None:
             for n in numbers:
                 await asyncio.sleep(random.random() * 0.001)
-                await save(store, n, answer(n), "{}")
+                await save(store, n, answer(n, n + 1), "{}")
 
         await asyncio.gather(*(work(range(start, 3_000, 30)) for start in range(30)))
     assert Counter(outcome.content for outcome in reported) == Counter(content(n) for n in range(3_000))
@@ -571,7 +589,7 @@ async def test_savers_wait_while_too_much_is_waiting_to_be_written(path: Path) -
     waiting = 0
     async with await Store.open(path, on_commit=reported.extend) as store:
         for n in range(5_000):
-            await save(store, n, answer(n))
+            await save(store, n, answer(n, n + 1))
             waiting = max(waiting, n + 1 - len(reported))
     assert waiting <= 256
     async with await Store.open_readonly(path) as store:
@@ -586,7 +604,7 @@ async def test_a_flush_returns_when_everything_handed_in_is_durable(path: Path) 
 
     async with await Store.open(path, on_commit=report) as store:
         for n in range(60):
-            await save(store, n, answer(n, output_text="x" * 200_000))
+            await save(store, n, answer(n, n + 1, output_text="x" * 200_000))
             await asyncio.sleep(0.009 + n / 60 * 0.003)  # just when the writer begins
             await store.flush()
             assert content(n) in reported
@@ -596,7 +614,7 @@ async def test_flushes_at_the_same_time_report_everything_once(path: Path) -> No
     reported: list[Outcome] = []
     async with await Store.open(path, on_commit=reported.extend) as store:
         for n in range(200):
-            await save(store, n, answer(n))
+            await save(store, n, answer(n, n + 1))
             if n % 20 == 0:
                 await asyncio.gather(*(store.flush() for _ in range(3)))
     assert Counter(outcome.content for outcome in reported) == Counter(content(n) for n in range(200))
@@ -606,7 +624,7 @@ async def test_closing_commits_what_is_pending(path: Path) -> None:
     reported: list[Outcome] = []
     store = await Store.open(path, on_commit=reported.extend)
     for n in range(10):
-        await save(store, n, answer(n))
+        await save(store, n, answer(n, n + 1))
     await store.aclose()
     assert len(reported) == 10
     async with await Store.open_readonly(path) as store:
@@ -618,7 +636,7 @@ async def test_closing_at_any_moment_of_a_commit_loses_nothing(path: Path, delay
     reported: list[Outcome] = []
     store = await Store.open(path, on_commit=reported.extend)
     for n in range(200):
-        await save(store, n, answer(n, output_text="x" * 1_000))
+        await save(store, n, answer(n, n + 1, output_text="x" * 1_000))
     await asyncio.sleep(delay_s)
     await store.aclose()
     assert len(reported) == 200
@@ -665,7 +683,7 @@ async def test_a_note_that_is_cancelled_leaves_the_store_in_order(path: Path) ->
     async with await Store.open(path) as store:
         for n in range(40):
             noting = asyncio.create_task(store.note_attempts([(content(n), 0)], ATTEMPT))
-            await save(store, n, answer(n))
+            await save(store, n, answer(n, n + 1))
             for _ in range(n % 8):
                 await asyncio.sleep(0)
             noting.cancel()
@@ -673,7 +691,7 @@ async def test_a_note_that_is_cancelled_leaves_the_store_in_order(path: Path) ->
             await store.flush()
     async with await Store.open_readonly(path) as store:
         assert len(await answers(store)) == 40
-        entered = [name for name, _, _ in await attempts(store)]
+        entered = [name for name, _ in await attempts(store)]
         assert len(entered) == len(set(entered))
 
 
@@ -685,9 +703,9 @@ async def test_text_that_is_no_unicode_spoils_neither_its_row_nor_the_others(pat
         await save(store, 2, failure("c", error_message="\ud800"))
         await store.note_attempts([(content("d"), 0)], replace(ATTEMPT, message="\udfff"))
     async with await Store.open_readonly(path) as store:
-        texts = await answers(store)
-        assert texts[("a", 0)] == "answer to a"
-        assert (texts[("b", 0)] or "").startswith("half a pair: ")
+        texts = dict(await answers(store))
+        assert texts["a"] == "answer to a"
+        assert (texts["b"] or "").startswith("half a pair: ")
         assert len(texts) == 3
         assert len(await attempts(store)) == 1
 
@@ -697,13 +715,13 @@ async def test_a_bug_in_on_commit_is_not_swallowed(path: Path) -> None:
         raise ZeroDivisionError
 
     store = await Store.open(path, on_commit=broken)
-    await save(store, 0, answer("a"))
+    await save(store, 0, answer("a", 1))
     await asyncio.sleep(0.1)
     with pytest.raises(ZeroDivisionError):
-        await save(store, 1, answer("b"))
+        await save(store, 1, answer("b", 2))
     await store.aclose()
     async with await Store.open_readonly(path) as store:
-        assert ("a", 0) in await answers(store)
+        assert ("a", "answer to a") in await answers(store)
 
 
 # One process, our files
@@ -762,7 +780,7 @@ async def test_a_foreign_database_is_refused_and_left_alone(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, 4])
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
 async def test_another_versions_database_is_refused_and_left_alone(path: Path, version: int) -> None:
     async with await Store.open(path) as store:
         await store.put_meta({"kept": "yes"})
@@ -808,9 +826,9 @@ async def test_a_store_whose_making_was_interrupted_is_made(path: Path) -> None:
 async def filled(path: Path, rows: int = 2_000) -> None:
     async with await Store.open(path) as store:
         for first in range(0, rows, 250):
-            await claim(store, *range(first, first + 250), first=first)
-        for n in range(rows):
-            await save(store, n, answer(n))
+            known = await claim(store, *range(first, first + 250), first=first)
+            for n, each in enumerate(known, first):
+                await save(store, n, answer(n, each.ticket))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -886,21 +904,21 @@ store = await Store.open(path, on_commit=reported.extend)
 await store.claim([Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(500)],
                   Terms())
 for n in range(100):
-    await store.save_all([(n, Outcome(content=b"%016d" % n, occurrence=0, settled_at=1.0, output_text="safe"), None)])
+    await store.save_all([(n, Outcome(ticket=n + 1, content=b"%016d" % n, settled_at=1.0, output_text="safe"), None)])
 await store.flush()
 size = max(os.path.getsize(each) for each in (str(path), str(path) + "-wal"))
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, resource.RLIM_INFINITY))
 
 async def work(start):
     for n in range(start, 100_000, 50):
-        outcome = Outcome(content=b"%016d" % n, occurrence=0, settled_at=1.0, output_text="x" * 1000)
+        outcome = Outcome(ticket=n + 1, content=b"%016d" % n, settled_at=1.0, output_text="x" * 1000)
         await store.save_all([(n, outcome, None)])
 
 results = await asyncio.gather(*(work(n) for n in range(100, 150)), return_exceptions=True)
 assert all(isinstance(result, StoreError) for result in results), results
 print(results[0], flush=True)
 try:
-    await store.save_all([(0, Outcome(content=b"%016d" % 0, occurrence=0, settled_at=1.0), None)])
+    await store.save_all([(0, Outcome(ticket=1, content=b"%016d" % 0, settled_at=1.0), None)])
     print("saved", flush=True)
 except StoreError as error:
     print("refused", flush=True)
@@ -928,7 +946,7 @@ async def test_a_full_disk_is_a_store_error_and_what_was_settled_stays(path: Pat
     assert str(path) in closed
     async with await Store.open(path) as store:
         texts = await answers(store)
-        assert sum(text == "safe" for text in texts.values()) == 100
+        assert sum(text == "safe" for _, text in texts) == 100
         assert len(texts) == int(reported)
         known = await store.claim(
             [Claim(position=n, content=b"%016d" % n, metadata=None) for n in range(100)],
@@ -965,7 +983,7 @@ async with await Store.open(path, on_commit=report) as store:
         for row, fact in zip(rows, known):
             if not fact.answered:
                 outcome = Outcome(
-                    content=row.content, occurrence=fact.occurrence, settled_at=1.0, output_text="kept")
+                    ticket=fact.ticket, content=row.content, settled_at=1.0, output_text="kept")
                 await store.save_all([(row.position, outcome, None)])
                 await asyncio.sleep(0.0005)
 """
@@ -990,7 +1008,7 @@ async def test_what_was_reported_survives_a_kill_and_what_was_in_flight_is_enter
                 (kept if words[0] == "kept" else taken).add(words[1])
         async with await Store.open(path) as store:
             there = {name for name, _ in await answers(store)}
-            lost = Counter(name for name, _, kind in await attempts(store) if kind == "Lost")
+            lost = Counter(name for name, kind in await attempts(store) if kind == "Lost")
             asked = {row[0].decode() for row in await table(store, "SELECT content FROM rows")}
         assert kept <= there
         new = lost - lost_before
@@ -999,7 +1017,7 @@ async def test_what_was_reported_survives_a_kill_and_what_was_in_flight_is_enter
         assert taken <= set(new) | there
         assert set(new) <= asked
         async with await Store.open(path) as store:
-            assert Counter(name for name, _, _ in await attempts(store)) == lost
+            assert Counter(name for name, _ in await attempts(store)) == lost
         lost_before = lost
     assert kept
     assert lost_before
@@ -1010,14 +1028,14 @@ async def test_a_kill_before_anything_was_taken_up_loses_nothing_more(path: Path
         await claim(store, "a", "b")
         first = as_killed(path, tmp_path / "first")
     async with await Store.open(first) as store:
-        assert await attempts(store) == [("a", 0, "Lost"), ("b", 0, "Lost")]
+        assert await attempts(store) == [("a", "Lost"), ("b", "Lost")]
         second = as_killed(first, tmp_path / "second")
     async with await Store.open(second) as store:
         assert len(await attempts(store)) == 2
         await claim(store, "a")
         third = as_killed(second, tmp_path / "third")
     async with await Store.open(third) as store:
-        assert await attempts(store) == [("a", 0, "Lost"), ("b", 0, "Lost"), ("a", 0, "Lost")]
+        assert await attempts(store) == [("a", "Lost"), ("b", "Lost"), ("a", "Lost")]
 
 
 def as_killed(path: Path, folder: Path) -> Path:
@@ -1071,74 +1089,110 @@ async def victim(script: str, path: Path) -> AsyncIterator[asyncio.subprocess.Pr
 # Any sequence of sessions
 
 
+@dataclass(eq=False)
+class Slot:
+    """The place of an answer."""
+
+    name: str  # what is asked
+    succeeded: bool | None = None  # None: it is not there
+    session: int = 0  # in which it was answered
+
+
+@dataclass
+class Row:
+    slot: Slot
+    metadata: int
+    scores: str | None = None
+    asked: int = -1  # session in which it was taken up
+
+
 @dataclass
 class Model:
-    """What a store should hold, as dicts."""
+    """What a store should hold, as objects."""
 
-    rows: dict[int, tuple[str, int, int, str | None]] = field(
-        default_factory=dict
-    )  # name, occurrence, metadata, scores
-    asked: dict[int, int] = field(default_factory=dict)  # session by position
-    answers: dict[tuple[str, int], bool] = field(default_factory=dict)  # True: succeeded
-    sessions: dict[tuple[str, int], int] = field(default_factory=dict)  # in which each was answered
-    ledger: Counter[tuple[str, int, str]] = field(default_factory=Counter)
+    rows: dict[int, Row] = field(default_factory=dict)
+    spare: list[Slot] = field(default_factory=list)  # with answers, and without a row
+    ledger: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def claim(
         self,
         session: int,
-        dataset: list[tuple[str, int]],
-        position: int,
-        end: int,  # of the chunk
+        part: list[tuple[str, int]],
+        first: int,
         *,
         retry_failed: bool,
         scored: bool,
         dedupe: bool,
-    ) -> Known:
-        name, metadata = dataset[position]
-        before = [other for other, _ in dataset[:position]].count(name)
-        key = name, 0 if dedupe else before
-        answered = self.answers.get(key, False) or (key in self.answers and not retry_failed)
-        shared = dedupe and before > 0 and not answered
-        if not answered and not shared and key in self.answers:
-            self.ledger[(*key, "Timeout")] += 1
-            del self.answers[key]
-        last = [other for other, _ in dataset[:end]].count(name) - 1
-        spare = [other for other in sorted(self.answers) if other[0] == name and other[1] > last]
-        spare = [other for other in spare if self.answers[other] and self.sessions[other] < session]
-        moved = not (answered or dedupe) and bool(spare)
-        if moved:
-            self.answers[key], self.sessions[key] = self.answers.pop(spare[0]), self.sessions.pop(spare[0])
-            answered = True
-        row = self.rows.get(position)
-        if row is not None and row[0] != name:
-            self.truncate(position)  # from here on it is another dataset
-            row = None
-        if row is None or row[:3] != (*key, metadata) or moved or not (answered or shared):
-            self.rows[position] = (*key, metadata, None)
-            self.asked[position] = session if not (answered or shared) else -1
-        unscored = scored and self.answers.get(key) is True and not self.rows[position][3]
-        return Known(
-            occurrence=key[1],
-            answered=answered,
-            unscored_text=f"answer to {name}" if unscored else None,
-            shared=shared,
-        )
+    ) -> list[tuple[bool, bool, str | None]]:
+        """As `Known`: whether each is answered, whether it shares, and the text that has no scores."""
+        held = 0
+        while held < len(part) and first + held in self.rows and self.rows[first + held].slot.name == part[held][0]:
+            held += 1
+        self.truncate(first + held, unless=held == len(part))
+        before = {row.slot.name: row.slot for row in self.rows.values()} if dedupe else {}
+        asked = {row.slot.name for row in self.rows.values() if row.asked == session}
+        known = []
+        for position, (name, metadata) in enumerate(part, first):
+            row = self.rows.get(position)
+            is_new, moved = row is None, False
+            if row is None:
+                slot = before.get(name) or self.take(name, session, fails=not retry_failed) or Slot(name)
+                before |= {name: slot} if dedupe else {}
+                row = self.rows[position] = Row(slot, metadata)
+            slot = row.slot
+            todo = slot.succeeded is None or (not slot.succeeded and retry_failed)
+            shared = todo and dedupe and name in asked
+            taken = todo and not shared
+            if taken and slot.succeeded is False:
+                self.ledger[name, "Timeout"] += 1
+                slot.succeeded = None
+            if taken and not dedupe and not is_new:
+                moved = self.move(slot, session, first + len(part))
+                taken = not moved
+            if taken or moved or row.metadata != metadata:
+                row.metadata, row.scores, row.asked = metadata, None, session if taken else -1
+            asked |= {name} if taken else set()
+            unscored = scored and slot.succeeded is True and row.scores is None
+            known.append((not (taken or shared), shared, f"answer to {name}" if unscored else None))
+        return known
+
+    def take(self, name: str, session: int, *, fails: bool) -> Slot | None:
+        """The slot of an earlier answer that no row has."""
+        for succeeded in (True, False) if fails else (True,):
+            for slot in self.spare:
+                if (slot.name, slot.succeeded) == (name, succeeded) and slot.session < session:
+                    self.spare.remove(slot)
+                    return slot
+        return None
+
+    def move(self, slot: Slot, session: int, beyond: int) -> bool:
+        """Move an earlier answer into a slot, from no row or from the last of the later ones."""
+        if found := self.take(slot.name, session, fails=False):
+            slot.succeeded, slot.session = True, found.session
+            return True
+        for position in sorted(self.rows, reverse=True):
+            other = self.rows[position].slot
+            if position >= beyond and other.name == slot.name and other.succeeded and other.session < session:
+                slot.succeeded, slot.session, other.succeeded = True, other.session, None
+                return True
+        return False
 
     def save(self, position: int, session: int, *, success: bool, scores: str | None) -> None:
-        name, occurrence, metadata, _ = self.rows[position]
-        self.answers[name, occurrence] = success
-        self.sessions[name, occurrence] = session
-        if scores is not None:
-            self.rows[position] = name, occurrence, metadata, scores
+        row = self.rows[position]
+        row.slot.succeeded, row.slot.session = success, session
+        row.scores = scores or row.scores
 
     def crash(self, session: int) -> None:
-        for position, (name, occurrence, _, _) in self.rows.items():
-            if self.asked[position] == session and (name, occurrence) not in self.answers:
-                self.ledger[name, occurrence, "Lost"] += 1
+        for row in self.rows.values():
+            if row.asked == session and row.slot.succeeded is None:
+                self.ledger[row.slot.name, "Lost"] += 1
 
-    def truncate(self, length: int) -> None:
-        for position in [each for each in self.rows if each >= length]:
-            del self.rows[position], self.asked[position]
+    def truncate(self, length: int, *, unless: bool = False) -> None:
+        gone = [] if unless else [self.rows.pop(position) for position in sorted(self.rows) if position >= length]
+        held = [row.slot for row in self.rows.values()]
+        for row in gone:
+            if row.slot.succeeded is not None and row.slot not in [*held, *self.spare]:
+                self.spare.append(row.slot)
 
 
 @dataclass(frozen=True)
@@ -1192,7 +1246,8 @@ async def play(sessions: list[Session], folder: Path) -> None:
             model.truncate(0)
         if session.forgets_scores:
             await store.forget_scores()
-            model.rows = {position: (*row[:3], None) for position, row in model.rows.items()}
+            for row in model.rows.values():
+                row.scores = None
         await run_session(store, model, session, number)
         await compare(store, model)
         if session.crashes:
@@ -1217,19 +1272,18 @@ async def run_session(store: Store, model: Model, session: Session, number: int)
             ],
             Terms(**options),
         )
-        assert known == [
-            model.claim(number, session.dataset, position, first + len(part), **options)
-            for position in range(first, first + len(part))
-        ]
-        for position, (fact, (name, _)) in enumerate(zip(known, part, strict=True), start=first):
+        expected = model.claim(number, part, first, **options)
+        assert [(each.answered, each.shared, each.unscored_text) for each in known] == expected
+        for position, fact in enumerate(known, start=first):
             if fact.unscored_text is not None:
                 await store.put_scores([(position, '{"late":1}')])
-                model.rows[position] = (*model.rows[position][:3], '{"late":1}')
+                model.rows[position].scores = '{"late":1}'
             success = session.settles[position % len(session.settles)]
             if fact.answered or fact.shared or success is None:
                 continue
             scores = '{"exact":1}' if success and session.scored else None
-            outcome = answer(name, fact.occurrence) if success else failure(name, fact.occurrence)
+            name, _ = part[position - first]
+            outcome = answer(name, fact.ticket) if success else failure(name, fact.ticket)
             await save(store, position, outcome, scores)
             model.save(position, number, success=success, scores=scores)
     if len(session.dataset) <= session.stops_after:
@@ -1239,11 +1293,27 @@ async def run_session(store: Store, model: Model, session: Session, number: int)
 
 
 async def compare(store: Store, model: Model) -> None:
-    rows = await table(store, "SELECT position, content, occurrence, metadata, scores FROM rows ORDER BY position")
-    assert rows == [
-        (position, content(name), occurrence, str(metadata), scores)
-        for position, (name, occurrence, metadata, scores) in sorted(model.rows.items())
+    rows = await table(
+        store,
+        """
+        SELECT rows.position, rows.content, metadata, scores, ticket, answers.content, error_type IS NULL
+        FROM rows
+        LEFT JOIN answers USING (ticket)
+        ORDER BY position
+        """,
+    )
+    assert [(position, name, metadata, scores) for position, name, metadata, scores, *_ in rows] == [
+        (position, content(row.slot.name), str(row.metadata), row.scores)
+        for position, row in sorted(model.rows.items())
     ]
+    slots = [model.rows[position].slot for position in sorted(model.rows)]
+    assert [(name, bool(succeeded)) if name else None for *_, name, succeeded in rows] == [
+        None if slot.succeeded is None else (content(slot.name), slot.succeeded) for slot in slots
+    ]
+    tickets = [ticket for *_, ticket, _, _ in rows]
+    assert [tickets.index(ticket) for ticket in tickets] == [slots.index(slot) for slot in slots]
+    spare = await table(
+        store, "SELECT content, error_type IS NULL FROM answers WHERE ticket NOT IN (SELECT ticket FROM rows)"
+    )
+    assert Counter(spare) == Counter((content(slot.name), slot.succeeded) for slot in model.spare)
     assert Counter(await attempts(store)) == model.ledger
-    outcomes = await table(store, "SELECT content, occurrence, error_type IS NULL FROM answers")
-    assert {(name.decode().lstrip("."), occurrence): bool(ok) for name, occurrence, ok in outcomes} == model.answers

@@ -81,9 +81,7 @@ def _read(database: sqlite3.Connection) -> Books:
 _IN_FLIGHT = """
     rows.session = (SELECT max(id) FROM sessions WHERE ended_at IS NULL)
     AND rows.session = (SELECT max(id) FROM sessions)
-    AND NOT EXISTS (
-        SELECT 1 FROM answers WHERE answers.content = rows.content AND answers.occurrence = rows.occurrence
-    )
+    AND NOT EXISTS (SELECT 1 FROM answers WHERE answers.ticket = rows.ticket)
 """
 
 _COSTS = f"""

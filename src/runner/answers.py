@@ -12,14 +12,14 @@ from runner.database import Statements
 from runner.types import Attempt
 
 Key: TypeAlias = tuple[bytes, int]
-"""What is asked, and which of the rows that ask it it is."""
+"""What is asked, and the ticket of its answer."""
 
 
 class Outcome(NamedTuple):
     """What came of a row: the columns of ``answers``, in their order, as they are inserted. See schema.sql."""
 
+    ticket: int
     content: bytes
-    occurrence: int
     settled_at: float
     output_text: str | None = None
     details: str | None = None
@@ -52,7 +52,6 @@ class Entry:
     """An attempt that did not become a row's outcome: the columns of ``attempts``, in their order. See schema.sql."""
 
     content: bytes
-    occurrence: int
     number: int | None = None
     deployment: str | None = None
     started_at: float | None = None
@@ -68,7 +67,6 @@ class Entry:
     def of(cls, key: Key, attempt: Attempt, cost_bound_usd: float | None, *, shared: bool = False) -> Entry:
         return cls(
             content=key[0],
-            occurrence=key[1],
             number=attempt.number,
             deployment=attempt.deployment,
             started_at=attempt.started_at,
@@ -86,7 +84,6 @@ class Entry:
         """An attempt whose outcome is not known, as it is given up now."""
         return cls(
             content=key[0],
-            occurrence=key[1],
             started_at=time.time(),
             error_type="Lost",
             cost_bound_usd=cost_bound_usd,
@@ -106,13 +103,11 @@ def put_attempts(statements: Statements, entries: Sequence[Entry]) -> None:
     _put(statements, _PUT_ATTEMPTS, list(map(_ENTRY, entries)))
 
 
-def move_to_ledger(statements: Statements, keys: Iterable[Key]) -> None:
+def move_to_ledger(statements: Statements, tickets: Iterable[int]) -> None:
     """Make the outcomes of rows that are asked again attempts among others: what they cost was paid."""
-    keys = list(keys)
-    if not keys:
-        return
-    statements.executemany(f"{_MOVE} WHERE reused_from IS NULL AND content = ? AND occurrence = ?", keys)
-    statements.executemany("DELETE FROM answers WHERE content = ? AND occurrence = ?", keys)
+    chosen = [(ticket,) for ticket in tickets]
+    statements.executemany(f"{_MOVE} WHERE reused_from IS NULL AND ticket = ?", chosen)
+    statements.executemany("DELETE FROM answers WHERE ticket = ?", chosen)
 
 
 def move_all_to_ledger(statements: Statements) -> None:
@@ -129,19 +124,12 @@ def enter_lost(statements: Statements) -> None:
         statements.execute(_ENTER_LOST, (killed[0][0],))
 
 
-def read_answers(statements: Statements, keys: Sequence[Key]) -> list[Outcome]:
-    """The successful answers to those of ``keys`` that have one."""
-    if not keys:
-        return []
-    marks = ", ".join(["(?, ?)"] * len(keys))
-    sql = f"""
-        SELECT {", ".join(f"answers.{name}" for name in _ANSWER_COLUMNS)}
-        FROM (VALUES {marks}) AS asked
-        JOIN answers ON answers.content = asked.column1 AND answers.occurrence = asked.column2
-        WHERE answers.error_type IS NULL
-    """
-    rows = statements.fetch(sql, [value for key in keys for value in key])
-    return [Outcome(**dict(zip(_ANSWER_COLUMNS, row, strict=True))) for row in rows]
+def read_answers(statements: Statements, tickets: Sequence[int]) -> list[Outcome]:
+    """Those of the answers with these tickets that are a success."""
+    columns = ", ".join(_ANSWER_COLUMNS)
+    marks = ", ".join("?" * len(tickets))
+    sql = f"SELECT {columns} FROM answers WHERE error_type IS NULL AND ticket IN ({marks})"
+    return [Outcome._make(row) for row in statements.fetch(sql, tickets)]
 
 
 def _put(statements: Statements, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -168,16 +156,16 @@ _PUT_ATTEMPTS = f"INSERT INTO attempts ({', '.join(_ENTRY_COLUMNS)})"
 _MOVE = f"""
     {_PUT_ATTEMPTS}
     SELECT
-        content, occurrence, retries + 1, deployment, settled_at - service_time_s, service_time_s,
+        content, retries + 1, deployment, settled_at - service_time_s, service_time_s,
         coalesce(error_type, 'GivenUp'), error_message, error_status, cost_usd, cost_bound_usd,
         shared
     FROM answers
 """
 
 _ENTER_LOST = """
-    INSERT INTO attempts (content, occurrence, started_at, error_type, cost_bound_usd)
-    SELECT rows.content, rows.occurrence, rows.asked_at, 'Lost', rows.cost_bound_usd
+    INSERT INTO attempts (content, started_at, error_type, cost_bound_usd)
+    SELECT rows.content, rows.asked_at, 'Lost', rows.cost_bound_usd
     FROM rows
-    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
-    WHERE rows.session = ? AND answers.id IS NULL
+    LEFT JOIN answers USING (ticket)
+    WHERE rows.session = ? AND answers.ticket IS NULL
 """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
 from runner.database import Statements
+from runner.pool import Pool
 
 
 class Claimed(Protocol):
@@ -32,18 +33,17 @@ class Claim:
     metadata: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class Known(NamedTuple):
     """What the store has for a claimed row."""
 
-    occurrence: int  # which of the rows that ask this it is; 0 where they share one answer
+    ticket: int  # of its answer; 0 where nobody needs it
     answered: bool  # it is not to be asked: it has its outcome, or is not wanted
     unscored_text: str | None = None  # of an answer that is to be scored
     shared: bool = False  # it has none, but an earlier row that asks the same is being asked
 
 
-Elsewhere: TypeAlias = Callable[[Sequence[tuple[Any, int]]], Awaitable[Sequence[Outcome]]]
-"""Finds answers outside for rows that have none, each given with its occurrence."""
+Elsewhere: TypeAlias = Callable[[Sequence[Any]], Awaitable[Sequence[Outcome | None]]]
+"""Finds answers outside for rows that have none: one for each row, or None. Ticket and content are not looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,46 +59,66 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """An invocation of the run, as far as claims go."""
+
+    id: int
+    tickets: Iterator[int]  # that nobody has had
+    pool: Pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
     """What the store had for the rows of a chunk before they are taken up."""
 
     stored: Sequence[sqlite3.Row]  # the first of them, as far as they ask what they asked before
     changed_from: int | None  # the position from which on what is stored is no longer so
-    keys: Sequence[Key]  # of each
-    errors: Mapping[Key, str | None]  # the error class, or None for a success, of the outcomes there are
+    tickets: Sequence[int]  # of each
+    errors: Mapping[int, str | None]  # by ticket: the error class, or None for a success, of the outcomes there are
     todo: Sequence[int]  # those to be taken up, by their place in the chunk
     shared: Set[int]  # those that wait for another one's answer
-    moved: Mapping[Key, int]  # those that get the answer of a later row that asks the same, by its occurrence
+    moved: Mapping[int, int]  # by ticket: the one under which there is an answer that comes to be theirs
 
 
-def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, *, session: int) -> Lookup | None:
+def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, session: Session) -> Lookup | None:
     """Find out what is known of rows. None: there is nothing to do about any of them.
 
-    The stored rows are always the beginning of one dataset. So a row that stands unchanged among them is known with
-    its occurrence; from the first one that has changed on, they are forgotten and laid down anew.
+    The stored rows are always the beginning of one dataset. So a row that stands unchanged among them has its ticket;
+    from the first one that has changed on, they are forgotten, and the answers that they had are found again by what
+    they answer.
     """
     if _all_settled(statements, claims, terms):
         return None
     stored = statements.fetch(_STORED, (claims[0].position, claims[-1].position))
     same = _unchanged(claims, stored)
-    keys = [(claim.content, row["occurrence"]) for claim, row in zip(claims, stored[:same], strict=False)]
-    keys += _new_keys(statements, claims[same:], dedupe=terms.dedupe)
-    errors = {key: row["error_type"] for key, row in zip(keys, stored[:same], strict=False) if row["answered"]}
-    errors |= _errors(statements, keys[same:])
-    todo = [n for n, key in enumerate(keys) if key not in errors or (terms.retry_failed and errors[key] is not None)]
-    if terms.wanted is not None:
-        todo = [n for n in todo if terms.wanted(claims[n].position)]
     changed_from = stored[same]["position"] if same < len(stored) else None
+    session.pool.go_on(claims[-1].position + 1, changed_from=changed_from)
+    tickets = [row["ticket"] for row in stored[:same]]
+    errors = {row["ticket"]: row["error_type"] for row in stored[:same] if row["answered"]}
+
+    def is_open(n: int) -> bool:
+        is_failed = errors.get(tickets[n]) is not None
+        is_settled = tickets[n] in errors and not (is_failed and terms.retry_failed)
+        return not is_settled and (terms.wanted is None or terms.wanted(claims[n].position))
+
+    moved: Mapping[int, int] = {}
+    if not terms.dedupe:
+        held = [n for n in range(same) if is_open(n)]
+        spare = session.pool.take(statements, [claims[n].content for n in held])
+        moved = {tickets[n]: ticket for n, ticket in zip(held, spare, strict=True) if ticket is not None}
+    anew = _new_tickets(statements, claims[same:], terms, session)
+    errors |= _errors(statements, anew) if terms.dedupe or session.id > 1 else {}
+    tickets += anew
+    todo = [n for n in range(len(claims)) if is_open(n) and tickets[n] not in moved]
     shared: Set[int] = frozenset()
     if terms.dedupe and todo:
-        shared = _shared(statements, claims, todo, session=session, changed_from=changed_from)
-    moved = {} if terms.dedupe else _moved(statements, keys, todo, session=session)
+        shared = _shared(statements, claims, todo, session=session.id, changed_from=changed_from)
     return Lookup(
         stored=stored[:same],
         changed_from=changed_from,
-        keys=keys,
+        tickets=tickets,
         errors=errors,
-        todo=[n for n in todo if n not in shared and keys[n] not in moved],
+        todo=[n for n in todo if n not in shared],
         shared=shared,
         moved=moved,
     )
@@ -109,44 +129,49 @@ def take_up(
     claims: Sequence[Claimed],
     terms: Terms,
     lookup: Lookup | None,
-    found: Sequence[Outcome],
+    found: Sequence[Outcome | None],
     *,
-    session: int,
+    session: Session,
     bounds: MutableMapping[Key, float | None],
 ) -> list[Known]:
     """Bring rows up to date after their lookup, keep the answers ``found`` elsewhere, and take up what has none.
 
     Enters in ``bounds`` what it takes up.
+
+    Args:
+        found: One for each of the rows that are to be taken up, or nothing at all.
     """
     if lookup is None:
         return [_SETTLED] * len(claims)
-    keys, stored, shared = lookup.keys, lookup.stored, lookup.shared
+    tickets, stored, shared = lookup.tickets, lookup.stored, lookup.shared
     if lookup.changed_from is not None:
         statements.execute("DELETE FROM rows WHERE position >= ?", (lookup.changed_from,))
-    anew = [*(keys[n] for n in lookup.todo), *lookup.moved]
-    move_to_ledger(statements, [key for key in anew if key in lookup.errors])
-    statements.executemany(_MOVE, [(key[1], key[0], source) for key, source in lookup.moved.items()])
-    put_answers(statements, found)
-    is_found = {(outcome.content, outcome.occurrence) for outcome in found}
-    errors = {**lookup.errors, **dict.fromkeys(is_found), **dict.fromkeys(lookup.moved)}
-    taken = {n for n in lookup.todo if keys[n] not in is_found}
+    anew = [*(tickets[n] for n in lookup.todo), *lookup.moved]
+    move_to_ledger(statements, [ticket for ticket in anew if ticket in lookup.errors])
+    statements.executemany("UPDATE answers SET ticket = ? WHERE ticket = ?", lookup.moved.items())
+    copies = {n: outcome for n, outcome in zip(lookup.todo, found, strict=False) if outcome is not None}
+    put_answers(statements, [each._replace(ticket=tickets[n], content=claims[n].content) for n, each in copies.items()])
+    errors = {**lookup.errors, **dict.fromkeys(tickets[n] for n in copies), **dict.fromkeys(lookup.moved)}
+    taken = {n for n in lookup.todo if n not in copies}
 
+    keys = [(claim.content, ticket) for claim, ticket in zip(claims, tickets, strict=True)]
     if terms.cost_bound is not None:
         bounds.update((keys[n], terms.cost_bound(claims[n])) for n in taken)
-    kept = [None if key in lookup.moved else row for key, row in zip(keys, stored, strict=False)]
-    _lay_down(statements, claims, keys, kept, taken, bounds=bounds, session=session)
+    kept = [None if row["ticket"] in lookup.moved else row for row in stored]
+    _lay_down(statements, claims, keys, kept, taken, bounds=bounds, session=session.id)
     scored = {n for n, (claim, row) in enumerate(zip(claims, kept, strict=False)) if row and _has_scores(claim, row)}
-    unscored = {n for n, key in enumerate(keys) if terms.scored and n not in scored and errors.get(key, "") is None}
-    answers = read_answers(statements, [keys[n] for n in unscored])
-    texts = {(answer.content, answer.occurrence): answer.output_text for answer in answers}
+    unscored = {
+        n for n, each in enumerate(tickets) if terms.scored and n not in scored and errors.get(each, "") is None
+    }
+    texts = {each.ticket: each.output_text for each in read_answers(statements, [tickets[n] for n in unscored])}
     return [
         Known(
-            occurrence=key[1],
+            ticket=ticket,
             answered=n not in taken and n not in shared,
-            unscored_text=texts[key] if n in unscored else None,
+            unscored_text=texts[ticket] if n in unscored else None,
             shared=n in shared,
         )
-        for n, key in enumerate(keys)
+        for n, ticket in enumerate(tickets)
     ]
 
 
@@ -156,16 +181,15 @@ def _all_settled(statements: Statements, claims: Sequence[Claimed], terms: Terms
     Compared as a whole, in one step of SQLite, which needs no Python and leaves its lock to others.
     """
     parameters = (terms.retry_failed, terms.scored, claims[0].position, claims[-1].position)
-    [(positions, contents, metadata, occurrences)] = statements.fetch(_SETTLED_CHUNK, parameters)
-    return (
-        not occurrences
-        and contents == b"".join([claim.content for claim in claims])
+    [(positions, contents, metadata)] = statements.fetch(_SETTLED_CHUNK, parameters)
+    return bool(
+        contents == b"".join([claim.content for claim in claims])
         and metadata == "\0".join([claim.metadata or "" for claim in claims])
         and positions == ",".join([str(claim.position) for claim in claims])
     )
 
 
-_SETTLED = Known(occurrence=0, answered=True)
+_SETTLED = Known(ticket=0, answered=True)
 
 
 def _unchanged(claims: Sequence[Claimed], stored: Sequence[sqlite3.Row]) -> int:
@@ -181,28 +205,41 @@ def _has_scores(claim: Claimed, row: sqlite3.Row) -> bool:
     return bool(row["scored"]) and row["metadata"] == claim.metadata
 
 
-def _new_keys(statements: Statements, claims: Sequence[Claimed], *, dedupe: bool) -> list[Key]:
-    """The keys of rows that are laid down anew: an occurrence is counted from the dataset's beginning."""
-    if dedupe or not claims:
-        return [(claim.content, 0) for claim in claims]
-    contents = {claim.content for claim in claims}
-    sql = _NEXT_OCCURRENCES.format(", ".join(["(?)"] * len(contents)))
-    rows = statements.fetch(sql, (*contents, claims[0].position))
-    following = {row["content"]: row["occurrence"] for row in rows}
-    keys = []
-    for claim in claims:
-        keys.append((claim.content, following[claim.content]))
-        following[claim.content] += 1
-    return keys
+def _new_tickets(statements: Statements, claims: Sequence[Claimed], terms: Terms, session: Session) -> list[int]:
+    """The tickets of rows that are laid down anew: of an answer that is there, or one that nobody has had."""
+    if not claims:
+        return []
+    contents = [claim.content for claim in claims]
+    if terms.dedupe:
+        shared = _tickets_before(statements, contents, claims[0].position)
+        rest = [content for content in dict.fromkeys(contents) if content not in shared]
+        shared |= zip(rest, _own_tickets(statements, rest, terms, session), strict=True)
+        return [shared[content] for content in contents]
+    return _own_tickets(statements, contents, terms, session)
 
 
-def _errors(statements: Statements, keys: Sequence[Key]) -> dict[Key, str | None]:
+def _own_tickets(statements: Statements, contents: Sequence[bytes], terms: Terms, session: Session) -> list[int]:
+    tickets = session.pool.take(statements, contents)
+    if not terms.retry_failed:
+        rest = [n for n, ticket in enumerate(tickets) if ticket is None]
+        failures = session.pool.take(statements, [contents[n] for n in rest], failed=True)
+        for n, ticket in zip(rest, failures, strict=True):
+            tickets[n] = ticket
+    return [next(session.tickets) if ticket is None else ticket for ticket in tickets]
+
+
+def _tickets_before(statements: Statements, contents: Sequence[bytes], position: int) -> dict[bytes, int]:
+    """The tickets of rows before a position that ask the same."""
+    statements.execute("CREATE INDEX IF NOT EXISTS rows_by_content ON rows (content)")
+    sql = _BEFORE.format(", ".join(["(?)"] * len(contents)))
+    return {row["content"]: row["ticket"] for row in statements.fetch(sql, (*contents, position))}
+
+
+def _errors(statements: Statements, tickets: Sequence[int]) -> dict[int, str | None]:
     """The error class, or None for a success, of the outcomes there are."""
-    if not keys:
-        return {}
-    sql = _ERRORS.format(", ".join(["(?, ?)"] * len(keys)))
-    rows = statements.fetch(sql, [value for key in keys for value in key])
-    return {(content, occurrence): error_type for content, occurrence, error_type in rows}
+    marks = ", ".join("?" * len(tickets))
+    rows = statements.fetch(f"SELECT ticket, error_type FROM answers WHERE ticket IN ({marks})", tickets)
+    return {row["ticket"]: row["error_type"] for row in rows}
 
 
 def _shared(
@@ -218,29 +255,6 @@ def _shared(
             shared.add(n)
         asked.add(claims[n].content)
     return shared
-
-
-def _moved(statements: Statements, keys: Sequence[Key], todo: Sequence[int], *, session: int) -> dict[Key, int]:
-    """Which rows in ``todo`` get an answer that an earlier session got for a later row that asks the same.
-
-    That row may be gone. If it is still there, it is asked in its turn instead.
-    """
-    if not todo or session == 1:
-        return {}
-    last: dict[bytes, int] = {}
-    for content, occurrence in keys:
-        last[content] = max(last.get(content, 0), occurrence)
-    contents = {keys[n][0] for n in todo}
-    sql = _SPARE.format(", ".join(["(?, ?)"] * len(contents)))
-    places = [value for content in contents for value in (content, last[content])]
-    spare: dict[bytes, list[int]] = {}
-    for row in statements.fetch(sql, (*places, _LATER, session)):
-        spare.setdefault(row["content"], []).append(row["occurrence"])
-    moved = {}
-    for n in todo:
-        if occurrences := spare.get(keys[n][0]):
-            moved[keys[n]] = occurrences.pop()
-    return moved
 
 
 def _lay_down(
@@ -267,12 +281,12 @@ def _lay_down(
 
 _STORED = """
     SELECT
-        rows.position, rows.content, rows.occurrence, rows.metadata,
+        rows.position, rows.ticket, rows.content, rows.metadata,
         rows.scores IS NOT NULL AS scored,
-        answers.id IS NOT NULL AS answered,
+        answers.ticket IS NOT NULL AS answered,
         answers.error_type
     FROM rows
-    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    LEFT JOIN answers USING (ticket)
     WHERE rows.position BETWEEN ? AND ?
     ORDER BY rows.position
 """
@@ -282,49 +296,23 @@ _SETTLED_CHUNK = """
     SELECT
         group_concat(rows.position),
         CAST(group_concat(rows.content, '') AS BLOB),
-        group_concat(ifnull(rows.metadata, ''), char(0)),
-        total(rows.occurrence)
+        group_concat(ifnull(rows.metadata, ''), char(0))
     FROM rows
-    CROSS JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    CROSS JOIN answers USING (ticket)
     WHERE rows.position BETWEEN ?3 AND ?4 AND CASE
         WHEN answers.error_type IS NOT NULL THEN NOT ?1
         ELSE rows.scores IS NOT NULL OR NOT ?2
     END
 """
 
-_ROWS = "INSERT OR REPLACE INTO rows (position, content, occurrence, metadata, asked_at, session, cost_bound_usd)"
+_ROWS = "INSERT OR REPLACE INTO rows (position, content, ticket, metadata, asked_at, session, cost_bound_usd)"
 
-_ERRORS = """
-    SELECT answers.content, answers.occurrence, answers.error_type
-    FROM (VALUES {}) AS asked
-    JOIN answers ON answers.content = asked.column1 AND answers.occurrence = asked.column2
-"""
-
-_SPARE = """
-    SELECT answers.content, answers.occurrence
-    FROM (VALUES {}) AS asked
-    JOIN answers
-        ON answers.content = asked.column1 AND answers.occurrence BETWEEN asked.column2 + 1 AND asked.column2 + ?
-    WHERE answers.error_type IS NULL AND answers.settled_at < (SELECT started_at FROM sessions WHERE id = ?)
-    ORDER BY answers.occurrence DESC
-"""
-
-_LATER = 1000
-"""How many occurrences are looked at, where many rows ask the same."""
-
-_MOVE = "UPDATE answers SET occurrence = ? WHERE content = ? AND occurrence = ?"
-
-# The occurrence of each of some contents that comes at a position or after it.
-_NEXT_OCCURRENCES = """
+_BEFORE = """
     WITH asked (content) AS (VALUES {}), place (position) AS (VALUES (?))
-    SELECT asked.content, ifnull((
-        SELECT rows.occurrence + 1
-        FROM rows
-        WHERE rows.content = asked.content AND rows.position < place.position
-        ORDER BY rows.position DESC
-        LIMIT 1
-    ), 0) AS occurrence
+    SELECT rows.content, rows.ticket
     FROM asked, place
+    JOIN rows ON rows.content = asked.content AND rows.position < place.position
+    GROUP BY rows.content
 """
 
 _ASKED_BEFORE = """

@@ -52,7 +52,7 @@ from runner.errors import (
 from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
 from runner.private import for_owner_only, keep_private
-from runner.progress import printable, summary_table, sweep_table, write
+from runner.progress import printable, say, summary_table, sweep_table, write
 from runner.signals import Preempted, first_signal, preemption
 from runner.sweep import Cell, Sweep
 
@@ -157,7 +157,7 @@ def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
             raise  # else the cell says so itself, and the others go on
     else:
         for warning in unshared(config, launcher):
-            write(sys.stderr, f"{warning}\n")
+            say(sys.stderr, warning)
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
     return sweep, swept
@@ -184,7 +184,7 @@ def _plan(arguments: Sequence[str]) -> int:
     from runner.plan import make_plan, together
 
     def end(signum: int) -> None:
-        write(sys.stderr, f"runner: {Interrupted(signum)}\n")
+        say(sys.stderr, f"runner: {Interrupted(signum)}")
         raise SystemExit(128 + signum)  # so that the copies that were planned in are removed
 
     _calm_garbage_collector()
@@ -192,10 +192,10 @@ def _plan(arguments: Sequence[str]) -> int:
     with first_signal(end):
         for name, config, folder in planned(arguments):
             plan = asyncio.run(make_plan(config, folder))
-            write(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n\n")
+            say(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n")
             plans.append(plan)
     if len(plans) > 1:
-        write(sys.stdout, f"{len(plans)} runs together\n{together(plans)}\n\n")
+        say(sys.stdout, f"{len(plans)} runs together\n{together(plans)}\n")
     write(sys.stdout, "Nothing was sent. Without plan=true the same command does it.\n")
     return FINISHED
 
@@ -223,13 +223,13 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         whole=joined({key: value for key, value in own.items() if key != _SHARD}),
     )
     if sweep is not None:
-        write(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}\n")
+        say(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}")
         sweep.note(cell)
     if sweep is not None and (signum := sweep.stopped_by) is not None:
         cell = replace(cell, exit_code=128 + signum, message="not begun")
     else:
         with preemption():
-            cell = _ended(cell, composed)
+            cell = _ended(cell, composed, sweep)
     if sweep is not None:
         sweep.note(cell)
         if cell.exit_code is not None and cell.exit_code > 128 and not sweep.is_parallel:
@@ -237,14 +237,16 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
     return asdict(cell)
 
 
-def _ended(cell: Cell, composed: DictConfig) -> Cell:
+def _ended(cell: Cell, composed: DictConfig, sweep: Sweep | None) -> Cell:
     """Run the cell, whatever comes."""
     folder = Path(cell.folder)
     try:
         report = _run(composed, folder)
     except (ConfigError, StoreError) as error:
         logger.error(error)
-        return replace(cell, exit_code=_complain(str(error)), message=str(error))
+        message = str(error)
+        told = _first_with(message, sweep)
+        return replace(cell, exit_code=_complain(message if told is None else f"as in #{told}"), message=message)
     except (KeyboardInterrupt, Preempted):
         raise
     except BaseException as error:  # a bug, or sys.exit in a function of the user's, which would end the other cells
@@ -255,6 +257,13 @@ def _ended(cell: Cell, composed: DictConfig) -> Cell:
     return replace(cell, exit_code=report.exit_code, message=report.message, summary=dict(report.summary))
 
 
+def _first_with(message: str, sweep: Sweep | None) -> int | None:
+    """The number of the cell that has said so already."""
+    with suppress(StoreError):
+        return next((cell.number for cell in sweep.cells() if cell.message == message), None) if sweep else None
+    return None
+
+
 def _launcher_failed(error: Exception, sweep: Sweep) -> int:
     """Say why a multirun ended before its cells: a worker was killed, a cluster gave up, or somebody ended it."""
     if (signum := sweep.stopped_by) is not None:  # workers without a cell die of it, and the launcher of that
@@ -262,7 +271,7 @@ def _launcher_failed(error: Exception, sweep: Sweep) -> int:
         return 128 + signum
     first = str(error).strip().partition("\n")[0]
     _complain(f"the launcher failed with {type(error).__name__}: {first}; see {_keep_traceback(sweep.folder)}")
-    write(sys.stderr, "Cells that are done are kept: the same command goes on with the others.\n")
+    say(sys.stderr, "Cells that are done are kept: the same command goes on with the others.")
     return CELLS_FAILED
 
 
@@ -313,7 +322,7 @@ def _say_why(report: Report, config: RunnerConfig) -> None:
         conditions = {"resume=auto": config.resume is Resume.fresh, "a larger budget": _is_spent(report)}
         needed = " and ".join(condition for condition, holds in conditions.items() if holds)
         command = f"With {needed}, the same command" if needed else "The same command"
-        write(sys.stderr, f"{printable(report.message)}\n{command} {again}.\n")
+        say(sys.stderr, f"{printable(report.message)}\n{command} {again}.")
 
 
 def _is_spent(report: Report) -> bool:
@@ -347,9 +356,7 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     if not cells:
         return exit_code
     if len(cells) == 1 and not _is_interrupted(exit_code, cells):  # else others may not have begun
-        write(
-            sys.stderr, "\n-m, but one cell: values that a comma separates make several, texts with commas in quotes\n"
-        )
+        say(sys.stderr, "\n-m, but one cell: values that a comma separates make several, texts with commas in quotes")
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
     merged = _merge_shards(sweep)
@@ -414,5 +421,5 @@ def _track_sweep(sweep: Sweep, exit_code: int) -> None:
 
 
 def _complain(message: str) -> int:
-    write(sys.stderr, f"runner: {printable(message)}\n")
+    say(sys.stderr, f"runner: {printable(message)}")
     return BAD_CONFIG

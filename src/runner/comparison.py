@@ -22,18 +22,24 @@ import orjson
 from runner import figures
 from runner.database import RUN_DATABASE
 from runner.intervals import Interval, mean_interval, paired_shares_interval
-from runner.progress import printable, show_table, write
+from runner.progress import printable, say, show_table, write
 from runner.results import samples_of
 from runner.store import Store
 
-_SHOWN = 10
+_MOST_SHOWN = 10
 """Comparisons that are printed."""
+
+_UNTHINKABLE = 1e12
+"""Rows that nobody has."""
 
 CONFIDENCE = 0.99
 """Of an interval. A comparison has several of them, and at 95 % every fourth or so would find what is not there."""
 
 _POWER = ((2.5758 + 0.8416) / 2.5758) ** 2
 """How many times the rows of an interval that just excludes zero it takes to exclude it four times in five."""
+
+_NOISE = 1e-9
+"""Relative differences of means that come of adding numbers up."""
 
 SCORE = "score "
 """What the name of a scorer's figure begins with."""
@@ -55,7 +61,7 @@ class Difference:
 
     @property
     def value(self) -> float:
-        return self.second - self.first
+        return 0.0 if math.isclose(self.first, self.second, rel_tol=_NOISE) else self.second - self.first
 
     @property
     def is_told(self) -> bool:
@@ -189,7 +195,7 @@ _SETTLED = f"""
     SELECT rows.position, rows.metadata, rows.scores, error_type,
         {", ".join(f"{column} AS {name}" for name, column in _COLUMNS.items())}
     FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    JOIN answers USING (ticket)
     ORDER BY rows.position
 """
 
@@ -207,7 +213,7 @@ class Pairs:
         for name, first in here.items():
             second = there.get(name)
             if second is not None:
-                self._sums.setdefault(name, _Sums()).add(first, second)
+                self._sums.setdefault(name, _Sums(_may_be_share(name))).add(first, second)
 
     def differences(self) -> list[Difference]:
         """Scores first, then failures, then what it took. What neither run ever has is left out."""
@@ -215,14 +221,19 @@ class Pairs:
         return [self._sums[name].difference(name) for name in order if name in self._sums]
 
 
+def _may_be_share(name: str) -> bool:
+    """A score that is always 0 or 1 is a share of the rows; a count that happens to be is none."""
+    return name == FAILED or name.startswith(SCORE)
+
+
 class _Sums:
     """One figure over pairs: the means, how the differences spread, and for shares who succeeded where."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_be_share: bool) -> None:
         self._n = 0
         self._first = self._second = 0.0
         self._mean = self._squares = 0.0  # of the differences, by Welford's method
-        self._is_share = True
+        self._is_share = may_be_share
         self._outcomes = Counter[tuple[float, float]]()
 
     def add(self, first: Sequence[float], second: Sequence[float]) -> None:
@@ -264,16 +275,16 @@ class _Sums:
 
 def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> None:
     """Print the differences of runs to the first one."""
-    for each in comparisons[:_SHOWN]:
+    for each in comparisons[:_MOST_SHOWN]:
         title = f"{each.second} - {each.first}"
         if each.refusal is not None:
-            write(stream, f"\nnot compared: {printable(title)}: {each.refusal}\n")
+            say(stream, f"\nnot compared: {printable(title)}: {each.refusal}")
             continue
         note = "" if each.same_prompts else ", with other prompts"
-        write(stream, f"\ndifferences over the same rows{note}: {printable(title)}\n")
+        say(stream, f"\ndifferences over the same rows{note}: {printable(title)}")
         show_table(HEADER, [difference_cells(difference) for difference in each.differences], stream=stream)
-    if len(comparisons) > _SHOWN:
-        write(stream, f"\n{len(comparisons) - _SHOWN} more: python -m runner.report\n")
+    if len(comparisons) > _MOST_SHOWN:
+        write(stream, f"\n{len(comparisons) - _MOST_SHOWN} more: python -m runner.report\n")
 
 
 HEADER = ("", "first", "second", "difference", "99 % interval", "rows", "")
@@ -282,13 +293,14 @@ HEADER = ("", "first", "second", "difference", "99 % interval", "rows", "")
 def difference_cells(difference: Difference) -> list[str]:
     """A difference under the `HEADER`."""
     interval = difference.interval
-    share, points = (_percent, _points) if difference.is_share else (_plain, _plain)
+    level = _percent if difference.is_share else _SHOWN_AS.get(difference.figure, _plain)
+    change = _points if difference.is_share else level
     return [
-        printable(difference.figure),
-        share(difference.first),
-        share(difference.second),
-        f"{'+' if difference.value > 0 else ''}{points(difference.value)}",
-        "" if interval is None else f"[{points(interval.low)}, {points(interval.high)}]",
+        printable(_NAMES.get(difference.figure, difference.figure)),
+        level(difference.first),
+        level(difference.second),
+        f"{'+' if difference.value > 0 else ''}{change(difference.value)}",
+        "" if interval is None else f"[{change(interval.low)}, {change(interval.high)}]",
         f"{difference.pairs:,}",
         finding(difference),
     ]
@@ -303,7 +315,7 @@ def finding(difference: Difference) -> str:
     if difference.interval.low == difference.interval.high:
         return "the same"
     wanted = difference.pairs_wanted
-    if wanted is None:
+    if wanted is None or wanted > _UNTHINKABLE:
         return "cannot tell: no difference in these rows"
     return f"cannot tell: it would take about {wanted if wanted < 1000 else figures.short(wanted)} rows"
 
@@ -318,4 +330,26 @@ def _points(value: float) -> str:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
+
+
+def _dollars(value: float) -> str:
+    return f"{'-' if value < 0 else ''}{figures.small_dollars(abs(value))}"
+
+
+_NAMES = {
+    "latency_s": "latency",
+    "ttft_s": "TTFT",
+    "itl_s": "ITL",
+    "prompt_tokens": "prompt tokens",
+    "completion_tokens": "completion tokens",
+    "cost_usd": "cost",
+}
+"""What figures are called where their unit is shown."""
+
+_SHOWN_AS = {"latency_s": _seconds, "ttft_s": _seconds, "itl_s": _seconds, "cost_usd": _dollars}
+"""How figures with a unit are shown."""

@@ -21,7 +21,7 @@ from runner.private import check_folder, make_private, open_private
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
 
 PATIENCE_S = 10.0
@@ -299,6 +299,25 @@ _MIGRATIONS = {
         ALTER TABLE answers ADD COLUMN shared INTEGER NOT NULL DEFAULT 0;
         ALTER TABLE attempts ADD COLUMN shared INTEGER NOT NULL DEFAULT 0;
         PRAGMA user_version = 3;
+    """,
+    3: f"""
+        ALTER TABLE rows ADD COLUMN ticket INTEGER NOT NULL DEFAULT 0;
+        UPDATE rows SET ticket = ifnull(
+            (SELECT id FROM answers WHERE content = rows.content AND occurrence = rows.occurrence),
+            {1 << 31} + (
+                SELECT min(position) FROM rows AS first
+                WHERE first.content = rows.content AND first.occurrence = rows.occurrence
+            )
+        );
+        DROP INDEX answers_failed;
+        DROP INDEX answers_by_key;
+        DROP INDEX rows_by_content;
+        ALTER TABLE rows DROP COLUMN occurrence;
+        ALTER TABLE answers DROP COLUMN occurrence;
+        ALTER TABLE attempts DROP COLUMN occurrence;
+        ALTER TABLE answers RENAME COLUMN id TO ticket;
+        CREATE INDEX answers_failed ON answers (error_type) WHERE error_type IS NOT NULL;
+        PRAGMA user_version = 4;
     """,
 }
 """What makes a version the next one. All or nothing: a process that dies in it leaves the older version."""

@@ -26,7 +26,7 @@ from runner.budget import check_budget
 from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
 from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
-from runner.progress import printable, write
+from runner.progress import printable, say, write
 from runner.quota import readings
 from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport
 from runner.transports.models import listed_models, missing_keys
@@ -73,7 +73,9 @@ class Finding:
         if width is None:
             return f"{mark}  {subject}  {text}"
         room = max(width - _INDENT, 20)
-        first, *rest = wrap(f"{subject}  {text}", room, subsequent_indent=" " * 16, break_on_hyphens=False)
+        first, *rest = wrap(
+            f"{subject}  {text}", room, subsequent_indent=" " * 16, break_on_hyphens=False, break_long_words=False
+        )
         return "\n".join([f"{mark}  {first}", *(f"{'':<{_INDENT}}{line}" for line in rest)])
 
 
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = _compose(overrides)
     except ConfigError as error:
-        write(sys.stderr, f"runner: {printable(str(error))}\n")
+        say(sys.stderr, f"runner: {printable(str(error))}")
         return BAD_CONFIG
     return asyncio.run(_show(config, ask=given.ask))
 

@@ -139,7 +139,7 @@ async def _shown(
     run: Run, config: RunnerConfig, tracker: Tracker, settled: int, notes: Sequence[str]
 ) -> AsyncIterator[None]:
     """Keep progress and the tracker's time series up to date while the run is on."""
-    progress = open_progress(config.name)
+    progress = open_progress(config.name, is_resumed=settled > 0)
     if settled:
         progress.note(f"going on: {settled:,} answers are there")
     for note in notes:

@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ import orjson
 from runner.database import RUN_DATABASE
 from runner.database_url import path_of, results_path
 from runner.errors import BAD_CONFIG, ConfigError, StoreError
-from runner.progress import printable, write
+from runner.progress import printable, say
 from runner.prompt_rows import STORE_KIND, holds_rows, read_rows
+from runner.recorded import labels_of
 from runner.results import replacing, result_rows
 from runner.shards import find_shards, opened
 from runner.store import Store
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     if output != "-":
-        write(sys.stderr, f"{count:,} rows of {len(runs):,} {'run' if len(runs) == 1 else 'runs'}: {output}\n")
+        say(sys.stderr, f"{count:,} rows of {len(runs):,} {'run' if len(runs) == 1 else 'runs'}: {output}")
     return 0
 
 
@@ -107,26 +108,31 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
         ConfigError: There is none at one of them.
     """
     runs: list[ExportedRun] = []
-    stores: dict[Path, None] = {}
+    stores: dict[Path, str] = {}  # what sets each apart in its sweep
     for path in paths:
         sharded, found = _of_sweep(path)
-        found += [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE))
+        found |= dict.fromkeys([path] if path.is_file() else sorted(path.rglob(RUN_DATABASE)), "")
         if not found and not sharded:
             raise ConfigError(
                 f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's (runs/NAME/sweep-ID), or"
                 " one with runs in it (runs/NAME)"
             )
         runs += sharded
-        stores |= dict.fromkeys(found)
-    names = {store: store.absolute().parent.name if store.name == RUN_DATABASE else store.stem for store in stores}
-    ambiguous = {name for name, count in Counter(names.values()).items() if count > 1}
-    runs += [
-        ExportedRun(name=str(store) if name in ambiguous else name, stores=[store]) for store, name in names.items()
-    ]
-    return runs
+        stores |= {store: stores.get(store) or name for store, name in found.items()}
+    return [*runs, *(ExportedRun(name=name, stores=[store]) for store, name in _named(stores))]
 
 
-def _of_sweep(path: Path) -> tuple[list[ExportedRun], list[Path]]:
+def _named(stores: Mapping[Path, str]) -> Iterator[tuple[Path, str]]:
+    """Databases with names that tell them apart."""
+    others = [store for store, name in stores.items() if not name and store.name == RUN_DATABASE]
+    labels = dict(zip(others, labels_of([store.parent for store in others]), strict=True))
+    names = {store: name or labels.get(store, store.stem) for store, name in stores.items()}
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    for store, name in names.items():
+        yield store, str(store) if name in shared else name
+
+
+def _of_sweep(path: Path) -> tuple[list[ExportedRun], dict[Path, str]]:
     """The runs whose shards are cells of the sweep in this folder, and the databases of its other cells."""
     sweep = Sweep(path)
     sharded = [
@@ -134,8 +140,8 @@ def _of_sweep(path: Path) -> tuple[list[ExportedRun], list[Path]]:
         for shards in find_shards(sweep)
         if shards.stores
     ]
-    others = (Path(cell.folder, RUN_DATABASE) for cell in sweep.cells() if cell.shard is None)
-    return sharded, [store for store in others if store.is_file()]
+    others = {Path(cell.folder, RUN_DATABASE): cell.name for cell in sweep.cells() if cell.shard is None}
+    return sharded, {store: name for store, name in others.items() if store.is_file()}
 
 
 async def export_runs(runs: Sequence[ExportedRun], file: BinaryIO, form: str) -> int:
@@ -252,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _complain(message: str) -> int:
-    write(sys.stderr, f"runner.export: {printable(message)}\n")
+    say(sys.stderr, f"runner.export: {printable(message)}")
     return BAD_CONFIG
 
 

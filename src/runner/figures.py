@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 
@@ -48,6 +50,25 @@ def dollars(value: float) -> str:
     if value < 0.0001:
         return f"${value:.6f}" if value >= 0.000001 else "<$0.000001"
     return f"${value:.4f}" if value < 1 else f"${value:,.2f}"
+
+
+def small_dollars(value: float) -> str:
+    """US dollars in three digits, as for one request of many: ``$0.0123``, ``$2.63e-07``."""
+    return f"${value:.3g}" if value < 1 else dollars(value)
+
+
+def dollars_apart(values: Sequence[float]) -> list[str]:
+    """US dollars of values side by side: as `dollars`, with more digits where different ones would look the same.
+
+    Values that differ by less than a hundredth of the largest are taken for the same.
+    """
+    texts = [dollars(value) for value in values]
+    least = max(values, default=0.0) / 100
+    ordered = sorted(zip(values, texts, strict=True))
+    if not any(one[1] == two[1] and two[0] - one[0] >= least > 0 for one, two in pairwise(ordered)):
+        return texts
+    decimals = 2 - math.floor(math.log10(max(values)))
+    return [f"${value:,.{decimals}f}" if value else "$0" for value in values]
 
 
 def seconds(value: float) -> str:

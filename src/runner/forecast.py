@@ -118,6 +118,6 @@ _ANSWERS = """
     SELECT deployment, prompt_tokens, completion_tokens, cached_tokens, total_tokens, cost_usd
     FROM answers
     WHERE error_type IS NULL AND reused_from IS NULL
-    ORDER BY id DESC
+    ORDER BY ticket DESC
     LIMIT ?
 """

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,15 +122,20 @@ class WorkloadHasher:
 
     def add(self, fields: Mapping[str, Any], asked: Any) -> None:
         """The next row: its fields as the dataset has them, and the input that was made of it (JSON-like)."""
-        for digest, value in ((self._rows, fields), (self._inputs, asked)):
-            with suppress(ValueError):  # nested beyond measure: such a row fails, whoever is asked
-                digest.update(dump_json(value))
-            digest.update(b"\n")
+        self._rows.update(_line(fields))
+        self._inputs.update(_line(asked))
 
     @property
     def facts(self) -> dict[str, str]:
         """Both hashes, as a store's meta has them."""
         return {"rows": self._rows.hexdigest(), "inputs": self._inputs.hexdigest()}
+
+
+def _line(value: Any) -> bytes:
+    try:
+        return dump_json(value) + b"\n"
+    except ValueError:  # nested beyond measure: such a row fails, whoever is asked
+        return b"\n"
 
 
 def _place(dataset: DatasetConfig) -> str | None:

@@ -9,8 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-from runner.types import TokenUsage
+from typing import Protocol
 
 RECENT_S = 10.0
 """How far back the recent rates look, in seconds."""
@@ -109,6 +108,19 @@ class Snapshot:
         return {f"ts/{key}": value for key, value in point.items() if value is not None}
 
 
+class Usage(Protocol):
+    """Tokens that an answer took, as a `TokenUsage` or a stored answer has them. None: none, or unknown."""
+
+    @property
+    def prompt_tokens(self) -> int | None: ...
+    @property
+    def completion_tokens(self) -> int | None: ...
+    @property
+    def cached_tokens(self) -> int | None: ...
+    @property
+    def reasoning_tokens(self) -> int | None: ...
+
+
 class Meter:
     """Counts what a run does, in constant memory, from one thread.
 
@@ -138,7 +150,7 @@ class Meter:
 
     def answered(
         self,
-        usage: TokenUsage | None,
+        usage: Usage | None,
         *,
         cost_usd: float | None,
         latency_s: float,
@@ -156,9 +168,10 @@ class Meter:
         """
         tokens = 0
         if usage is not None:
-            tokens = usage.prompt_tokens + usage.completion_tokens
-            self._prompt_tokens += usage.prompt_tokens
-            self._completion_tokens += usage.completion_tokens
+            prompt_tokens, completion_tokens = usage.prompt_tokens or 0, usage.completion_tokens or 0
+            tokens = prompt_tokens + completion_tokens
+            self._prompt_tokens += prompt_tokens
+            self._completion_tokens += completion_tokens
             self._cached_tokens += usage.cached_tokens or 0
             self._reasoning_tokens += usage.reasoning_tokens or 0
         if cost_usd is None:

@@ -12,7 +12,7 @@ from runner.identity import dump_text
 from runner.metrics import Meter
 from runner.response_format import ResponseFormat
 from runner.store import Outcome
-from runner.types import Embeddings, Generation, Response, TokenUsage, Trace, Transcript
+from runner.types import Embeddings, Generation, Response, Trace, Transcript
 from runner.vector import pack
 
 
@@ -30,8 +30,8 @@ def success(
     """
     usage = response.usage
     return Outcome(
+        ticket=key[1],
         content=key[0],
-        occurrence=key[1],
         settled_at=time.time(),
         **_columns(response.output, response_format),
         request_id=response.request_id,
@@ -56,8 +56,8 @@ def failure(key: tuple[bytes, int], trace: Trace, error: ItemError, *, shared: b
     """The stored form of a row that failed; ``shared`` as in `success`."""
     row = error.as_row()
     return Outcome(
+        ticket=key[1],
         content=key[0],
-        occurrence=key[1],
         settled_at=time.time(),
         error_type=row["type"],
         error_message=row["message"],
@@ -79,17 +79,8 @@ def count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
         if outcome.error_type is not None:
             meter.failed(outcome.error_type, retries=retries)
             continue
-        usage = None
-        if outcome.total_tokens is not None:
-            usage = TokenUsage(
-                prompt_tokens=outcome.prompt_tokens or 0,
-                completion_tokens=outcome.completion_tokens or 0,
-                total_tokens=outcome.total_tokens,
-                reasoning_tokens=outcome.reasoning_tokens,
-                cached_tokens=outcome.cached_tokens,
-            )
         meter.answered(
-            usage,
+            None if outcome.total_tokens is None else outcome,
             cost_usd=outcome.cost_usd,
             latency_s=outcome.service_time_s,
             queue_wait_s=outcome.queue_wait_s,

@@ -153,9 +153,9 @@ class _Draft:
             self._keep["sharing the answer of another row"] += 1
         elif known.answered:
             self._keep[_why_kept(fact)] += 1
-            is_new = fact["id"] not in self._counted
+            is_new = fact["ticket"] not in self._counted
             if is_new and len(self._answers) < SAMPLE and fact["total_tokens"] is not None:
-                self._counted.add(fact["id"])
+                self._counted.add(fact["ticket"])
                 self._answers.append(_Answer.of(fact, self._estimate(item)))
         elif item.error is not None:
             self._keep["cannot be asked"] += 1
@@ -401,20 +401,20 @@ _BEFORE = """
         position INTEGER PRIMARY KEY, content BLOB, settled INTEGER, error_type TEXT, finish_reason TEXT
     );
     INSERT INTO before
-    SELECT rows.position, rows.content, answers.id IS NOT NULL, answers.error_type, answers.finish_reason
+    SELECT rows.position, rows.content, answers.ticket IS NOT NULL, answers.error_type, answers.finish_reason
     FROM rows
-    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence;
+    LEFT JOIN answers USING (ticket);
 """
 
 _FACTS = """
     SELECT
         rows.position, rows.content, before.content AS before, before.settled AS before_settled,
         before.error_type AS before_error, before.finish_reason AS before_finish,
-        answers.id, answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
+        answers.ticket, answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
         answers.total_tokens, answers.cached_tokens, answers.service_time_s
     FROM rows
     LEFT JOIN before ON before.position = rows.position
-    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    LEFT JOIN answers USING (ticket)
     WHERE rows.position BETWEEN ? AND ?
 """
 
@@ -423,13 +423,13 @@ _INSERTED = """
     FROM rows
     JOIN before ON before.position = rows.position AND before.content != rows.content
     WHERE rows.session = (SELECT max(id) FROM sessions)
-        AND EXISTS (SELECT 1 FROM rows AS now WHERE now.content = before.content)
+        AND before.content IN (SELECT content FROM rows)
 """
 
 _USUAL = """
     SELECT completion_tokens, service_time_s
     FROM answers
     WHERE error_type IS NULL AND reused_from IS NULL AND total_tokens IS NOT NULL AND deployment IN ({marks})
-    ORDER BY id DESC
+    ORDER BY ticket DESC
     LIMIT ?
 """

@@ -17,6 +17,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TextIO
 
 from runner import figures
+from runner.layout import blocks, column_widths, laid_out, paragraph, remarks_of, wrapped
 from runner.metrics import Snapshot
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def open_progress(
     *,
     stream: TextIO | None = None,
     interval_s: float = 5.0,
+    is_resumed: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
     """A live bar where ``stream`` is a terminal, otherwise a plain line now and then.
@@ -55,13 +57,14 @@ def open_progress(
         title: What runs.
         stream: Where to; ``sys.stderr`` by default.
         interval_s: Seconds between two plain lines, at least.
+        is_resumed: Whether there were sessions before this one, whose cost and time are not in what is shown.
         clock: Seconds, monotonic.
     """
     stream = sys.stderr if stream is None else stream
     console = _terminal(stream)
     if console is None:
-        return _Lines(title, stream, interval_s, clock)
-    return _LiveBar(title, console, clock)
+        return _Lines(title, stream, interval_s, is_resumed, clock)
+    return _LiveBar(title, console, is_resumed, clock)
 
 
 def summary_table(
@@ -79,30 +82,24 @@ def summary_table(
     facts = list(_facts(summary))
     location = None if results is None else printable(str(results))
     console = _terminal(stream)
-    if console is None:
-        if location is not None:
-            facts.append(_Fact("results", location))
-        width = max((len(fact.label) for fact in facts), default=0)
-        write(stream, "".join(f"{fact.label:<{width}}  {fact.value}\n" for fact in facts))
+    lines = [[fact.label, fact.value] for fact in facts]
+    widths = None if console is None else column_widths(["", ""], lines, console.width)
+    if console is not None and widths is not None:
+        with suppress(OSError):
+            _draw_table(console, [], lines, widths, [["bold", fact.style] for fact in facts])
+        if location is not None:  # outside the table: a path that is broken cannot be copied
+            write(stream, f"results  {location}\n")
         return
-
-    from rich.box import ROUNDED
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=ROUNDED, show_header=False, border_style="dim")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for fact in facts:
-        table.add_row(Text(fact.label), Text(fact.value, style=fact.style))
-    with suppress(OSError):
-        console.print(table)
-        if location is not None:  # outside the table: a path that is folded cannot be copied
-            console.print(Text(f"results  {location}"), soft_wrap=True)
+    if location is not None:
+        facts.append(_Fact("results", location))
+    width = max((len(fact.label) for fact in facts), default=0)
+    write(stream, "".join(f"{fact.label:<{width}}  {fact.value}\n" for fact in facts))
 
 
 def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = None) -> None:
     """Print the cells of a sweep side by side: a table where ``stream`` is a terminal, otherwise aligned text.
+
+    Below it stands why cells failed, once where it is the same for several.
 
     Args:
         cells: Each with its ``name``, what sets it apart, its ``exit_code`` (None: killed), the ``summary`` of its
@@ -111,12 +108,12 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     """
     stream = sys.stdout if stream is None else stream
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
-    header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate", ""]
+    header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
     lines = [_cell_line(cell, scores) for cell in cells]
-    if not any(line[-1] for line in lines):  # none failed
-        header, lines = header[:-1], [line[:-1] for line in lines]
     styles = {"0": "", "3": "yellow"}
     show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
+    for remark in remarks_of([[line[0], _why(cell)] for line, cell in zip(lines, cells, strict=True)]):
+        say(stream, remark)
 
 
 def show_table(
@@ -124,12 +121,16 @@ def show_table(
     lines: Sequence[Sequence[str]],
     *,
     styles: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
     stream: TextIO | None = None,
 ) -> None:
     """Print lines of cells below a header: a table where ``stream`` is a terminal, otherwise aligned text.
 
+    On a terminal no word and no figure is broken: `runner.layout` says what gives way instead.
+
     Args:
         styles: Of each line, as rich knows them.
+        optional: Columns that a narrow terminal goes without, the first one first.
         stream: Where to; ``sys.stdout`` by default.
     """
     stream = sys.stdout if stream is None else stream
@@ -142,17 +143,62 @@ def show_table(
         write(stream, "\n" + "".join(f"{line.rstrip()}\n" for line in padded))
         return
 
+    layout = laid_out(header, lines, console.width, optional=optional)
+    style_of = styles or [""] * len(lines)
+    with suppress(OSError):
+        if layout.widths is None:
+            console.print()
+            for block, style in zip(blocks(layout.header, layout.lines, console.width), style_of, strict=True):
+                _print(console, block, style)
+        else:
+            cell_styles = [[style] * len(layout.header) for style in style_of]
+            _draw_table(console, layout.header, layout.lines, layout.widths, cell_styles)
+    if layout.left_out:
+        say(stream, f"not shown, for want of columns: {', '.join(layout.left_out)}")
+    for remark in layout.remarks:
+        say(stream, remark)
+
+
+def say(stream: TextIO | None, text: str) -> None:
+    """Write lines of text, which are broken at spaces where ``stream`` is a terminal."""
+    console = _terminal(stream)
+    lines = text.split("\n")
+    if console is not None:
+        lines = [part for line in lines for part in paragraph(line, console.width)]
+    write(stream, "".join(f"{line}\n" for line in lines))
+
+
+def _draw_table(
+    console: Console,
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    styles: Sequence[Sequence[str]],  # of each cell
+) -> None:
     from rich.box import ROUNDED
     from rich.table import Column, Table
     from rich.text import Text
 
-    columns = (Column(name, overflow="fold") for name in header)  # what is cut off cannot be read
-    table = Table(*columns, box=ROUNDED, border_style="dim")
-    for number, line in enumerate(lines):
-        style = styles[number] if styles else ""
-        table.add_row(*(Text(text, style=style) for text in line))
-    with suppress(OSError):
-        console.print(table)
+    def text(cell: str, width: int, style: str = "") -> Text:
+        return Text("\n".join(wrapped(cell, width)), style=style, no_wrap=True, overflow="ignore")
+
+    names = header or [""] * len(widths)
+    columns = (
+        Column(text(name, width), width=width, no_wrap=True, overflow="ignore")
+        for name, width in zip(names, widths, strict=True)
+    )
+    table = Table(*columns, box=ROUNDED, border_style="dim", show_header=bool(header))
+    for line, line_styles in zip(lines, styles, strict=True):
+        table.add_row(*map(text, line, widths, line_styles))
+    console.print(table)
+
+
+def _print(console: Console, lines: Sequence[str], style: str = "") -> None:
+    """Print lines that are as long as they are to be."""
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
@@ -168,13 +214,12 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
         *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,
         f"{figures.short(rate)}/s" if rate else "",
-        _why(cell) if cell["exit_code"] not in (0, 3) else "",
     ]
 
 
 def _why(cell: Mapping[str, Any]) -> str:
-    """Why a cell failed, as long as a line of a table may be."""
-    message = printable(cell.get("message") or "")
+    """Why a cell failed, as far as there is room for it; empty where it did not."""
+    message = printable(cell.get("message") or "") if cell["exit_code"] not in (0, 3) else ""
     return message if len(message) <= _WHY_LENGTH else f"{message[: _WHY_LENGTH - 1]}…"
 
 
@@ -201,7 +246,7 @@ def write(stream: TextIO | None, text: str) -> None:
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-_WHY_LENGTH = 100
+_WHY_LENGTH = 500
 _NOTE_CHARACTERS = 2_000  # of a note: servers answer with whole pages
 
 
@@ -210,10 +255,11 @@ class _LiveBar:
 
     _REDRAW_S = 0.1
 
-    def __init__(self, title: str, console: Console, clock: Callable[[], float]) -> None:
+    def __init__(self, title: str, console: Console, is_resumed: bool, clock: Callable[[], float]) -> None:
         from rich.live import Live
 
         self._title = printable(title)
+        self._is_resumed = is_resumed
         self._console = console
         self._clock = clock
         self._live = Live(
@@ -238,13 +284,11 @@ class _LiveBar:
             self._draw(snapshot)
 
     def note(self, text: str) -> None:
-        from rich.text import Text
-
         if self._closed:
             return
         with suppress(OSError):
             for line in _note_lines(text):
-                self._console.print(Text(line, overflow="fold"))
+                _print(self._console, paragraph(line, self._console.width))
 
     def close(self) -> None:
         if self._closed:
@@ -256,7 +300,7 @@ class _LiveBar:
             self._live.stop()
 
     def _draw(self, snapshot: Snapshot, *, closing: bool = False) -> None:
-        columns = _columns(snapshot, closing=closing)
+        columns = _columns(snapshot, closing=closing, is_resumed=self._is_resumed)
         # a column keeps the width it once had, or the bar would jump with every digit
         if len(self._widths) != len(columns):
             self._widths = [0] * len(columns)
@@ -321,8 +365,11 @@ class _Line:
 class _Lines:
     """A line of text now and then, for logs and pipes."""
 
-    def __init__(self, title: str, stream: TextIO | None, interval_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, title: str, stream: TextIO | None, interval_s: float, is_resumed: bool, clock: Callable[[], float]
+    ) -> None:
         self._title = printable(title)
+        self._is_resumed = is_resumed
         self._stream = stream
         self._interval_s = interval_s
         self._clock = clock
@@ -351,7 +398,7 @@ class _Lines:
             self._show(self._last, closing=True)
 
     def _show(self, snapshot: Snapshot, *, closing: bool = False) -> None:
-        texts = (column.text for column in _columns(snapshot, closing=closing))
+        texts = (column.text for column in _columns(snapshot, closing=closing, is_resumed=self._is_resumed))
         write(self._stream, "  ".join([self._title, *texts]) + "\n")
 
 
@@ -361,14 +408,16 @@ class _Column(NamedTuple):
     style: str = ""
 
 
-def _columns(snapshot: Snapshot, *, closing: bool) -> list[_Column]:
-    """A snapshot in words, in the order they are read. Closing, it speaks of the whole time."""
+def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Column]:
+    """A snapshot in words, in the order they are read. Closing, it speaks of the whole session."""
     columns = [
         _Column(_rows(snapshot), 9),
         _Column(f"failed {snapshot.failed:,}", 8, "red" if snapshot.failed else ""),
     ]
     if snapshot.reused:
         columns.append(_Column(f"reused {snapshot.reused:,}", 2))
+    if is_resumed:
+        columns.append(_Column("this session:", 6))
     if closing:
         columns.append(_Column(f"{figures.short(_mean_rate(snapshot))} rows/s", 6))
     else:

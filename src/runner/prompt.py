@@ -11,8 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from runner.config import TaskKind
 from runner.dataset import Row
@@ -36,8 +35,7 @@ INPUT_FIELDS: Mapping[Interface, tuple[str, ...]] = {
 """The fields that hold a row's own input. Where a row has several, the first that is not null is asked."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class Ask(NamedTuple):
     """What is asked for one row."""
 
     input: Any  # what the task's requests are made of, as JSON could hold it

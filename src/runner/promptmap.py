@@ -384,10 +384,10 @@ _ANSWERS = """
     SELECT
         answers.output_text AS text,
         CASE
-            WHEN answers.id IS NULL THEN 'it was not asked'
+            WHEN answers.ticket IS NULL THEN 'it was not asked'
             ELSE answers.error_type || ': ' || ifnull(answers.error_message, '')
         END AS error
     FROM rows
-    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    LEFT JOIN answers USING (ticket)
     ORDER BY rows.position
 """

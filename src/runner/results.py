@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 CURRENT = """
     FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    JOIN answers USING (ticket)
 """
 """The rows that the dataset holds now, each with what came of it, as the end of a SELECT."""
 
 
-async def result_rows(
+def result_rows(
     *stores: Store, limit: int | None = None, failed: bool | None = None
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The settled rows in the dataset's order, each in the shape of a line of ``results.jsonl``.
@@ -48,8 +48,14 @@ async def result_rows(
     Raises:
         StoreError: There is something else in the store than a run puts there; names the row.
     """
-    left = limit
     shards = [_result_rows(store, limit=limit, failed=failed) for store in stores]
+    return shards[0] if len(shards) == 1 else _merged(shards, limit)
+
+
+async def _merged(
+    shards: Sequence[AsyncGenerator[dict[str, Any], None]], limit: int | None
+) -> AsyncGenerator[dict[str, Any], None]:
+    left = limit
     async with aclosing(in_order(shards, key=lambda row: (row["_index"], row.get("_sample", 0)))) as rows:
         async for row in rows:
             if left is not None and (left := left - 1) < 0:
@@ -91,10 +97,6 @@ def samples_of(meta: Mapping[str, str]) -> int:
 async def in_order(streams: Sequence[AsyncGenerator[T, None]], *, key: Callable[[T], Any]) -> AsyncGenerator[T, None]:
     """The entries of several streams in one order, that of ``key``, which each of them keeps for itself."""
     async with AsyncExitStack() as stack:
-        if len(streams) == 1:
-            async for entry in await stack.enter_async_context(aclosing(streams[0])):
-                yield entry
-            return
         for stream in streams:
             await stack.enter_async_context(aclosing(stream))
         heads = []
@@ -217,7 +219,7 @@ _USED = """
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
         coalesce(sum(retries) FILTER (WHERE NOT shared), 0) AS retries
     FROM answers
-    WHERE EXISTS (SELECT 1 FROM rows WHERE rows.content = answers.content AND rows.occurrence = answers.occurrence)
+    WHERE ticket IN (SELECT ticket FROM rows)
 """
 
 _SPENT = """
@@ -237,7 +239,7 @@ _SPENT = """
     FROM attempt
 """
 
-_DEDUPLICATED = "SELECT (SELECT count(*) FROM rows) - (SELECT count(*) FROM (SELECT DISTINCT content FROM rows)) AS n"
+_DEDUPLICATED = "SELECT count(*) - count(DISTINCT ticket) AS n FROM rows"
 
 _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""

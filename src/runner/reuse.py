@@ -12,7 +12,7 @@ from typing import Any
 from runner.claims import Elsewhere
 from runner.database import RUN_DATABASE
 from runner.errors import StoreError
-from runner.store import Key, Outcome, Store
+from runner.store import Outcome, Store
 from runner.task import Item
 from runner.workload import Workload
 
@@ -57,23 +57,19 @@ class OtherRuns:
                     break
             yield cls(stores, notes)
 
-    async def find(self, asked: Sequence[tuple[Item, int]]) -> list[Outcome]:
-        """The answers there are to ``asked``, each given with its occurrence."""
-        missing = {(item.content, occurrence) for item, occurrence in asked}
-        found: list[Outcome] = []
+    async def find(self, asked: Sequence[Item]) -> list[Outcome | None]:
+        """An answer to each of ``asked``, or None. None is handed out twice."""
+        found: list[Outcome | None] = [None] * len(asked)
         for name, store in list(self._stores.items()):
-            if not missing:
-                break
+            missing = [n for n, answer in enumerate(found) if answer is None]
             try:
-                answers = await store.find(list(missing))
+                answers = await store.take([asked[n].content for n in missing])
             except StoreError as error:
                 self.notes.append(f"nothing more is taken over from there: {error}")
                 del self._stores[name]
                 continue
-            for answer in answers:
-                key = answer.content, answer.occurrence
-                missing.discard(key)
-                found.append(_taken_over(answer, key, name))
+            for n, answer in zip(missing, answers, strict=True):
+                found[n] = None if answer is None else _taken_over(answer, name)
         return found
 
 
@@ -114,20 +110,16 @@ class OtherLimits:
         hashers = [(workload.hasher(each), _most(each), asks) for asks, each in reversed(list(limits.items()))]
         self._others = [(hasher, limit) for hasher, limit, asks in hashers if hasher.common == asks]
 
-    async def find(self, asked: Sequence[tuple[Item, int]]) -> list[Outcome]:
-        """The answers there are to ``asked``, each given with its occurrence."""
-        found: dict[Key, Outcome] = {}
+    async def find(self, asked: Sequence[Item]) -> list[Outcome | None]:
+        """An answer to each of ``asked``, or None. None is handed out twice."""
+        found: list[Outcome | None] = [None] * len(asked)
         for hasher, limit in self._others:
-            keys = {
-                (self._workload.content(item, hasher), occurrence): (item.content, occurrence)
-                for item, occurrence in asked
-                if (item.content, occurrence) not in found
-            }
-            for answer in await self._store.find(list(keys)):
-                if not _was_cut_off(answer) and self._has_room(answer, limit):
-                    key = keys[answer.content, answer.occurrence]
-                    found[key] = _taken_over(answer, key, self._name)
-        return list(found.values())
+            missing = [n for n, answer in enumerate(found) if answer is None]
+            answers = await self._store.take([self._workload.content(asked[n], hasher) for n in missing])
+            for n, answer in zip(missing, answers, strict=True):
+                if answer is not None and not _was_cut_off(answer) and self._has_room(answer, limit):
+                    found[n] = _taken_over(answer, self._name)
+        return found
 
     def _has_room(self, answer: Outcome, limit: int | None) -> bool:
         if self._limit is None or (limit is not None and limit <= self._limit):
@@ -143,22 +135,21 @@ def run_name(folder: Path) -> str:
 def first_of(finders: Sequence[Elsewhere]) -> Elsewhere:
     """Looks into one place after the other."""
 
-    async def find(asked: Sequence[tuple[Any, int]]) -> list[Outcome]:
-        found: list[Outcome] = []
+    async def find(asked: Sequence[Any]) -> list[Outcome | None]:
+        found: list[Outcome | None] = [None] * len(asked)
         for finder in finders:
-            keys = {(each.content, each.occurrence) for each in found}
-            rest = [(claim, occurrence) for claim, occurrence in asked if (claim.content, occurrence) not in keys]
-            found += await finder(rest) if rest else []
+            missing = [n for n, answer in enumerate(found) if answer is None]
+            answers = await finder([asked[n] for n in missing]) if missing else ()
+            for n, answer in zip(missing, answers, strict=True):
+                found[n] = answer
         return found
 
     return find
 
 
-def _taken_over(answer: Outcome, key: Key, source: str) -> Outcome:
+def _taken_over(answer: Outcome, source: str) -> Outcome:
     """``answer`` as one of this run, which neither asked nor paid."""
     return answer._replace(
-        content=key[0],
-        occurrence=key[1],
         settled_at=time.time(),
         retries=0,
         cost_usd=0.0,

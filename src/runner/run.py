@@ -8,9 +8,9 @@ import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.advice import way_out
 from runner.batch import Stop, run_batch
@@ -51,7 +51,7 @@ _UNREACHED = 8
 """Requests that must find nobody at the address, with no success between, before the run gives up."""
 
 Claimed: TypeAlias = tuple[Item, int]
-"""An item and its occurrence."""
+"""An item and the ticket of its answer."""
 
 
 class Asks(Protocol):
@@ -221,7 +221,7 @@ class Run:
             known, ahead = await asyncio.gather(self._store.claim(chunk, terms), self._read(items, size))
             await self._score_known(chunk, known)
             asked = [
-                (item, fact.occurrence)
+                (item, fact.ticket)
                 for item, fact in zip(chunk, known, strict=True)
                 if not (fact.answered or fact.shared)
             ]
@@ -364,8 +364,7 @@ class Run:
         return dump_text(scores)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
+class _Flight(NamedTuple):
     """A request under way, and whom it asks for."""
 
     task: asyncio.Task[Any]
@@ -437,26 +436,20 @@ _SETTLED = """
     SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
 """
 
-# Rows that are not read yet, and those that are and have no outcome: the first of those that share one.
+# Rows that are not read yet, and those that are and have no outcome, those that share one counted once.
 _LEFT = """
     SELECT
         (SELECT ifnull(max(position) + 1, 0) FROM rows) AS seen,
-        count(*) AS open
+        count(DISTINCT rows.ticket) AS open
     FROM rows
-    LEFT JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
-    WHERE (answers.id IS NULL OR (answers.error_type IS NOT NULL AND ?)) AND NOT EXISTS (
-        SELECT 1
-        FROM rows AS earlier
-        WHERE earlier.content = rows.content
-            AND earlier.occurrence = rows.occurrence
-            AND earlier.position < rows.position
-    )
+    LEFT JOIN answers USING (ticket)
+    WHERE answers.ticket IS NULL OR (answers.error_type IS NOT NULL AND ?)
 """
 
 _SETTLED_ROWS = """
     SELECT count(*) AS n
     FROM rows
-    JOIN answers ON answers.content = rows.content AND answers.occurrence = rows.occurrence
+    JOIN answers USING (ticket)
     WHERE answers.error_type IS NULL OR ?
 """
 
@@ -470,8 +463,8 @@ def _spread(size: int, total: int | None) -> Set[int]:
 
 
 def _key(claimed: Claimed) -> Key:
-    item, occurrence = claimed
-    return item.content, occurrence
+    item, ticket = claimed
+    return item.content, ticket
 
 
 def _current_task(loop: asyncio.AbstractEventLoop) -> asyncio.Task[Any]:

@@ -18,20 +18,19 @@ CREATE TABLE sessions (
 CREATE TABLE rows (
     position   INTEGER PRIMARY KEY, -- dataset index × samples + sample
     content    BLOB NOT NULL,       -- 16-byte hash of endpoint, model, input, parameters, schema, sample
-    occurrence INTEGER NOT NULL,    -- 0 for the first row that asks this, 1 for the second, …; 0 where they share
+    ticket     INTEGER NOT NULL,    -- of its answer, whether that is there or not; rows that share one have one ticket
     metadata   TEXT,                -- JSON object of the row's own fields
     scores     TEXT,                -- JSON object, score by scorer; NULL: not scored yet
     asked_at   REAL,                -- when a session took it up to be asked; NULL: it had an answer
     session    INTEGER,             -- the session that took it up
     cost_bound_usd REAL             -- the most that one attempt at it costs; NULL: not to be known
 );
-CREATE INDEX rows_by_content ON rows (content);
 
--- What came of it: an answer, or the error that the row ended in.
+-- What came of it: an answer, or the error that the row ended in. Found by its ticket and not by what it answers: an
+-- index of hashes is written at random places, and slows a long run down. Some answers belong to no row any more.
 CREATE TABLE answers (
-    id                INTEGER PRIMARY KEY,
+    ticket            INTEGER PRIMARY KEY,
     content           BLOB NOT NULL,
-    occurrence        INTEGER NOT NULL,
     settled_at        REAL NOT NULL,
     output_text       TEXT,
     details           TEXT,    -- JSON object: whatever else the answer holds
@@ -58,15 +57,13 @@ CREATE TABLE answers (
     reused_from       TEXT,    -- the run that was asked and paid; NULL: this one
     shared            INTEGER NOT NULL DEFAULT 0 -- 1: of a request that is counted with another of its rows
 );
-CREATE UNIQUE INDEX answers_by_key ON answers (content, occurrence);
-CREATE INDEX answers_failed ON answers (content, occurrence) WHERE error_type IS NOT NULL;
+CREATE INDEX answers_failed ON answers (error_type) WHERE error_type IS NOT NULL;
 
 -- The ledger of every attempt that did not become a row's outcome: those that were retried, failed rows that were
 -- taken up again, answers that were given up, and those whose answer never came because the process ended.
 CREATE TABLE attempts (
     id             INTEGER PRIMARY KEY,
     content        BLOB NOT NULL,
-    occurrence     INTEGER NOT NULL,
     number         INTEGER,
     deployment     TEXT,
     started_at     REAL,

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -26,10 +27,11 @@ from runner.answers import (
     put_attempts,
     read_answers,
 )
-from runner.claims import Claim, Claimed, Known, Lookup, Terms, look_up, take_up
+from runner.claims import Claim, Claimed, Known, Lookup, Session, Terms, look_up, take_up
 from runner.commits import GroupCommit
 from runner.database import PATIENCE_S, Database, Statements, lock_folder
 from runner.errors import StoreError
+from runner.pool import Pool
 from runner.reserve import Reserve
 from runner.types import Attempt
 
@@ -39,6 +41,9 @@ T = TypeVar("T")
 
 _FILES = 1000
 """Files looked up at a time."""
+
+_TICKET_BITS = 32
+"""A ticket is the number of a session, and a number of so many bits within it: nobody has had it before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,8 @@ class Store:
         self._commits: GroupCommit[_Settled | Entry] = GroupCommit(self._commit, self._committed)
         self._bounds: dict[Key, float | None] = {}  # the most that an attempt costs, of what is at work
         self._listeners: list[Callable[[StoreError], None]] = []
-        self._session: int | None = None
+        self._session: Session | None = None
+        self._pool = Pool(None)
         self._now = _steady_clock()
 
     @classmethod
@@ -128,7 +134,7 @@ class Store:
         try:
             if self._session is not None:
                 await self._commits.flush()
-                await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (self._now(), self._session))
+                await self._execute("UPDATE sessions SET ended_at = ? WHERE id = ?", (self._now(), self._session.id))
         finally:
             await self._database.aclose()
             if self._reserve is not None:
@@ -152,21 +158,29 @@ class Store:
         assert session is not None
 
         def look(statements: Statements) -> Lookup | None:
-            return look_up(statements, claims, terms, session=session)
+            return look_up(statements, claims, terms, session)
 
-        def take(statements: Statements, lookup: Lookup | None, found: Sequence[Outcome] = ()) -> list[Known]:
+        def take(statements: Statements, lookup: Lookup | None, found: Sequence[Outcome | None] = ()) -> list[Known]:
             return take_up(statements, claims, terms, lookup, found, session=session, bounds=self._bounds)
 
         if terms.elsewhere is None:
             return await self._transact(lambda statements: take(statements, look(statements)))
         lookup = await self._database.transact(look)
-        todo = lookup.todo if lookup else ()
-        found = await terms.elsewhere([(claims[n], lookup.keys[n][1]) for n in todo]) if lookup and todo else ()
+        todo = [claims[n] for n in lookup.todo] if lookup else []
+        found = await terms.elsewhere(todo) if todo else ()
         return await self._transact(lambda statements: take(statements, lookup, found))
 
-    async def find(self, keys: Sequence[Key]) -> list[Outcome]:
-        """The successful answers to those of ``keys`` that have one."""
-        return await self._database.transact(lambda statements: read_answers(statements, keys))
+    async def take(self, contents: Sequence[bytes]) -> list[Outcome | None]:
+        """For each of ``contents``, an answer to it that no row has, or None. Each answer is handed out once."""
+        pool = self._session.pool if self._session else self._pool
+
+        def take(statements: Statements) -> list[Outcome | None]:
+            tickets = pool.take(statements, contents)
+            taken = read_answers(statements, [ticket for ticket in tickets if ticket is not None])
+            answers: dict[int | None, Outcome] = {answer.ticket: answer for answer in taken}
+            return [answers.get(ticket) for ticket in tickets]
+
+        return await self._database.transact(take)
 
     async def forget_scores(self) -> None:
         """Have every answer scored again: the scorers changed."""
@@ -272,7 +286,7 @@ class Store:
     # Transactions
 
     def _bounded(self, outcome: Outcome) -> Outcome:
-        bound = self._bounds.pop((outcome.content, outcome.occurrence), None)
+        bound = self._bounds.pop((outcome.content, outcome.ticket), None)
         if outcome.cost_usd is None and bound is not None:
             return outcome._replace(cost_bound_usd=bound)
         return outcome
@@ -285,7 +299,8 @@ class Store:
             enter_lost(statements)
             return statements.execute("INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (self._now(),))
 
-        self._session = await self._database.transact(begin)
+        session = await self._database.transact(begin)
+        self._session = Session(id=session, tickets=count(session << _TICKET_BITS), pool=Pool(session))
 
     async def _transact(self, work: Callable[[Statements], T]) -> T:
         """Do a transaction; where it fails, once more in the room that was held back, and have it known."""
@@ -303,13 +318,14 @@ class Store:
         settled = [each for each in group if isinstance(each, _Settled)]
         outcomes = [each.outcome for each in settled]
         entries = [each for each in group if isinstance(each, Entry)]
+        session = self._session
         scores = [(each.scores, each.position) for each in settled if each.scores is not None]
 
         def commit(statements: Statements) -> None:
             put_answers(statements, outcomes)
             put_attempts(statements, entries)
             statements.executemany(_PUT_SCORES, scores)
-            statements.execute(_SEEN, (self._now(), self._session))
+            statements.execute(_SEEN, (self._now(), session.id if session else None))
 
         await self._transact(commit)
 
@@ -341,5 +357,5 @@ _SEEN = "UPDATE sessions SET last_seen = ? WHERE id = ?"
 
 _FORGET_ANSWERS = """
     DELETE FROM answers
-    WHERE (content, occurrence) IN (SELECT content, occurrence FROM rows)
+    WHERE ticket IN (SELECT ticket FROM rows)
 """

@@ -7,8 +7,7 @@ import base64
 import binascii
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from runner.config import DatasetKind, RunnerConfig, TaskKind, asked_kind
 from runner.dataset import Row, media_folder
@@ -30,8 +29,7 @@ from runner.types import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class Item(NamedTuple):
     """One thing to ask: a row, or one of its repeats."""
 
     position: int  # dataset index × samples + sample
@@ -44,8 +42,7 @@ class Item:
     error: ItemError | None = None  # why it cannot be asked
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class Settled(NamedTuple):
     """What came of one request."""
 
     places: Sequence[int]  # of its items, in their group
@@ -193,7 +190,7 @@ class Images:
         metadata = ask.metadata
         if any(url is not None and url.startswith("data:") for url in urls):  # not once more in the results
             metadata = {name: each for name, each in metadata.items() if name != self._field}
-        return replace(ask, input={"asked": ask.input, "images": urls}, metadata=metadata, files=tuple(files))
+        return ask._replace(input={"asked": ask.input, "images": urls}, metadata=metadata, files=tuple(files))
 
     async def sent(self, item: Item) -> Any:
         """The input of the request for ``item``, its files read."""
@@ -293,11 +290,11 @@ class Transcribe:
         ask = self._build(row)
         asked = {} if self._hint is None else {"prompt": self._hint(row).input}
         if isinstance(ask.input, dict):
-            return replace(ask, input=asked | self._audio_in(row, ask.input))
+            return ask._replace(input=asked | self._audio_in(row, ask.input))
         suffix = os.path.splitext(ask.input)[1].lower()
         if suffix not in _AUDIO:
             raise RowError(f"{row.source}: {_shown(ask.input)} is no audio file: {', '.join(_AUDIO)}")
-        return replace(ask, input=asked, files=(os.path.join(self._folder, os.path.expanduser(ask.input)),))
+        return ask._replace(input=asked, files=(os.path.join(self._folder, os.path.expanduser(ask.input)),))
 
     async def ask_for(self, items: Sequence[Item], line: Line) -> None:
         await _ask_alone(items, line, self._request)

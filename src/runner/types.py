@@ -7,6 +7,7 @@ that answered) is noted in the request's `Trace`, so that it is known for a fail
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -284,7 +285,7 @@ class TranscriptionResult:
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BatchResult(Generic[R]):
     """The outcomes of a batch, in the order of its inputs.
 
@@ -293,6 +294,14 @@ class BatchResult(Generic[R]):
 
     results: list[R | None]
     errors: list[BaseException | None]
+
+    def __repr__(self) -> str:
+        """``BatchResult(498 results, 2 errors: 2 Timeout)``: the items themselves would fill pages."""
+        kinds = Counter(type(error).__name__ for error in self.errors if error is not None)
+        failed = sum(kinds.values())
+        counts = _counted(len(self.results) - failed, "result"), _counted(failed, "error")
+        which = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        return f"BatchResult({', '.join(counts)}{which and f': {which}'})"
 
     def __len__(self) -> int:
         return len(self.results)
@@ -306,3 +315,7 @@ class BatchResult(Generic[R]):
     def __getitem__(self, index: slice) -> list[R | None]: ...
     def __getitem__(self, index: int | slice) -> R | list[R | None] | None:
         return self.results[index]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

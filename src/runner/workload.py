@@ -130,7 +130,7 @@ class Workload:
             try:
                 ask = self.task.ask(row)
             except ItemError as failure:
-                error, ask = failure, replace(_NOTHING, metadata=row.fields)
+                error, ask = failure, _NOTHING._replace(metadata=row.fields)
         try:
             text = dump_text(ask.metadata)
             contents = [self._hash(ask.input, sample) for sample in range(self.samples)]
@@ -157,10 +157,10 @@ class Workload:
         for path in item.files:
             digest = found[path]
             if isinstance(digest, ItemError):
-                return replace(item, input=None, content=self._unusable(digest, sample), error=digest)
+                return item._replace(input=None, content=self._unusable(digest, sample), error=digest)
             digests.append(digest)
-        item = replace(item, digests=tuple(digests))
-        return replace(item, content=self._hash(_asked(item), sample))
+        item = item._replace(digests=tuple(digests))
+        return item._replace(content=self._hash(_asked(item), sample))
 
     def _unusable(self, error: ItemError, sample: int) -> bytes:
         return self._hash(["unusable", str(error)], sample)

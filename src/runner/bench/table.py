@@ -9,12 +9,15 @@ from typing import TextIO
 from runner import figures
 from runner.bench.levels import Figure, LevelFacts, Mode
 from runner.bench.verdict import Standing, Verdict
-from runner.progress import show_table, write
+from runner.progress import say, show_table, write
 
 HEADER = (
-    *("level", "requests/s", "p50", "p95", "p99", "TTFT p95", "ITL p95", "queue p95", "tokens/s", "failed"),
-    *("p50, p95, p99 with failures", ""),
+    *("level", "requests/s", "p50", "p95", "p99", "TTFT p95", "ITL p95", "queue p95"),
+    *("completion tokens/s", "prompt tokens/s", "failed", "p50, p95, p99 with failures", ""),
 )
+
+_OPTIONAL = ("prompt tokens/s", "queue p95", "ITL p95", "p50")
+"""Columns that a narrow terminal goes without, the first one first."""
 
 _PERCENTS = (50, 95, 99)
 
@@ -29,14 +32,16 @@ def show_levels(levels: Sequence[LevelFacts], verdict: Verdict, *, stream: TextI
             header,
             lines,
             styles=["yellow" if facts.audit.limited_by == "client" else "" for facts in levels],
+            optional=_OPTIONAL,
             stream=stream,
         )
-        noted = ((facts, note(facts)) for facts in levels)
-        write(stream, "".join(f"level {facts.level:g}: {text}\n" for facts, text in noted if text))
+        for facts in levels:
+            if text := note(facts):
+                say(stream, f"level {facts.level:g}: {text}")
     else:
         write(stream, "".join(f"{level_line(facts)}\n" for facts in levels))
     if len(levels) > 1:  # one level alone is compared with nothing
-        write(stream, "".join(f"{line}\n" for line in [verdict_line(verdict), *evidence(verdict)]))
+        say(stream, "\n".join([verdict_line(verdict), *evidence(verdict)]))
 
 
 def level_line(facts: LevelFacts) -> str:
@@ -88,7 +93,7 @@ def evidence(verdict: Verdict) -> list[str]:
 
 def level_cells(facts: LevelFacts) -> list[str]:
     """A level under the `HEADER`."""
-    tokens = facts.tokens_per_s
+    tokens = facts.tokens_per_s or {"prompt": 0.0, "completion": 0.0}
     return [
         f"{facts.level:g}" if facts.mode is Mode.closed else f"{facts.level:g}/s",
         _rate(facts.requests_per_s),
@@ -96,7 +101,8 @@ def level_cells(facts: LevelFacts) -> list[str]:
         _seconds(facts.percentile("ttft_s", 95)),
         _seconds(facts.percentile("itl_s", 95)),
         _seconds(facts.percentile("queue_wait_s", 95)),
-        figures.short(tokens["completion"] or tokens["prompt"]) if tokens else "",
+        figures.short(tokens["completion"]) if tokens["completion"] else "",
+        figures.short(tokens["prompt"]) if tokens["prompt"] else "",
         f"{facts.failed}/{facts.requests}",
         _with_failures(facts),
         note(facts),

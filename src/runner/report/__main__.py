@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.errors import BAD_CONFIG, FINISHED, RunnerError
-from runner.progress import printable
+from runner.progress import printable, say
 from runner.report import read_comparisons, read_runs, render
 from runner.results import replace_file
 
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             published = publish(runs, comparisons, paths=given.paths, title=title, spec=spec)
             print(published.url or f"{published.spec}\n{published.why}. With W&B in reach, the same command saves it.")
     except RunnerError as error:
-        print(f"report: {printable(str(error))}", file=sys.stderr)
+        say(sys.stderr, f"report: {printable(str(error))}")
         return BAD_CONFIG
     except OSError as error:
-        print(f"report: {given.output} cannot be written: {error.strerror or error}", file=sys.stderr)
+        say(sys.stderr, f"report: {given.output} cannot be written: {error.strerror or error}")
         return BAD_CONFIG
     return FINISHED
 

@@ -159,14 +159,14 @@ def _over_time(runs: Sequence[RunFacts]) -> Iterator[Chart]:
 
 
 def _totals(runs: Sequence[RunFacts]) -> Iterator[Chart]:
+    costs = [(run.label, cost) for run in runs if (cost := run.summary.get("cost_usd")) is not None]
     yield Bars(
         title="Cost",
         note="Of all that was asked in a run, answers taken over from others not included.",
         x="US dollars",
         values=[
-            Bar(name=run.label, value=cost, text=figures.dollars(cost))
-            for run in runs
-            if (cost := run.summary.get("cost_usd")) is not None
+            Bar(name=name, value=cost, text=text)
+            for (name, cost), text in zip(costs, figures.dollars_apart([cost for _, cost in costs]), strict=True)
         ],
     )
     kinds = dict.fromkeys(kind for run in runs for kind in run.summary.get("errors") or {})

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 
 from runner.bench.sweeps import BENCHMARK, Gathered, compare_benchmarks, gather
 from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
 from runner.intervals import mean_interval, share_interval
-from runner.redaction import redact
+from runner.recorded import labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
 from runner.store import Store
@@ -75,6 +75,7 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
         StoreError: A run's database cannot be read.
     """
     runs: list[RunFacts] = []
+    unnamed: list[Path] = []
     for path in paths:
         sweep = Sweep(path)
         if cells := sweep.cells():
@@ -85,9 +86,21 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
         folders = sorted(_run_folders(path), key=lambda folder: (_place(names, folder), folder))
         if not folders:
             raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep: name a folder below runs/")
-        for folder in folders:
-            runs.append(await _read_run(folder, names.get(folder.name) or f"{folder.parent.name}/{folder.name}"))
-    return runs
+        runs += [await _read_run(folder, names.get(folder.name, "")) for folder in folders]
+        unnamed += [run.folder for run in runs[-len(folders) :] if not run.label]
+    return _labelled(runs, dict(zip(unnamed, labels_of(unnamed), strict=True)))
+
+
+def _labelled(runs: Sequence[RunFacts], labels: Mapping[Path, str]) -> list[RunFacts]:
+    """The runs, those without a name under these labels, and those that share a name told apart by their folders."""
+    named = [replace(run, label=run.label or labels.get(run.folder, "")) for run in runs]
+    shared = {label for label, count in Counter(run.label for run in named).items() if count > 1}
+    return [
+        replace(run, label=f"{run.label} ({run.folder.parent.name}/{run.folder.name})".strip())
+        if run.label in shared
+        else run
+        for run in named
+    ]
 
 
 async def read_comparisons(runs: Sequence[RunFacts]) -> list[Comparison]:
@@ -124,10 +137,13 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 
 def _cell_names(path: Path) -> dict[str, str]:
-    """What the latest sweep below a folder calls its runs, by the name of their folder, in its order."""
-    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime)
-    cells = Sweep(sweeps[-1].parent).cells() if sweeps else []
-    return {Path(cell.folder).name: cell.name for cell in cells}
+    """What the sweeps below a folder call its runs, by the name of their folder: the latest first, in its order."""
+    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    names: dict[str, str] = {}
+    for sweep in sweeps:
+        for cell in Sweep(sweep.parent).cells():
+            names.setdefault(Path(cell.folder).name, cell.name)
+    return names
 
 
 def _place(names: Mapping[str, str], folder: Path) -> int:
@@ -140,7 +156,7 @@ async def _read_cell(cell: Cell) -> RunFacts:
     folder = Path(cell.folder)
     if not is_run(folder) and not (folder / BENCHMARK).is_file():
         return RunFacts(
-            label=cell.name, folder=folder, state=cell.message or "it did not begin", overrides=_overrides(folder)
+            label=cell.name, folder=folder, state=cell.message or "it did not begin", overrides=overrides_of(folder)
         )
     return await _read_run(folder, cell.name)
 
@@ -155,8 +171,10 @@ async def _read_shards(shards: Shards) -> RunFacts:
             folder=shards.folder,
             state=str(summary["stopped"] or "finished"),
             summary=summary,
-            settings=_settings(first),
-            overrides={key: value for key, value in _overrides(first).items() if not key.startswith("dataset.shard.")},
+            settings=settings_of(first),
+            overrides={
+                key: value for key, value in overrides_of(first).items() if not key.startswith("dataset.shard.")
+            },
         )
         return await _with_rows(facts, stores)
 
@@ -181,8 +199,8 @@ async def _read_run(folder: Path, label: str) -> RunFacts:
             folder=folder,
             state=str(measured.get("stopped") or "finished"),
             summary=measured,
-            settings=_settings(folder),
-            overrides=_overrides(folder),
+            settings=settings_of(folder),
+            overrides=overrides_of(folder),
         )
     async with await Store.open_readonly(folder / RUN_DATABASE) as store:
         ended = await _ended(store)
@@ -194,8 +212,8 @@ async def _read_run(folder: Path, label: str) -> RunFacts:
             folder=folder,
             state=str(summary.get("stopped") or "finished") if ended else "running or killed",
             summary=summary,
-            settings=_settings(folder),
-            overrides=_overrides(folder),
+            settings=settings_of(folder),
+            overrides=overrides_of(folder),
         )
         return await _with_rows(facts, [store])
 
@@ -224,39 +242,6 @@ _NUMBERS = (
     *("cost_usd", "cost_usd_upper_bound"),
 )
 _TABLES = ("tokens", "latency_s", "queue_wait_s", "errors")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    settings = _read_yaml(folder / ".hydra" / "config.yaml")
-    return redact(settings) if isinstance(settings, dict) else {}
-
-
-def _overrides(folder: Path) -> dict[str, str]:
-    overrides = _read_yaml(folder / ".hydra" / "overrides.yaml")
-    if not isinstance(overrides, list):
-        return {}
-    pairs = (str(override).partition("=") for override in overrides)
-    return {key.lstrip("+"): value for key, _, value in pairs if not key.startswith("sweep.")}
-
-
-def _read_yaml(path: Path) -> Any:
-    """Plain data, interpolations as they stand. None where it cannot be read, or is a trap.
-
-    A trap has aliases, ten lines of which unfold to gigabytes, or is nested beyond measure. Hydra writes neither.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
-                return None
-        return yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, ValueError):
-        return None
-
-
-_DEEPEST = 100
 
 
 async def _scores(stores: Sequence[Store]) -> dict[str, Score]:

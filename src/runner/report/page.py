@@ -54,7 +54,7 @@ def _facts(run: RunFacts) -> Iterator[tuple[str, str]]:
         yield f"{name} [95 % interval]", _score(run, name)
     if summary.get("elapsed_s"):
         yield "elapsed", figures.duration(summary["elapsed_s"])
-    for key, label in (("requests_per_s", "rows/s"), ("tokens_per_s", "tokens/s")):
+    for key, label in (("requests_per_s", "rows/s"), ("tokens_per_s", "total tokens/s")):
         if summary.get(key):
             yield label, figures.short(summary[key])
     for key, label in (("latency_s", "latency"), ("queue_wait_s", "queue wait")):
@@ -88,7 +88,7 @@ def run_header(runs: Sequence[RunFacts]) -> list[str]:
         "p50",
         "p95",
         "rows/s",
-        "tokens/s",
+        "total tokens/s",
         "cost",
     ]
 

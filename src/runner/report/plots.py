@@ -13,7 +13,7 @@ from runner.charts import Bar, Bars, Chart, Lines
 from runner.figures import short
 
 _WIDTH, _HEIGHT = 480, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 12, 40
 _COLOURS = 6
 _LONGEST_LABEL = 60
 
