@@ -26,6 +26,7 @@ from runner.config import (
     RetryConfig,
     RunnerConfig,
     ShardConfig,
+    SimulatorConfig,
     SweepConfig,
     TaskConfig,
     TaskKind,
@@ -371,6 +372,19 @@ async def test_a_run_stops_cleanly_and_says_what_is_left(tmp_path: Path) -> None
     assert "20 rows are left: $0.0000" in first.message
     assert (again.exit_code, again.summary["succeeded"]) == (4, 10)
     assert (more.exit_code, more.summary["succeeded"], len(provider.requests)) == (0, 30, 30)
+
+
+async def test_what_is_left_is_forecast_at_the_price_of_now(tmp_path: Path) -> None:
+    budget = BudgetConfig(requests=10)
+    dearer = SimulatorConfig(usd_per_million_prompt_tokens=1e6, usd_per_million_completion_tokens=0)
+    async with serving() as provider:
+        run = experiment(tmp_path, provider.url, budget=budget)
+        await run(numbered(30))
+        report = await run(simulator=dearer)
+    assert report.message is not None
+    assert report.message.endswith(
+        "20 rows are left: $60.00 ($60.00 to $60.00) and 100 tokens (100 tokens to 100 tokens)"
+    )
 
 
 async def test_retries_count_against_the_budget(tmp_path: Path) -> None:

@@ -208,6 +208,13 @@ BAD_INPUT = {
     "a text for a list": (["tracker.tags=first", "prompt=x"], "tracker.tags: a list, as in 'tracker.tags=[one, two]'"),
     "a text for a parameter": (["request.temperature=hot", "prompt=x"], "request.temperature='hot': a number"),
     "a value for a section": (["budget=2", "prompt=x"], "budget=2: it has keys of its own, as there are budget.usd,"),
+    "a number for a group": (["limits=300", "prompt=x"], "limits=300: it has keys of its own, as there are limits."),
+    "a list for a group": (["limits=[300]", "prompt=x"], "limits=[300]: it has keys of its own"),
+    "numbers for a group": (["-m", "limits=300,200", "prompt=x"], "limits=300,200: it has keys of its own"),
+    "a number for the deployments": (["deployments=2", "prompt=x"], "as there are deployments.LABEL.model,"),
+    "nothing for a group": (["dataset=null", "prompt=x"], "dataset=null: choose one of csv,"),
+    "a number for an experiment": (["experiment=5"], "+experiment=5: choose one of bench,"),
+    "a number for a scale": (["scale=5"], "+scale=5: choose one of joblib,"),
     "a value for a mapping": (["request=5", "prompt=x"], "request: it has keys of its own, as in request.KEY=VALUE"),
     "no choice of a key": (
         ["resume=freh", "prompt=x"],
@@ -222,6 +229,16 @@ BAD_INPUT = {
     "an unknown experiment": (["+experiment=quickstrt"], "Did you mean +experiment=quickstart?"),
     "a broken experiment": (["+experiment=broken"], "broken.yaml:3: "),
     "two values where one belongs": (["name=a,b", "prompt=x"], "name=a,b"),
+    "a sweep that belongs in a file": (
+        ["-m", "+hydra.sweeper.params={prompt: 'a,b'}"],
+        "+hydra.sweeper.params: it is for configuration files; here, write what it sweeps over: -m KEY=ONE,TWO",
+    ),
+    "a multirun of nothing": (["-m"], "nothing to ask: set prompt"),
+    "an unknown flag": (["--verbose", "prompt=x"], "--verbose: there is no such option. `python -m runner --help`"),
+    "a misspelt flag": (["--multirn", "prompt=x"], "--multirn: there is no such option. Did you mean --multirun?"),
+    "a key with one dash": (["-prompt=x"], "keys have no dashes, write prompt=…"),
+    "a flag with a wrong value": (["--cfg", "prompt=x"], "choose one of job, hydra, all"),
+    "a flag without its value": (["prompt=x", "tracker=none", "--config-name="], "--config-name needs a value"),
     "an argument without =": (["prompt"], "'prompt': write key=value"),
     "a key in a deployment": (["deployments.a={model: openai/b, api_key: sk-1}", "prompt=x"], "api_key_env"),
     "a key in a header": (["request.extra_headers.Authorization=sk-1", "prompt=x"], "request.extra_headers"),
@@ -338,6 +355,33 @@ async def test_an_interrupted_run_keeps_what_is_in_flight_and_goes_on(command: C
     assert done.exit_code == 0
     assert finished["requests"] == 60
     assert [row["output_text"] for row in read_rows(command.run())] == [f"echo: row {index}" for index in range(60)]
+
+
+KILLS_ITSELF = "import os, time; os.kill(os.getpid(), {signum}); time.sleep(5)"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("module", ["hydra", "odd"], ids=["while it imports", "while it looks at the rows"])
+async def test_a_signal_before_the_run_has_begun_is_one_line(
+    command: Command, module: str, signum: signal.Signals
+) -> None:
+    command.write(f"{module}.py", KILLS_ITSELF.format(signum=signum.value))
+    done = await command("dataset=python", "dataset.function=odd:rows", "prompt=x", "tracker=none")
+
+    assert done.exit_code == 128 + signum
+    assert done.err == f"runner: interrupted by {signum.name} before anything was sent\n"
+    assert command.runs() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+async def test_a_plan_that_is_interrupted_leaves_nothing_behind(command: Command, signum: signal.Signals) -> None:
+    command.write("odd.py", f"def rows():\n    yield {{}}\n    {KILLS_ITSELF.format(signum=signum.value)}\n")
+    (command.folder / "tmp").mkdir()
+    asked = ("dataset=python", "dataset.function=odd:rows", "prompt=x", "plan=true")
+    done = await command(*asked, TMPDIR=str(command.folder / "tmp"))
+
+    assert (done.exit_code, done.err) == (128 + signum, f"runner: interrupted by {signum.name}\n")
+    assert list((command.folder / "tmp").iterdir()) == []
 
 
 async def test_a_signal_while_results_are_written_has_them_written(command: Command) -> None:
@@ -556,6 +600,15 @@ def test_a_cell_with_a_wrong_type_does_not_stop_the_others(here: Path, capfd: py
 def test_several_texts_without_m_are_refused(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(['prompt="One: {{ a }}","Two: {{ a }}"', "tracker=none"]) == 2
     assert "add -m" in capfd.readouterr().err
+
+
+def test_options_may_stand_anywhere(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["prompt=a,b", "-m", "tracker=none"]) == 0
+    assert len(list(here.glob("runs/default/sweep-*/cells/*.json"))) == 2
+
+    assert main(["prompt=a", "--info", "searchpath", "--config-dir=."]) == 0
+    assert main(["prompt=a", "--info", "tracker=none"]) == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_sweep_of_one_cell_says_so(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -298,7 +298,6 @@ def test_several_deployments_share_the_requests() -> None:
         ({}, "needs a model"),
         ({"model": "gpt-4.1"}, "has no provider"),
         ({"model": "simulated/echo", "rpm": 0}, "rpm"),
-        ({"model": "simulated/echo", "max_parallel_requests": 0}, "concurrency"),
         ({"model": "simulated/echo", "endpoint": "chat"}, "endpoint='chat'"),
         ({"model": "simulated/echo", "deployments": {"a": {"modle": "x"}}}, "modle"),
         ({"model": "simulated/echo", "deployments": {"a": {"model": "x/y", "limits": {"rmp": 1}}}}, "rmp"),
@@ -309,7 +308,19 @@ def test_several_deployments_share_the_requests() -> None:
         ({"model": "simulated/echo", "router_kwargs": {"cooldown_time": "1"}}, "cooldown_s='1' is of type str"),
         ({"model": "simulated/echo", "router_kwargs": {"cooldown_time": 0}}, "cooldown_s=0"),
         ({"model": "simulated/echo", "timeout": 0}, "timeout=0"),
-        ({"model": "simulated/echo", "max_retries": -1}, "max_retries"),
+        ({"model": "simulated/echo", "max_retries": -1}, "^max_retries=-1: a whole number of at least 0"),
+        ({"model": "simulated/echo", "max_retries": None}, "^max_retries=None"),
+        ({"model": "simulated/echo", "max_parallel_requests": 0}, "^max_parallel_requests=0: a whole number of at"),
+        ({"model": "simulated/echo", "rpm": 0}, "^rpm=0: a number above 0, or None for no limit"),
+        ({"model": "hosted_vllm/m", "api_base": "localhost:8000"}, "^api_base='localhost:8000': a URL begins with"),
+        ({"model": "hosted_vllm/m", "api_base": 8000}, "^api_base is of type int, and not a text"),
+        ({"model": "gpt"}, "^model='gpt' has no provider"),
+        ({"model": "simulated/echo", "router_kwargs": "fast"}, "^router_kwargs is of type str: a dictionary, as in"),
+        ({"model": "simulated/echo", "simulator": {"seed": 1}}, "^simulator is of type dict"),
+        ({"deployments": ["simulated/echo"]}, "^deployments is of type list: a dictionary, as in {'local'"),
+        ({"deployments": {"a": "simulated/echo"}}, r"^deployments\['a'\]: it is of type str: a dictionary, as in"),
+        ({"deployments": {"a": {"api_base": "http://a/v1"}}}, r"^deployments\['a'\]\.model must be set"),
+        ({"deployments": {"a": {"model": "x/y", "limits": 5}}}, r"^deployments\['a'\]\.limits is of type int"),
         ({"model": "simulated/echo", "header_bucket_scope": "hour"}, "header_bucket_scope='hour'"),
         ({"model": "simulated/echo", "default_request_kwargs": {"model": "x"}}, "default_request_kwargs has 'model'"),
         ({"model": "x/y", "api_base": "http://a/v1", "deployments": {"a": {"model": "x/y"}}}, "api_base and api_key"),
@@ -318,6 +329,41 @@ def test_several_deployments_share_the_requests() -> None:
 def test_arguments_that_cannot_be_used_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LMClient(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_deployment_may_be_plain_data_with_a_price() -> None:
+    price = {"prompt": 1e6, "completion": 0}
+    with LMClient(deployments={"a": {"model": "simulated/echo", "price": price}}) as client:
+        assert client.generate("one two").cost == 2.0
+
+
+def test_an_argument_without_its_name_and_one_of_another_program_are_shown_with_ours() -> None:
+    with pytest.raises(TypeError, match="write the name before 'simulated/echo', as in model='simulated/echo'"):
+        LMClient("simulated/echo")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"'base_url'\. Did you mean 'api_base'"):
+        LMClient(model="hosted_vllm/m", base_url="http://a/v1")  # type: ignore[call-arg]
+
+
+def test_several_inputs_for_a_method_of_one_are_shown_the_method_of_many(client: LMClient) -> None:
+    texts: Any = ["a", "b"]
+    with pytest.raises(RowError, match="generate_batch answers several"):
+        client.generate(texts)
+    with pytest.raises(RowError, match="embed_batch takes several"):
+        client.embed(texts)
+
+
+def test_what_cannot_be_called_back_is_refused_before_anything_is_sent(client: LMClient) -> None:
+    asked: list[str] = []
+
+    def inputs() -> Iterator[str]:
+        asked.append("read")
+        yield "a"
+
+    for name in ("on_result", "on_progress"):
+        options: Any = {name: "print"}
+        with pytest.raises(ConfigError, match=f"{name} is of type str, and not a function"):
+            client.generate_batch(inputs(), **options)
+    assert asked == []
 
 
 def test_the_routers_options_may_be_given() -> None:

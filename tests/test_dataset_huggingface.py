@@ -90,5 +90,5 @@ def test_what_the_library_cannot_read_is_a_dataset_error(folder: Path) -> None:
 def test_without_the_library_the_extra_is_named(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
 
-    with pytest.raises(ConfigError, match=r"dataset=huggingface needs datasets: pip install 'runner\[huggingface\]'"):
+    with pytest.raises(ConfigError, match=r"dataset=huggingface needs an extra: pip install -e '\.\[huggingface\]'"):
         open_dataset(dataset(saved))

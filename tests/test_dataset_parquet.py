@@ -109,5 +109,5 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     path = written(tmp_path, {"n": [1]})
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
 
-    with pytest.raises(ConfigError, match=r"dataset=parquet needs pyarrow: pip install 'runner\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"dataset=parquet needs an extra: pip install -e '\.\[parquet\]'"):
         open_dataset(dataset(path))

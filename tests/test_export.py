@@ -261,7 +261,7 @@ def test_pyarrow_is_missed_in_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setitem(sys.modules, "pyarrow", None)
 
     assert export("runs/a/1", "-o", "rows.parquet") == 2
-    assert "pip install 'runner[parquet]'" in capsys.readouterr().err
+    assert "pip install -e '.[parquet]'" in capsys.readouterr().err
     assert not Path("rows.parquet").exists()
 
 

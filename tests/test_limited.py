@@ -224,7 +224,7 @@ async def test_what_is_reserved_follows_from_the_request(request_: Request, prom
 @virtual_time
 async def test_a_request_that_can_never_fit_is_not_sent() -> None:
     provider = Provider()
-    with pytest.raises(BadRequestError, match="lower max_tokens"):
+    with pytest.raises(BadRequestError, match=r"lower request\.max_tokens, or raise limits\."):
         await Limited(provider, RateLimiter(tokens_per_minute=100), label="a").send(asking(max_tokens=1_000))
     assert provider.requests == []
 

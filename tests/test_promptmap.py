@@ -515,7 +515,14 @@ async def test_a_model_string_of_litellms_is_taken_as_it_is(monkeypatch: pytest.
         ({"worker": Worker(), "prompts": ["a", 1]}, r"prompts\[1\] is of type int"),
         ({"worker": Worker(), "cache_db_url": "postgresql://host/db"}, "cache_db_url=postgresql"),
         ({"worker": Worker(), "results_db_url": "sqlite://"}, "results_db_url='sqlite://'"),
-        ({"worker": Worker(), "response_model": 7}, "response_format=7"),
+        ({"worker": Worker(), "response_model": 7}, "response_model=7"),
+        ({"worker": Worker(), "prompts": None}, "prompts is of type NoneType: give a list"),
+        ({"worker": Worker(), "prompts": {"a": 1}}, "prompts is of type dict: give a list"),
+        ({"worker": Worker(), "concurrency": "5"}, "concurrency='5': a whole number of at least 1"),
+        ({"worker": Worker(), "rpm_limit": "5"}, "rpm_limit='5': a number of at least 1, or None for no limit"),
+        ({"worker": Worker(), "cache_db_url": 5}, "cache_db_url is of type int"),
+        ({"worker": "me"}, "worker is of type str, and not a function"),
+        ({"model": "simulated/echo", "temperature": "hot"}, "temperature='hot': a number"),
         ({"model": "simulated/echo", "cache_key": "mine"}, "cache_key names a worker"),
     ],
 )
@@ -529,7 +536,7 @@ async def test_polars_is_missed_before_anything_is_asked(monkeypatch: pytest.Mon
     monkeypatch.setattr("runner.prompt_rows.find_spec", lambda name: None)
     worker = Worker()
 
-    with pytest.raises(ConfigError, match=r"pip install 'runner\[polars\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[polars\]'"):
         await ask(["a"], worker, return_dtype="polars")
     assert worker.asked == []
 

@@ -199,8 +199,23 @@ async def test_while_all_are_out_requests_wait_and_it_is_told(caplog: pytest.Log
     assert now() - began < 65
     out, back = warnings(caplog)
     assert "all 2 deployments are out" in out
-    assert "600 s (max_wait_s of the routing): a: HTTP 529: Overloaded; b: HTTP 529: Overloaded" in out
+    assert "600 s (routing.max_wait_s): a: HTTP 529: Overloaded; b: HTTP 529: Overloaded" in out
     assert re.fullmatch("answers come again, after (5[5-9]|6[0-3]) s", back)
+
+
+@virtual_time
+async def test_a_deployment_that_comes_and_goes_is_told_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server("a")
+    fleet = Fleet(server)
+    asked = asyncio.create_task(fleet.ask_many(20_000, at_once=20))
+    for _ in range(12):
+        await asyncio.sleep(2)
+        server.error = ServiceUnavailableError("HTTP 529: Overloaded")
+        await asyncio.sleep(6)
+        server.error = None
+    await asked
+    told = warnings(caplog)
+    assert [("out" in each, "again" in each) for each in told] == [(True, False), (False, True)] * 2
 
 
 @virtual_time

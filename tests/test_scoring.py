@@ -287,7 +287,7 @@ def test_a_pattern_that_cannot_be_used_names_its_key(pattern: str | None) -> Non
 
 
 def test_a_pattern_without_a_regex_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"scorers\.it\.pattern is for kind=regex"):
+    with pytest.raises(ConfigError, match=r"scorers\.it\.pattern is for scorers\.it\.kind=regex"):
         Scorers({"it": ScorerConfig(kind="contains", pattern="x")})
 
 

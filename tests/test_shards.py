@@ -236,7 +236,7 @@ async def at_work(command: Command, name: str, answers: int) -> tuple[Cell, int]
 
 
 async def test_joblib_goes_on_with_a_shard_that_was_killed(command: Command) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'runner[joblib]'")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install -e '.[joblib]'")
     command.write_rows("rows.jsonl", numbered(60))
     go = [*shards(), "+scale=joblib", *settings("parts"), "hydra.launcher.n_jobs=2", "limits.concurrency=2"]
 
@@ -257,7 +257,7 @@ async def test_joblib_goes_on_with_a_shard_that_was_killed(command: Command) -> 
 
 
 async def test_submitit_requeues_a_shard_that_is_preempted(command: Command) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'runner[slurm]'")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install -e '.[slurm]'")
     command.write_rows("rows.jsonl", numbered(60))
     go = [*shards(2), "hydra/launcher=submitit_local", *settings("parts"), "limits.concurrency=2"]
 
@@ -275,7 +275,7 @@ async def test_submitit_requeues_a_shard_that_is_preempted(command: Command) -> 
 
 
 async def test_an_interrupt_ends_all_shards_as_it_ends_a_run(command: Command) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'runner[joblib]'")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install -e '.[joblib]'")
     command.write_rows("rows.jsonl", numbered(60))
     go = [*shards(), "+scale=joblib", *settings("parts"), "hydra.launcher.n_jobs=2", "limits.concurrency=1"]
 
@@ -291,7 +291,7 @@ async def test_an_interrupt_ends_all_shards_as_it_ends_a_run(command: Command) -
 
 
 async def test_ray_comes_to_the_same(command: Command) -> None:
-    pytest.importorskip("ray", reason="pip install 'runner[ray]'")
+    pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     command.write_rows("rows.jsonl", numbered(60))
 
     done = await command(*shards(2), "+scale=ray", *settings("parts"), RAY_USAGE_STATS_ENABLED="0")
@@ -301,7 +301,7 @@ async def test_ray_comes_to_the_same(command: Command) -> None:
 
 
 async def test_shards_share_limits_by_default_and_ask_for_redis_where_they_must(command: Command) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'runner[slurm]'")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install -e '.[slurm]'")
     command.write_rows("rows.jsonl", numbered(4))
     go = [*shards(2), *settings("parts"), "limits.rpm=6000"]
 

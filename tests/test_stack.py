@@ -22,6 +22,7 @@ from runner.config import (
     SimulatorConfig,
     TransportKind,
 )
+from runner.errors import ConfigError
 from runner.simulator import Simulator
 from runner.stack import Stack, open_limiters, open_stack
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request
@@ -86,6 +87,13 @@ async def answered_soon(fleet: Stack, count: int) -> Counter[str]:
     await asyncio.wait(tasks)
     await fleet.aclose()
     return Counter(request.trace.deployment for request, task in zip(requests, tasks, strict=True) if task in done)
+
+
+def test_a_deployment_that_cannot_be_served_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^deployments\.a: model='hosted_vllm/m' needs the server's address"):
+        stack({"a": DeploymentConfig(model="hosted_vllm/m")})
+    with pytest.raises(ConfigError, match=r"^model='hosted_vllm/m' needs the server's address"):
+        stack({"hosted_vllm/m": DeploymentConfig(model="hosted_vllm/m")})
 
 
 async def test_the_limits_of_the_account_hold_for_all_deployments_together() -> None:

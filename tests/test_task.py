@@ -28,7 +28,7 @@ from runner.config import (
     TaskConfig,
     TaskKind,
 )
-from runner.errors import ConfigError
+from runner.errors import ConfigError, DatasetError
 from runner.simulator import Simulator
 from runner.types import Endpoint
 
@@ -250,6 +250,28 @@ async def test_every_file_of_a_folder_is_transcribed(tmp_path: Path, recordings:
     assert rows[0]["metadata"]["path"] == str(recordings / "a.wav")
     body = provider.requests[0].body
     assert (body["model"], body["response_format"], body["language"]) == ("m", "verbose_json", "en")
+
+
+async def test_other_files_beside_the_recordings_are_skipped_and_counted_once(
+    tmp_path: Path, recordings: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in (".DS_Store", "notes.txt", "cover.JPG"):
+        (recordings / name).write_text("no audio")
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, task=TRANSCRIBE, dataset=files(recordings))
+        report = await experiment()
+        assert (report.exit_code, report.summary["rows"]) == (0, 3)
+        assert capfd.readouterr().err.count(f"dataset.path={recordings}: 2 of 5 files skipped: their names") == 1
+
+        in_glob = files(recordings / "[bn]*")
+        assert (await experiment(dataset=in_glob)).summary["rows"] == 1
+        named = await experiment(dataset=files(recordings / "notes.txt"))
+        with pytest.raises(DatasetError, match=r"no file there ends with \.flac, \.m4a,"):
+            await experiment(dataset=files(recordings / "*.txt"))
+
+    assert (named.exit_code, named.summary["failed"]) == (3, 1)
+    [failed] = read_rows(experiment.folder)
+    assert "is no audio file" in failed["error"]["message"]
 
 
 async def test_a_rows_path_leads_from_the_folder_of_its_dataset(tmp_path: Path, recordings: Path) -> None:

@@ -137,7 +137,7 @@ async def test_a_sweep_waits_once_for_a_server_that_does_not_answer(command: Com
 def test_a_report_of_a_sweep_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: StandIn
 ) -> None:
-    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install 'runner[report]'")
+    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install -e '.[report]'")
     from runner.cli import main
 
     monkeypatch.chdir(tmp_path)

@@ -801,6 +801,14 @@ async def test_an_unknown_path_is_not_found(connect: Connect, simulator: Simulat
     assert error.status == 404
 
 
+async def test_an_address_without_its_version_is_shown_with_one(serve: Serve) -> None:
+    url = (await serve(answering({"detail": "Not Found"}, status=404))).removesuffix("/v1")
+    for base, hint in ((f"{url}/", f"; perhaps it is api_base={url}/v1"), (f"{url}/v1", ""), (f"{url}/v1beta/ai", "")):
+        client = direct(base)
+        assert str(await failure(client)) == f"HTTP 404: Not Found{hint}"
+        await client.aclose()
+
+
 async def test_silence_is_a_timeout(connect: Connect, simulator: Simulator) -> None:
     simulator.configure({"faults": {"hang": 1.0}})
     error = await failure(connect(simulator.url, timeout_s=0.05))

@@ -26,7 +26,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_key_the_report_is_a_file_beside_the_page(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install 'runner[report]'")
+    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install -e '.[report]'")
     assert main([str(sweep), "--wandb", "--output", "out.html"]) == 0
 
     said = capsys.readouterr().out
@@ -57,13 +57,15 @@ def test_without_the_extra_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
 
     assert main([str(sweep), "--wandb"]) == 2
-    assert capsys.readouterr().err == "report: --wandb needs pip install 'runner[report]'\n"
+    assert (
+        capsys.readouterr().err == "report: --wandb needs an extra: pip install -e '.[report]' in runner's checkout\n"
+    )
 
 
 def test_what_a_label_holds_is_text_without_its_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install 'runner[report]'")
+    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install -e '.[report]'")
     monkeypatch.setenv("SOME_API_KEY", CANARY)
     monkeypatch.chdir(tmp_path)
     run(["-m", "prompt=hi", "name=n", f"system='a | b',' <b>{CANARY}</b> '", "tracker=none"])

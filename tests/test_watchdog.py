@@ -72,6 +72,16 @@ async def test_a_request_far_past_the_p99_is_named_once_with_its_age() -> None:
 
 
 @virtual_time
+async def test_while_requests_go_on_being_slow_they_are_named_once_a_minute() -> None:
+    watchdog = Watchdog()
+    notes: list[str] = []
+    for row in range(90):
+        notes += watchdog.notes(snapshot(), [in_flight(row=row, since=42.0)])
+        await asyncio.sleep(1)
+    assert [note.split(" has")[0] for note in notes] == ["row 0", "row 60"]
+
+
+@virtual_time
 async def test_what_is_slow_is_a_matter_of_what_the_others_take() -> None:
     requests = [in_flight(row=17, since=42.0)]
     assert list(Watchdog().notes(snapshot(latency_s=20.0), requests)) == []

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 
-from runner.config import LimitsConfig, RunnerConfig
+from runner.checks import no_choice_message, no_section_message
+from runner.config import DeploymentConfig, LimitsConfig, RunnerConfig
 from runner.errors import ConfigError
+from runner.help import ADDED
 
 _OPEN_MAPPINGS = ("request.", "deployments.", "scorers.", "dataset.arguments.")
 """Groups whose keys the user makes up."""
@@ -22,8 +25,58 @@ _KEYS = {entry.name for entry in fields(RunnerConfig)} | {entry.name for entry i
 _TEXTS = ("prompt", "system")
 """Keys that hold prose, which Hydra would otherwise parse."""
 
+_SECTIONS: Mapping[str, Any] = {
+    each.name: each.default_factory for each in fields(RunnerConfig) if is_dataclass(each.default_factory)
+}
+"""Keys that have keys of their own, and the dataclass of these."""
+
+_OPTIONS: Mapping[str, Sequence[str] | None] = {
+    **dict.fromkeys(("-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "--help", "-h", "--version"), ()),
+    **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
+    **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+    **dict.fromkeys(("-p", "--package", "-cp", "--config-path", "-cn", "--config-name"), None),
+    **dict.fromkeys(("-cd", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"), None),
+}
+"""What begins with a dash, and the values that it takes: these, none, or, with None, any one."""
+
 
 _SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,(?:"[^"]*"|'[^']*'))+""")
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments in an order that Hydra's parser takes: what begins with a dash, then the others.
+
+    Raises:
+        ConfigError: There is no such option, or its value is none or missing.
+    """
+    options, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            others.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-").partition(".")[0] in _KEYS:
+            raise ConfigError(f"{argument}: keys have no dashes, write {name.lstrip('-')}=…")
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.75)
+            hint = f"Did you mean {near[0]}?" if near else "`python -m runner --help` lists keys and options."
+            raise ConfigError(f"{argument}: there is no such option. {hint}")
+        choices = _OPTIONS[name]
+        if choices == ():
+            options.append(argument)
+            continue
+        if not equals:
+            value = next(rest, "")
+            if choices and name in ("-i", "--info") and value not in choices:  # its value may be left out
+                others += [value] if value else []
+                value = choices[0]
+        if choices is not None and value not in choices:
+            raise ConfigError(no_choice_message(name, value, choices))
+        if not value:
+            raise ConfigError(f"{name} needs a value after it")
+        options += [name, value]
+    return options + others
 
 
 def friendly(arguments: Sequence[str]) -> Iterator[str]:
@@ -31,16 +84,21 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
 
     Keys of open mappings get ``++``. Prompts, and values that it would not take, get quotes. ``deployments={…}``,
     whose name is a group's, becomes a key for each entry.
+
+    Raises:
+        ConfigError: A value stands where keys belong, or a sweep where none is.
     """
     multirun = "-m" in arguments or "--multirun" in arguments
     parser = OverridesParser.create()
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if argument.startswith("--") and argument[2:].partition("=")[0].partition(".")[0] in _KEYS:
-            raise ConfigError(f"{argument}: keys have no dashes, write {argument[2:].partition('=')[0]}=…")
         if argument.startswith("-") or not equals:
             yield argument
             continue
+        if key.lstrip("+").startswith("hydra.sweeper.params"):
+            raise ConfigError(f"{key}: it is for configuration files; here, write what it sweeps over: -m KEY=ONE,TWO")
+        if key in _SECTIONS or key == "deployments":
+            _require_name(parser, key, value)
         fleet = parser.parse_override(argument).value() if key == "deployments" and _parses(parser, argument) else None
         if isinstance(fleet, Mapping):
             for label, entry in fleet.items():
@@ -48,8 +106,10 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
             continue
         if key.startswith(_OPEN_MAPPINGS):
             key = f"++{key}"
-        elif key == "experiment":
-            key = "+experiment"
+        elif key in ADDED:
+            key = f"+{key}"
+        if (key.lstrip("+") in ADDED and value.isdecimal()) or (key in _SECTIONS and value == "null"):
+            value = quoted(value)
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
             value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
         elif not _parses(parser, f"{key}={value}"):
@@ -61,6 +121,20 @@ def quoted(value: str) -> str:
     """The value in Hydra's single quotes, where only quotes and the backslashes before them are special."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"'{escaped}'"
+
+
+def _require_name(parser: OverridesParser, key: str, value: str) -> None:
+    """Refuse numbers and switches where Hydra takes the name of a group's option, and says so without the key."""
+    if not _parses(parser, f"{key}={value}"):
+        return
+    override = parser.parse_override(f"{key}={value}")
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return
+    for each in override.sweep_iterator() if override.is_sweep_override() else [override.value()]:
+        first = each[0] if isinstance(each, list) and each else each
+        if isinstance(first, int | float):
+            path, section = ("deployments.LABEL", DeploymentConfig) if key == "deployments" else (key, _SECTIONS[key])
+            raise ConfigError(no_section_message(f"{key}={value}", path, section))
 
 
 def _written(value: Any) -> str:

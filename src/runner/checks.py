@@ -17,6 +17,7 @@ from runner.config import (
     DeploymentConfig,
     DeploymentLimitsConfig,
     LimitsConfig,
+    PriceConfig,
     Resume,
     RetryConfig,
     RoutingConfig,
@@ -110,6 +111,12 @@ def check_secrets(config: RunnerConfig) -> None:
 def check_deployment(where: str, deployment: DeploymentConfig) -> None:
     """Check one deployment; ``where`` is the path of its keys, empty for the root."""
     prefix = f"{where}." if where else ""
+    for key in ("model", "api_base", "api_key", "api_key_env"):
+        given = getattr(deployment, key)
+        if not isinstance(given, str) and (given is not None or key == "model"):
+            raise ConfigError(f"{prefix}{key} is of type {type(given).__name__}, and not a text")
+    if deployment.model == DeploymentConfig.model:
+        raise ConfigError(f"{prefix}model must be set, for example to 'openai/gpt-4.1-mini'")
     if "/" not in deployment.model.strip("/"):
         raise ConfigError(
             f"{prefix}model={deployment.model!r} has no provider: write provider/model, for example"
@@ -120,6 +127,12 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
         raise ConfigError(f"{prefix}api_base={base!r}: a URL begins with http:// or https://")
     if not (_is_number(deployment.weight) and 0 < deployment.weight < math.inf):
         raise ConfigError(f"{prefix}weight={deployment.weight!r}: a number above 0")
+    for part, kind in (("price", PriceConfig), ("limits", LimitsConfig)):
+        if (given := getattr(deployment, part)) is not None and not isinstance(given, kind):
+            example = ", ".join(each.name for each in fields(kind)[:3])
+            raise ConfigError(
+                f"{prefix}{part} is of type {type(given).__name__}: it has fields of its own ({example}, …)"
+            )
     for key, price in (vars(deployment.price) if deployment.price else {}).items():
         _at_least(f"{prefix}price.{key}", price, 0)
     _at_least(f"{prefix}max_output_tokens", deployment.max_output_tokens, 1)
@@ -130,15 +143,15 @@ def check_deployment(where: str, deployment: DeploymentConfig) -> None:
 
 def check_limits(where: str, limits: LimitsConfig) -> None:
     """Check limits; ``where`` is the path of their keys, empty for the arguments of a function."""
-    prefix = f"{where}." if where else ""
+    prefix, nothing = (f"{where}.", "null") if where else ("", "None")
     concurrency = limits.concurrency
     unbounded = concurrency is None and isinstance(limits, DeploymentLimitsConfig)
     is_number = isinstance(concurrency, int) and not isinstance(concurrency, bool)
     if not unbounded and concurrency != "auto" and not (is_number and concurrency >= 1):
-        raise ConfigError(f"{prefix}concurrency={concurrency!r}: a number of at least 1, or auto")
+        raise ConfigError(f"{prefix}concurrency={concurrency!r}: a whole number of at least 1, or auto")
     _at_least(f"{prefix}max_concurrency", limits.max_concurrency, 1)
     for key in (*LIMIT_KEYS, "max_request_burst", "max_token_burst"):
-        _above_zero(f"{prefix}{key}", getattr(limits, key), "a number above 0, or null for no limit")
+        _above_zero(f"{prefix}{key}", getattr(limits, key), f"a number above 0, or {nothing} for no limit")
     for key in ("rpm", "rpd"):
         _at_least(f"{prefix}{key}", getattr(limits, key), 1)
     _at_least(f"{prefix}default_output_tokens", limits.default_output_tokens, 0)
@@ -195,7 +208,7 @@ LIMIT_KEYS = ("rpm", "tpm", "rpd", "tpd", "itpm", "otpm")
 
 def check_retry(retry: RetryConfig) -> None:
     """Check numbers of attempts and waits."""
-    _at_least("retry.max_retries", retry.max_retries, 0)
+    check_count("retry.max_retries", retry.max_retries, 0)
     _at_least("retry.base_s", retry.base_s, 0)
     _at_least("retry.cap_s", retry.cap_s, 0)
     _at_least("retry.budget", retry.budget, 0)
@@ -219,6 +232,12 @@ def no_choice_message(key: str, value: str, options: Sequence[str]) -> str:
     near = difflib.get_close_matches(value, options, n=1, cutoff=0.4)
     hint = f" Did you mean {key}={near[0]}?" if near else ""
     return f"{key}={value}: choose one of {', '.join(options)}.{hint}"
+
+
+def no_section_message(given: str, path: str, section: type) -> str:
+    """What to say of a value that is ``given`` where the keys of ``section`` belong, below ``path``."""
+    keys = ", ".join(f"{path}.{each.name}" for each in fields(section) if each.name not in SECRET_KEYS)
+    return f"{given}: it has keys of its own, as there are {keys}"
 
 
 _NOT_AVAILABLE = "is not available in this version"
@@ -416,6 +435,12 @@ def _no_place_for_a_key(path: str) -> str:
         f"{path}: configurations are stored with the run, so a key has no place in them. Put it in the environment or"
         " in .env, and name the variable: api_key_env=NAME, or deployments.LABEL.api_key_env=NAME"
     )
+
+
+def check_count(key: str, value: object, least: int = 1) -> None:
+    """Raise a `ConfigError` where ``value`` is no whole number of at least so many."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key}={value!r}: a whole number of at least {least}")
 
 
 def _at_least(key: str, value: float | None, least: float) -> None:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner.arguments import friendly, quoted
+from runner.arguments import friendly, options_first, quoted
 from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
@@ -39,7 +39,16 @@ from runner.composition import (
     typed,
 )
 from runner.config import DatasetKind, Resume, RunnerConfig, TaskKind
-from runner.errors import BAD_CONFIG, FINISHED, SOME_FAILED, BudgetExhausted, ConfigError, RunnerError, StoreError
+from runner.errors import (
+    BAD_CONFIG,
+    FINISHED,
+    SOME_FAILED,
+    BudgetExhausted,
+    ConfigError,
+    Interrupted,
+    RunnerError,
+    StoreError,
+)
 from runner.help import help_text, version_text
 from runner.lifeline import end_with_launcher, tie_workers
 from runner.private import for_owner_only, keep_private
@@ -86,7 +95,7 @@ def _main(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
-        arguments = list(friendly(arguments))
+        arguments = list(friendly(options_first(arguments)))
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
         sweep, swept = _begin_sweep(arguments) if is_multirun(arguments) else (None, [])
@@ -131,21 +140,27 @@ def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     """The sweep of a command line and the keys that it is over; warns of what its processes would not keep together.
 
     Raises:
-        ConfigError: They are to share what is nowhere.
+        ConfigError: They are to share what is nowhere, or there is but one cell and it cannot be run.
     """
+    from runner.experiment import check_experiment
+
     first = first_cell(arguments)
+    swept = swept_keys(first, arguments)
     launcher = first.hydra.runtime.choices["hydra/launcher"]
     load_environment(first.env_file)
     try:
         config = typed(first)
-    except ConfigError:  # the cell says so itself, and the others go on
-        pass
+        if not swept:
+            check_experiment(config)
+    except ConfigError:
+        if not swept:
+            raise  # else the cell says so itself, and the others go on
     else:
         for warning in unshared(config, launcher):
             say(sys.stderr, warning)
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
-    return sweep, swept_keys(first, arguments)
+    return sweep, swept
 
 
 def _wait_for_others(sweep: Sweep) -> None:
@@ -168,12 +183,17 @@ def _plan(arguments: Sequence[str]) -> int:
     """Explain what each cell would do, and all of them together."""
     from runner.plan import make_plan, together
 
+    def end(signum: int) -> None:
+        say(sys.stderr, f"runner: {Interrupted(signum)}")
+        raise SystemExit(128 + signum)  # so that the copies that were planned in are removed
+
     _calm_garbage_collector()
     plans = []
-    for name, config, folder in planned(arguments):
-        plan = asyncio.run(make_plan(config, folder))
-        say(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n")
-        plans.append(plan)
+    with first_signal(end):
+        for name, config, folder in planned(arguments):
+            plan = asyncio.run(make_plan(config, folder))
+            say(sys.stdout, f"{printable(name or str(folder))}\n{plan}\n")
+            plans.append(plan)
     if len(plans) > 1:
         say(sys.stdout, f"{len(plans)} runs together\n{together(plans)}\n")
     write(sys.stdout, "Nothing was sent. Without plan=true the same command does it.\n")

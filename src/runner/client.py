@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from runner.background import BackgroundLoop, synchronous
 from runner.batch import chunked, run_batch
 from runner.calls import EmbeddingCall, GenerationCall, Send, TranscriptionCall
-from runner.checks import check_choice, check_deployment, check_limits, check_request, check_retry, check_routing
+from runner.checks import check_choice, check_count, check_deployment, check_limits, check_request, check_routing
 from runner.collector import Collector, OnProgress, OnResult
 from runner.concurrency import Window
 from runner.config import (
@@ -21,6 +21,7 @@ from runner.config import (
     DeploymentConfig,
     DeploymentLimitsConfig,
     LimitsConfig,
+    PriceConfig,
     RetryConfig,
     RoutingConfig,
     Scope,
@@ -118,6 +119,18 @@ class LMClient:
         simulator: SimulatorConfig | None = None,
     ) -> None:
         self._endpoint = _endpoint(endpoint)
+        for name, value, kind in (
+            ("default_request_kwargs", default_request_kwargs, Mapping),
+            ("router_kwargs", router_kwargs, Mapping),
+            ("deployments", deployments, Mapping),
+            ("simulator", simulator, SimulatorConfig),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} is of type {type(value).__name__}: {_EXAMPLES[name]}")
+        if max_parallel_requests not in (None, "auto"):
+            check_count("max_parallel_requests", max_parallel_requests)
+        check_count("default_output_tokens", default_output_tokens, 0)
+        check_count("max_retries", max_retries, 0)
         self._defaults = dict(default_request_kwargs or {})
         limits = LimitsConfig(
             concurrency=DEFAULT_PARALLEL_REQUESTS if max_parallel_requests is None else max_parallel_requests,
@@ -133,7 +146,6 @@ class LMClient:
         retry = RetryConfig(max_retries=max_retries)
         check_choice("routing_strategy", routing_strategy, STRATEGIES)
         check_limits("", limits)
-        check_retry(retry)
         routing = _routing(routing_strategy, router_kwargs or {})
         check_routing(routing)
         check_request("", {"timeout": timeout})
@@ -181,6 +193,8 @@ class LMClient:
             RowError: The endpoint does not take such an input.
             ConfigError: An argument cannot be used.
         """
+        if isinstance(input_data, list) and any(isinstance(each, str) for each in input_data):
+            raise RowError("the input is a list of texts: generate_batch answers several prompts")
         call = self._generation(endpoint, response_format, parse_output, kwargs)
         return await call((await self._engine()).send, input_data)
 
@@ -233,7 +247,7 @@ class LMClient:
             ConfigError: An argument cannot be used.
         """
         if not isinstance(input_data, str):
-            raise _no_text(input_data)
+            raise RowError(f"the input is of type {type(input_data).__name__}, not a text; embed_batch takes several")
         return await self._embedding(kwargs)((await self._engine()).send, input_data)
 
     async def aembed_batch(
@@ -263,8 +277,7 @@ class LMClient:
         Raises:
             ConfigError: An argument cannot be used.
         """
-        if micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size={micro_batch_size}: at least 1")
+        check_count("micro_batch_size", micro_batch_size)
         call = self._embedding(kwargs)
         engine = await self._engine()
         collector = Collector[str, EmbeddingResult](
@@ -427,6 +440,8 @@ class LMClient:
         return EmbeddingCall(params=params, timeout_s=timeout_s)
 
     def _transcription(self, max_bytes: int | None, kwargs: Mapping[str, Any]) -> TranscriptionCall:
+        if max_bytes is not None:
+            check_count("max_transcription_bytes", max_bytes)
         params, timeout_s = self._params(kwargs)
         return TranscriptionCall(params=params, timeout_s=timeout_s, max_bytes=max_bytes)
 
@@ -478,12 +493,14 @@ def _deployments(
     if not deployments:
         if model is None:
             raise ConfigError("LMClient needs a model, for example model='openai/gpt-4.1-mini'")
-        deployments = {model: DeploymentConfig(model=model, api_base=api_base, api_key=api_key)}
+        alone = DeploymentConfig(model=model, api_base=api_base, api_key=api_key)
+        check_deployment("", alone)
+        return {model: alone}
     built: dict[str, DeploymentConfig] = {}
     for label, entry in deployments.items():
         try:
             built[label] = entry if isinstance(entry, DeploymentConfig) else _deployment(entry)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ConfigError) as error:
             raise ConfigError(f"deployments[{label!r}]: {error}") from None
         check_deployment(f"deployments[{label!r}]", built[label])
     return built
@@ -491,9 +508,30 @@ def _deployments(
 
 def _deployment(entry: Mapping[str, Any]) -> DeploymentConfig:
     """A deployment of plain data."""
-    limits, transport = entry.get("limits"), entry.get("transport", TransportKind.auto)
-    own = spelt(DeploymentLimitsConfig)(**limits) if isinstance(limits, Mapping) else limits
-    return spelt(DeploymentConfig)(**{**entry, "limits": own, "transport": TransportKind(transport)})
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"it is of type {type(entry).__name__}: {_EXAMPLES['deployments']}")
+    parts = {
+        name: spelt(kind)(**entry[name])
+        for name, kind in (("limits", DeploymentLimitsConfig), ("price", PriceConfig))
+        if isinstance(entry.get(name), Mapping)
+    }
+    return spelt(DeploymentConfig)(**{**entry, **parts, "transport": _transport(entry.get("transport", "auto"))})
+
+
+_EXAMPLES = {
+    "default_request_kwargs": "a dictionary, as in {'temperature': 0}",
+    "router_kwargs": "a dictionary, as in {'max_wait_s': 60}",
+    "deployments": "a dictionary, as in {'local': {'model': 'hosted_vllm/llama', 'api_base': 'http://HOST:PORT/v1'}}",
+    "simulator": "a runner.config.SimulatorConfig",
+}
+"""What is wanted of arguments whose type says little."""
+
+
+def _transport(name: str) -> TransportKind:
+    try:
+        return TransportKind(name)
+    except ValueError:
+        raise ConfigError(f"transport={name!r}: choose one of {', '.join(TransportKind)}") from None
 
 
 def _endpoint(name: str) -> Endpoint:
@@ -524,7 +562,8 @@ def _routing(strategy: str, options: Mapping[str, Any]) -> RoutingConfig:
 def _check_params(where: str, params: Mapping[str, Any]) -> None:
     check_request(where, params, beside=_OF_THE_METHODS)
     for key in _OF_THE_CLIENT & params.keys():
-        raise ConfigError(f"{where or 'this call'} has {key!r}, which belongs to LMClient or to one of its deployments")
+        place = "LMClient, or to one of its deployments"
+        raise ConfigError(f"{where or 'this call'} has {key!r}, which belongs to {place}: LMClient({key}=…)")
 
 
 _OF_THE_METHODS = (

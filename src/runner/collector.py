@@ -29,7 +29,7 @@ class Collector(Generic[T, R]):
         on_progress: Likewise. The total is what was read so far where ``inputs`` have no length.
 
     Raises:
-        ConfigError: ``inputs`` are one input, and not many.
+        ConfigError: ``inputs`` are one input, and not many, or a callback cannot be called.
     """
 
     def __init__(
@@ -42,6 +42,9 @@ class Collector(Generic[T, R]):
     ) -> None:
         if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Iterable | AsyncIterable):
             raise ConfigError(f"a batch of type {type(inputs).__name__}: pass a list, or any iterable of inputs")
+        for name, callback in (("on_result", on_result), ("on_progress", on_progress)):
+            if callback is not None and not callable(callback):
+                raise ConfigError(f"{name} is of type {type(callback).__name__}, and not a function")
         self._inputs = inputs
         self._return_exceptions = return_exceptions
         self._on_result = on_result

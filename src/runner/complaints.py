@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 
 from hydra.errors import OverrideParseException
 from yaml import Mark, MarkedYAMLError
 
 from runner import config
-from runner.checks import no_choice_message, unknown_key_message
+from runner.checks import no_choice_message, no_section_message, unknown_key_message
 from runner.errors import RunnerError
+from runner.extras import installation
+from runner.help import ADDED
 
 
 def explain(error: BaseException) -> str:
@@ -44,8 +45,8 @@ def _unknown_option(found: re.Match[str]) -> str:
     """``dataset=jsnl``: a group's option that does not exist."""
     group, _, option = found[1].rpartition("/")
     if group == "hydra/launcher" and (extra := _EXTRAS.get(option)):
-        return f"{group}={option} is not installed: pip install 'runner[{extra}]'"
-    prefix = "+" if group == "experiment" else ""
+        return f"{group}={option} is not installed: {installation(extra)}"
+    prefix = "+" if group in ADDED else ""
     return no_choice_message(f"{prefix}{group}", option, found[2].split())
 
 
@@ -65,8 +66,7 @@ def _no_list(found: re.Match[str]) -> str:
 
 def _no_section(found: re.Match[str]) -> str:
     """``budget=2``: a value where keys belong."""
-    keys = ", ".join(f"{found[3]}.{each.name}" for each in fields(getattr(config, found[1])))
-    return f"{found[3]}={found[2]}: it has keys of its own, as there are {keys}"
+    return no_section_message(f"{found[3]}={found[2]}", found[3], getattr(config, found[1]))
 
 
 def _no_mapping(found: re.Match[str]) -> str:

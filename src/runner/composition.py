@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.arguments import friendly
+from runner.arguments import friendly, options_first
 from runner.checks import LIMIT_KEYS, check_name, check_secrets, unknown_key_message, unknown_keys
 from runner.complaints import explain
 from runner.config import RunnerConfig, Shared
@@ -41,7 +41,7 @@ def compose(overrides: Sequence[str]) -> RunnerConfig:
         ConfigError: It cannot be composed, or holds what no key allows.
         HydraException: A group or an option does not exist.
     """
-    composed = _composed(list(friendly(overrides)))
+    composed = _composed(list(friendly(options_first(overrides))))
     load_environment(composed.env_file)
     return typed(composed)
 

@@ -22,6 +22,8 @@ def path_of(url: str | Path, *, key: str) -> Path:
     Raises:
         ConfigError: Another kind of database, or one in memory.
     """
+    if not isinstance(url, str | Path):
+        raise ConfigError(f"{key} is of type {type(url).__name__}: a path, or a URL such as {DB_URL_DEFAULT}")
     scheme, found, rest = str(url).partition("://")
     if not found:
         return Path(url)

@@ -99,7 +99,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
-        judge_pilot = partial(_judge_pilot, run, store, budget, group_size=workload.task.group_size)
+        judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
         notes = [*doubts, *resumption.notes, *_unpriced(config)]
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
@@ -108,9 +108,9 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
                         async with budget.opened(store, end=run.stop) if budget else nullcontext():
                             await run.until_done(after_pilot=judge_pilot)
                     except Exception:  # a bug; what was paid for is shown all the same
-                        await _conclude(run, store, folder)
+                        await _conclude(run, store, config, folder)
                         raise
-                report = await _conclude(run, store, folder)  # a signal finds what is written whole
+                report = await _conclude(run, store, config, folder)  # a signal finds what is written whole
         samples = [row async for row in result_rows(store, limit=config.tracker.table_rows)] if report.summary else []
     await tracker.finish(
         Ending(
@@ -218,10 +218,10 @@ def _unpriced(config: RunnerConfig) -> Iterator[str]:
             yield f"no price is known for {deployment.model}, so its cost is not counted: {price_hint(where)}"
 
 
-async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_size: int) -> None:
+async def _judge_pilot(run: Run, store: Store, config: RunnerConfig, budget: Budget | None, *, group_size: int) -> None:
     """Say what the rest will take, and stop where the budget has no room for it."""
     await store.flush()
-    left = await _left(run, store)
+    left = await _left(run, store, config)
     if left is None:
         logger.warning("the pilot is done; how many rows are left is not known")
         return
@@ -236,13 +236,14 @@ async def _judge_pilot(run: Run, store: Store, budget: Budget | None, *, group_s
             run.stop(BudgetExhausted(said))
 
 
-async def _left(run: Run, store: Store) -> Forecast | None:
+async def _left(run: Run, store: Store, config: RunnerConfig) -> Forecast | None:
     """What is left to do, where it is known."""
     rows = await run.left()
-    return None if rows is None else await forecast(store, rows)
+    prices = {label: price_for(deployment, config.simulator) for label, deployment in replicas(config).items()}
+    return None if rows is None else await forecast(store, rows, prices)
 
 
-async def _conclude(run: Run, store: Store, folder: Path) -> Report:
+async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) -> Report:
     """Write the projections and say how it ended."""
     reason = run.stop.reason
     last = run.snapshot()
@@ -264,7 +265,7 @@ async def _conclude(run: Run, store: Store, folder: Path) -> Report:
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
     message = str(reason) if reason else await _first_failure(store)
-    if isinstance(reason, BudgetExhausted) and (left := await _left(run, store)) is not None:
+    if isinstance(reason, BudgetExhausted) and (left := await _left(run, store, config)) is not None:
         message = f"{reason}. {left}"
     return Report(exit_code=exit_code, summary=summary, message=message)
 

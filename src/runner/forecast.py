@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from sqlite3 import Row
 from statistics import NormalDist
 
 from runner.budget import shown
 from runner.store import Store
+from runner.types import TokenPrice, TokenUsage
 
 CONFIDENCE = 0.99
 """How often an interval holds what comes."""
@@ -83,11 +85,15 @@ class Forecast:
         return ": ".join([said[0], " and ".join(said[1:])]) if said[1:] else said[0]
 
 
-async def forecast(store: Store, rows: int) -> Forecast:
-    """What ``rows`` rows will take, if they are like those that were answered."""
+async def forecast(store: Store, rows: int, prices: Mapping[str, TokenPrice | None]) -> Forecast:
+    """What ``rows`` rows will take, if they are like those that were answered.
+
+    Args:
+        prices: What each deployment charges now, whatever it did when it answered. None: unknown.
+    """
     answers = [row async for row in store.query(_ANSWERS, (SAMPLE,))]
     tokens = [row["total_tokens"] for row in answers if row["total_tokens"] is not None]
-    costs = [row["cost_usd"] for row in answers if row["cost_usd"] is not None]
+    costs = [cost for row in answers if (cost := _cost_usd(row, prices.get(row["deployment"]))) is not None]
     return Forecast(
         rows=rows,
         tokens=total_of(rows, tokens) if tokens else None,
@@ -95,8 +101,21 @@ async def forecast(store: Store, rows: int) -> Forecast:
     )
 
 
+def _cost_usd(answer: Row, price: TokenPrice | None) -> float | None:
+    """What an answer would cost now; what it did cost, where that is not to be known."""
+    if price is None or answer["prompt_tokens"] is None or answer["completion_tokens"] is None:
+        cost: float | None = answer["cost_usd"]
+        return cost
+    usage = TokenUsage(
+        prompt_tokens=answer["prompt_tokens"],
+        completion_tokens=answer["completion_tokens"],
+        cached_tokens=answer["cached_tokens"],
+    )
+    return price.cost_usd(usage)
+
+
 _ANSWERS = """
-    SELECT total_tokens, cost_usd
+    SELECT deployment, prompt_tokens, completion_tokens, cached_tokens, total_tokens, cost_usd
     FROM answers
     WHERE error_type IS NULL AND reused_from IS NULL
     ORDER BY ticket DESC

@@ -63,7 +63,7 @@ _MORE: Lines = (
     ('eval "$(runner -sc install=bash)"', "completion of keys and options for `runner`; also zsh and fish"),
 )
 
-_ADDED = {"experiment", "scale"}
+ADDED = {"experiment", "scale"}
 """Groups that have no default, so that they are chosen with a plus sign."""
 
 _WIDEST = 110
@@ -103,7 +103,7 @@ def _groups(folders: Iterable[Path]) -> Lines:
         for file in folder.glob("*/*.yaml"):
             options.setdefault(file.parent.name, set()).add(file.stem)
     for group, names in sorted(options.items()):
-        yield f"{'+' if group in _ADDED else ''}{group}=", " | ".join(sorted(names))
+        yield f"{'+' if group in ADDED else ''}{group}=", " | ".join(sorted(names))
 
 
 def _laid_out(lines: Lines, width: int) -> Iterator[str]:

@@ -382,7 +382,7 @@ class RateLimiter:
                 continue
             raise BadRequestError(
                 f"the request needs about {costs[index]:,.0f} of limits.{limit.name}={limit.amount:,.0f} and would"
-                " wait for ever: shorten it, lower max_tokens, or raise the limit"
+                f" wait for ever: shorten it, lower request.max_tokens, or raise limits.{limit.name}"
             )
 
     def _exhausted(self, wait_s: float) -> InsufficientQuotaError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError, StoreError
+from runner.extras import missing
 from runner.private import make_private
 
 DTYPES = ("list[dict]", "list[str]", "list[tuple[str,str]]", "polars")
@@ -54,7 +55,7 @@ def check_form(return_dtype: str, output_shape: str) -> None:
     if output_shape not in SHAPES:
         raise ConfigError(f"output_shape={output_shape!r}: choose one of {', '.join(SHAPES)}")
     if return_dtype == "polars" and find_spec("polars") is None:
-        raise ConfigError("return_dtype='polars' needs Polars: pip install 'runner[polars]'")
+        raise missing("return_dtype='polars'", "polars")
 
 
 def shaped(rows: Sequence[PromptRow], return_dtype: str) -> Any:

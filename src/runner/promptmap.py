@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 
 from pydantic import BaseModel
 
-from runner.checks import check_deployment
+from runner.checks import check_count, check_deployment, check_request
 from runner.concurrency import Window
 from runner.config import DeploymentConfig, LimitsConfig, RetryConfig, RunnerConfig, SimulatorConfig, replicas
 from runner.database import lock_folder
@@ -122,15 +122,17 @@ async def prompt_map(
         RunStopped: Every prompt would fail the same way: the key is wrong, nobody listens. Answers are kept.
     """
     check_form(return_dtype, output_shape)
-    _check_numbers(
-        concurrency=concurrency,
-        max_attempts=max_attempts,
-        progress_update_every=progress_update_every,
-        rpm_limit=1 if rpm_limit is None else rpm_limit,
-    )
+    check_count("concurrency", concurrency)
+    check_count("max_attempts", max_attempts)
+    check_count("progress_update_every", progress_update_every)
+    check_request("", {"temperature": temperature})
+    if rpm_limit is not None and (not isinstance(rpm_limit, int | float) or not rpm_limit >= 1):
+        raise ConfigError(f"rpm_limit={rpm_limit!r}: a number of at least 1, or None for no limit")
+    if worker is not None and not callable(worker):
+        raise ConfigError(f"worker is of type {type(worker).__name__}, and not a function of a prompt")
     cache, results = _paths(cache_db_url, results_db_url)
     check_place(results)
-    form = None if response_model is None else ResponseFormat.of(response_model)
+    form = None if response_model is None else ResponseFormat.of(response_model, key="response_model")
     config = RunnerConfig(
         limits=LimitsConfig(concurrency=concurrency, rpm=rpm_limit, max_request_burst=1),
         retry=RetryConfig(max_retries=max_attempts - 1),
@@ -172,12 +174,6 @@ async def prompt_map(
     if teardown_results:
         results.unlink(missing_ok=True)
     return shaped(rows, return_dtype)
-
-
-def _check_numbers(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number >= 1:
-            raise ConfigError(f"{name}={number}: a number of at least 1")
 
 
 def _paths(cache_db_url: str | Path, results_db_url: str | Path | None) -> tuple[Path, Path]:
@@ -259,8 +255,8 @@ class _Prompts:
     """What a run asks: each different prompt once, in the order of their first places."""
 
     def __init__(self, prompts: Iterable[str], config: RunnerConfig) -> None:
-        if isinstance(prompts, str):
-            raise ConfigError("prompts is one text: give a list of texts")
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise ConfigError(f"prompts is of type {type(prompts).__name__}: give a list of texts")
         self.given = list(prompts)
         self.scorers = Scorers({})
         self.response_format = None

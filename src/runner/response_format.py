@@ -37,7 +37,7 @@ class ResponseFormat:
     """
 
     @classmethod
-    def of(cls, layout: Layout) -> ResponseFormat:
+    def of(cls, layout: Layout, *, key: str = "response_format") -> ResponseFormat:
         """The format that ``layout`` describes.
 
         Args:
@@ -45,6 +45,7 @@ class ResponseFormat:
                 JSON schema, sent as it is, and as strict where it says all that strict mode asks for. Or the wire's
                 own ``{"type": "json_object"}``, ``{"type": "json_schema", "json_schema": {…}}`` and
                 ``{"type": "text"}``, sent as they are.
+            key: The argument that it was given for.
 
         Raises:
             ConfigError: It is none of these, or no valid JSON schema.
@@ -56,8 +57,7 @@ class ResponseFormat:
         if isinstance(layout, type) and hasattr(layout, "model_validate_json"):
             return _of_model(layout)
         raise ConfigError(
-            f"response_format={layout!r} is of type {type(layout).__name__}:"
-            " give a Pydantic model class or a JSON schema"
+            f"{key}={layout!r} is of type {type(layout).__name__}: give a Pydantic model class or a JSON schema"
         )
 
     @classmethod

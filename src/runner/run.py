@@ -12,12 +12,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from runner.advice import way_out
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
-from runner.config import DeploymentConfig, RunnerConfig, replicas
+from runner.config import RunnerConfig, replicas
 from runner.digests import Digests
 from runner.errors import (
-    AuthenticationError,
     BudgetExhausted,
     ConnectError,
     DatasetError,
@@ -25,8 +25,6 @@ from runner.errors import (
     Interrupted,
     ItemError,
     NoDeploymentError,
-    NotFoundError,
-    PermissionDeniedError,
     RequestError,
     StoreError,
     SystemicError,
@@ -40,7 +38,6 @@ from runner.scoring import Scorers
 from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item, Settled
-from runner.transports import DIRECT
 from runner.types import Attempt, Client, Request, Response, Trace
 from runner.workload import ClaimSize
 
@@ -463,24 +460,6 @@ def _spread(size: int, total: int | None) -> Set[int]:
         return frozenset(range(size))
     draw = random.Random(total)
     return {draw.randrange(part * total // size, (part + 1) * total // size) for part in range(size)}
-
-
-def way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
-    """What to do about an error that every row meets."""
-    match error:
-        case AuthenticationError() | PermissionDeniedError() if deployment is not None:
-            provider = DIRECT.get(deployment.model.partition("/")[0])
-            variable = deployment.api_key_env or (provider.key_env if provider else "the provider's variable")
-            return f"Check the key in {variable}"
-        case NotFoundError() if deployment is not None:
-            base = deployment.api_base
-            hint = "" if base is None or base.rstrip("/").endswith("/v1") else f"; perhaps {base.rstrip('/')}/v1"
-            return f"Check model={deployment.model} and api_base{hint}"
-        case InsufficientQuotaError() if error.retry_after_s:
-            return "The same command goes on then"
-        case InsufficientQuotaError():
-            return "Check the account's balance and limits"
-    return "Check the server"
 
 
 def _key(claimed: Claimed) -> Key:

@@ -121,7 +121,7 @@ def _needs_target(config: ScorerConfig) -> bool:
 def _scorer(name: str, config: ScorerConfig) -> _Scorer:
     kind = config.kind
     if config.pattern is not None and kind != "regex":
-        raise ConfigError(f"scorers.{name}.pattern is for kind=regex; the kind here is {kind!r}")
+        raise ConfigError(f"scorers.{name}.pattern is for scorers.{name}.kind=regex; the kind here is {kind!r}")
     if ":" in kind:
         return _UserFunction(name, kind)
     match kind:
@@ -140,7 +140,7 @@ def _scorer(name: str, config: ScorerConfig) -> _Scorer:
 
 def _compiled(name: str, config: ScorerConfig) -> re.Pattern[str]:
     if not config.pattern:
-        raise ConfigError(f"scorers.{name}.pattern is missing: kind=regex needs the regular expression to look for")
+        raise ConfigError(f"scorers.{name}.pattern is missing: the regular expression to look for")
     try:
         return re.compile(config.pattern, re.IGNORECASE if config.ignore_case else 0)
     except (re.error, OverflowError, RecursionError) as error:

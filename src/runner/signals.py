@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from runner import prelude
+
 ECHO_S = 0.3
 """A second signal that follows so closely is the first one, forwarded by a wrapper such as ``timeout``."""
 
@@ -52,6 +54,7 @@ def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    prelude.end()
     loop = asyncio.get_running_loop()
     signals = [signal.SIGINT]
     if not callable(signal.getsignal(signal.SIGTERM)):
@@ -94,6 +97,7 @@ def _preemption(loop: asyncio.AbstractEventLoop, handle: Callable[[int], None]) 
 @contextmanager
 def first_signal(handle: Callable[[int], None]) -> Iterator[None]:
     """Have the first SIGINT or SIGTERM given to ``handle``, outside of an event loop; the next ends the process."""
+    prelude.end()
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     came_at = 0.0
 

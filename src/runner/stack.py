@@ -22,6 +22,7 @@ from runner.config import (
     SimulatorConfig,
     replicas,
 )
+from runner.errors import ConfigError
 from runner.estimate import Estimator
 from runner.limited import Limited
 from runner.limiter import RateLimiter, limits_of
@@ -29,7 +30,7 @@ from runner.metrics import DeploymentSnapshot
 from runner.retry import Retrying
 from runner.router import Circuit, Hedged, Recallable, Replica, Router, strategy_of
 from runner.sharing import open_shared
-from runner.transports import open_transport
+from runner.transports import open_transport, place_of
 from runner.transports.prices import price_for
 from runner.tuner import Tuner
 from runner.types import Client, Request, Response
@@ -110,7 +111,10 @@ def open_stack(
 
     def replica_of(label: str, deployment: DeploymentConfig) -> Replica:
         own = deployment.limits
-        transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
+        try:
+            transport = open_transport(deployment, simulator=simulator, timeout_s=timeout_s)
+        except ConfigError as error:
+            raise ConfigError(f"{place_of(label, deployments)}{error}") from None
         own_window = Window.of(own) if own and own.concurrency else None
         own_tuner = Tuner.of(own, own_window, label=label) if own and own_window else None
         for each in (tuner, own_tuner):

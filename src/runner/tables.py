@@ -8,7 +8,8 @@ from typing import Any, BinaryIO, Protocol
 
 import orjson
 
-from runner.errors import ConfigError, StoreError
+from runner.errors import StoreError
+from runner.extras import missing
 
 COLUMNS = {
     "run": "text",
@@ -176,7 +177,7 @@ class Parquet:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise ConfigError("--format parquet needs pyarrow: pip install 'runner[parquet]'") from None
+            raise missing("--format parquet", "parquet") from None
         types = {
             "text": pyarrow.string(),
             "json": pyarrow.string(),

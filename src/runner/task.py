@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from runner.config import RunnerConfig, TaskKind, asked_kind
+from runner.config import DatasetKind, RunnerConfig, TaskKind, asked_kind
 from runner.dataset import Row, media_folder
 from runner.digests import read_unchanged
 from runner.embedding import embed
@@ -105,6 +105,15 @@ def task_of(config: RunnerConfig, response_format: ResponseFormat | None) -> Tas
         case TaskKind.transcribe:
             return Transcribe(config)
     return Generate(config, response_format)
+
+
+def suffixes_of(config: RunnerConfig) -> Sequence[str] | None:
+    """Of ``dataset=files``, the suffixes of the files that the task can send. None: any, or it is another dataset."""
+    if config.dataset.kind is not DatasetKind.files or config.mapper is not None:
+        return None
+    if asked_kind(config) is TaskKind.transcribe:
+        return _AUDIO
+    return tuple(_IMAGES) if config.task.image == "path" else None
 
 
 class Generate:

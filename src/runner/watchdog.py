@@ -36,6 +36,7 @@ class Watchdog:
         self._late_since: float | None = None
         self._silent_until = float("-inf")
         self._named: dict[int, Trace] = {}  # slow requests in flight that were named, by id
+        self._none_named_until = float("-inf")
 
     async def rest(self, seconds: float) -> None:
         """Sleep, and see how late the loop wakes the sleeper up."""
@@ -56,7 +57,7 @@ class Watchdog:
         return max((late for _, late in self._lags), default=0.0)
 
     def notes(self, snapshot: Snapshot, in_flight: Iterable[Trace]) -> Iterator[str]:
-        """What a person should know by now, each thing once.
+        """What a person should know by now, each thing once, and one of its kind a minute.
 
         Args:
             snapshot: The run at this moment.
@@ -78,8 +79,11 @@ class Watchdog:
             return
         bound_s = max(SLOW_S, _SLOW * p99_s)
         slow = {id(trace): trace for trace in in_flight if trace.on_the_wire and now - trace.sent_at > bound_s}
+        self._named = {key: trace for key, trace in self._named.items() if key in slow}
         new = sorted((slow[key] for key in slow.keys() - self._named.keys()), key=lambda trace: trace.sent_at)
-        self._named = slow
+        if not new or now < self._none_named_until:
+            return
+        self._named, self._none_named_until = slow, now + _SILENCE_S
         for trace in new[:_NAMED]:
             yield (
                 f"row {trace.row} has been waiting for {trace.deployment} for {now - trace.sent_at:.0f} s;"

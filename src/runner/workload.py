@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from runner.ceiling import Ceiling
-from runner.config import RunnerConfig
+from runner.config import RunnerConfig, ShardConfig
 from runner.dataset import Row, count_rows, open_dataset
 from runner.digests import Digests
 from runner.errors import ItemError, RowError
@@ -18,7 +18,7 @@ from runner.identity import ContentHasher, dump_text
 from runner.prompt import Ask
 from runner.response_format import ResponseFormat
 from runner.scoring import Scorers
-from runner.task import Item, task_of
+from runner.task import Item, suffixes_of, task_of
 from runner.types import OUTPUT_LIMITS
 
 _PEEK = 10
@@ -42,6 +42,7 @@ class Workload:
         self.task = task_of(config, self.response_format)
         self._config = config
         self._dataset = config.dataset
+        self._suffixes = suffixes_of(config)
         self._hash = ContentHasher(config)
         self._ceiling = Ceiling(config)
 
@@ -55,19 +56,19 @@ class Workload:
             DatasetError: The dataset cannot be read.
             ConfigError: A template or a scorer names a field that none of the first rows has.
         """
-        rows = list(islice(open_dataset(self._dataset), _PEEK))
+        rows = list(islice(open_dataset(self._dataset, suffixes=self._suffixes), _PEEK))
         self.task.check(rows)
         self.scorers.check({name for row in rows for name in row.fields})
-        return list(self._doubts(rows))
+        return [*self._skipped(), *self._doubts(rows)]
 
     def count(self) -> int | None:
         """How many items there are, where that is quickly known."""
-        rows = count_rows(self._dataset)
+        rows = count_rows(self._dataset, suffixes=self._suffixes)
         return None if rows is None else rows * self.samples
 
     def items(self) -> Iterator[Item]:
         """The items in the dataset's order. Those with files are not `identified` yet."""
-        for row in open_dataset(self._dataset):
+        for row in open_dataset(self._dataset, suffixes=self._suffixes):
             yield from self._items_of(row)
 
     async def identified(self, items: Sequence[Item], digests: Digests) -> Sequence[Item]:
@@ -97,6 +98,16 @@ class Workload:
         if item.error is not None:
             return 0.0
         return None if item.files else self._ceiling.usd(item.input)
+
+    def _skipped(self) -> Iterator[str]:
+        """Files beside those that the task can send."""
+        if self._suffixes is None:
+            return
+        whole = replace(self._dataset, limit=None, shard=ShardConfig())
+        found, wanted = count_rows(whole) or 0, count_rows(whole, suffixes=self._suffixes) or 0
+        if wanted < found:
+            skipped = f"{found - wanted:,} of {found:,} files skipped"
+            yield f"dataset.path={whole.path}: {skipped}: their names end with none of {', '.join(self._suffixes)}"
 
     def _doubts(self, rows: Sequence[Row]) -> Iterator[str]:
         asks: list[Ask] = []

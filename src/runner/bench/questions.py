@@ -8,10 +8,10 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from runner.advice import way_out
 from runner.bench.load import Answer
 from runner.config import CacheMode, RunnerConfig, replicas
 from runner.errors import ConfigError, ConnectError, ItemError, RequestError, SystemicError
-from runner.run import way_out
 from runner.task import Item, Settled
 from runner.types import Client, EmbeddingRequest, GenerationRequest, Request, Response, TokenUsage, Trace
 from runner.workload import Workload

@@ -10,7 +10,7 @@ positions, and what becomes of a row that cannot be read are settled once, above
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Protocol
@@ -36,27 +36,31 @@ class Row:
     error: RowError | None = None  # why it could not be read
 
 
-def open_dataset(config: DatasetConfig) -> Iterator[Row]:
+def open_dataset(config: DatasetConfig, *, suffixes: Collection[str] | None = None) -> Iterator[Row]:
     """The rows that ``limit`` and ``shard`` leave, read as they are asked for.
 
     ``limit`` takes the first rows of the dataset, ``shard`` those of them whose index modulo ``count`` is its own.
     A row that cannot be read is a row with an error, and the next one is not affected.
+
+    Args:
+        config: Describes the dataset.
+        suffixes: With ``dataset=files``, those of the files that are wanted of a folder or a glob. None: all are.
 
     Raises:
         ConfigError: The dataset is not described fully, or the library that reads it is not installed.
         DatasetError: The file is missing, empty, or in another format. Raised here, before the first row, except
             where reading fails half-way.
     """
-    return _rows(_open(config), config)
+    return _rows(_open(config, suffixes), config)
 
 
-def count_rows(config: DatasetConfig) -> int | None:
+def count_rows(config: DatasetConfig, *, suffixes: Collection[str] | None = None) -> int | None:
     """How many rows `open_dataset` gives, without parsing them. None: not to be known without reading it all.
 
     Raises:
         ConfigError, DatasetError: As `open_dataset`.
     """
-    dataset = _open(config)
+    dataset = _open(config, suffixes)
     try:
         whole = dataset.count()
     except OSError as error:
@@ -103,13 +107,14 @@ _KINDS: Mapping[DatasetKind, Callable[[DatasetConfig], Dataset]] = {
     DatasetKind.csv: Csv,
     DatasetKind.parquet: Parquet,
     DatasetKind.huggingface: HuggingFace,
-    DatasetKind.files: Files,
     DatasetKind.python: Function,
 }
 
 
-def _open(config: DatasetConfig) -> Dataset:
+def _open(config: DatasetConfig, suffixes: Collection[str] | None) -> Dataset:
     try:
+        if config.kind is DatasetKind.files:
+            return Files(config, suffixes=suffixes)
         return _KINDS[config.kind](config)
     except OSError as error:
         raise _unreadable(str(config.path), error) from error

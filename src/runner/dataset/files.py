@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from runner.config import DatasetConfig
@@ -18,16 +18,25 @@ class Files:
     In the order of their paths, hidden ones left out; their contents are read by whoever asks for them. A folder's
     links to folders are followed, each folder once, so that one that leads back to itself has an end. The fields:
     ``path`` as the pattern leads to it, ``name``, ``stem``, ``suffix`` (lower case, with its dot), ``size`` in bytes.
+
+    Args:
+        config: Names them.
+        suffixes: Those of the files that are wanted, however many others a folder or a glob leads to. None: all are.
     """
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, *, suffixes: Collection[str] | None = None) -> None:
         pattern = expanded(config, example="'recordings/**/*.wav'")
         self.name = os.path.basename(pattern.rstrip("/")) or pattern
         self._pattern = pattern
         self._is_folder = os.path.isdir(pattern)
+        self._suffixes: Collection[str] | None = None
         if not self._is_folder and os.path.exists(pattern):
             self._pattern = glob.escape(pattern)
+        else:
+            self._suffixes = suffixes
         if not self._paths():
+            if any(map(os.path.isfile, self._found())):
+                raise DatasetError(f"dataset.path={config.path}: no file there ends with {', '.join(suffixes or ())}")
             if os.path.isdir(pattern):
                 raise DatasetError(f"dataset.path={config.path}: this folder holds no files")
             hint = "" if glob.has_magic(pattern) else suggestion(pattern)
@@ -50,8 +59,13 @@ class Files:
 
     def _paths(self) -> list[str]:
         """In order, so that a row keeps its place; names are all that is held."""
-        found = _below(self._pattern) if self._is_folder else glob.iglob(self._pattern, recursive=True)
-        return sorted(path for path in found if os.path.isfile(path))
+        return sorted(path for path in self._found() if self._is_wanted(path) and os.path.isfile(path))
+
+    def _found(self) -> Iterator[str]:
+        return _below(self._pattern) if self._is_folder else glob.iglob(self._pattern, recursive=True)
+
+    def _is_wanted(self, path: str) -> bool:
+        return self._suffixes is None or os.path.splitext(path)[1].lower() in self._suffixes
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from runner.config import DatasetConfig
 from runner.dataset import arrow
 from runner.dataset.paths import expanded
-from runner.errors import ConfigError, DatasetError
+from runner.errors import DatasetError
+from runner.extras import missing
 
 _BATCH = 256
 """Rows converted at a time."""
@@ -49,7 +50,7 @@ def _load(path: str, name: str | None, split: str | None, streaming: bool) -> An
     try:
         import datasets
     except ImportError:
-        raise ConfigError("dataset=huggingface needs datasets: pip install 'runner[huggingface]'") from None
+        raise missing("dataset=huggingface", "huggingface") from None
     saved = any(os.path.isfile(os.path.join(path, mark)) for mark in ("state.json", "dataset_dict.json"))
     try:
         if saved:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from runner.config import DatasetConfig
 from runner.dataset import arrow
 from runner.dataset.paths import find_file
-from runner.errors import ConfigError, DatasetError
+from runner.errors import DatasetError
+from runner.extras import missing
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -48,7 +49,7 @@ class Parquet:
             from pyarrow import ArrowException
             from pyarrow.parquet import ParquetFile
         except ImportError:
-            raise ConfigError("dataset=parquet needs pyarrow: pip install 'runner[parquet]'") from None
+            raise missing("dataset=parquet", "parquet") from None
         try:
             return ParquetFile(self._path)
         except ArrowException as error:

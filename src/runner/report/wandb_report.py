@@ -16,6 +16,7 @@ from runner.comparison import HEADER, Comparison, difference_cells
 from runner.composition import of_run
 from runner.config import RunnerConfig, TrackerConfig
 from runner.errors import ConfigError, RunnerError
+from runner.extras import missing
 from runner.redaction import Redactor
 from runner.report.charts import numeric_key
 from runner.report.facts import RunFacts, read_benchmarks, score_names
@@ -48,7 +49,7 @@ def check_extra() -> None:
     try:
         import wandb_workspaces.reports.v2  # noqa: F401
     except ImportError:
-        raise ConfigError("--wandb needs pip install 'runner[report]'") from None
+        raise missing("--wandb", "report") from None
 
 
 def publish(

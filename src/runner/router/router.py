@@ -28,6 +28,7 @@ _IDLE_S = 2.0
 
 _DEFAULT_PAUSE_S = 1.0
 _TOLD_AFTER_S = 2.0
+_SILENCE_S = 60.0  # after a warning, before another one of its kind
 _CLOSED = "the client was closed before a deployment could take the request"
 
 _MISFITS = 3
@@ -92,6 +93,7 @@ class Router:
         self._watch: asyncio.TimerHandle | None = None
         self._out_since: float | None = None  # all of them
         self._told = False
+        self._silent_until = float("-inf")
         self._left_at = 0.0  # when a request, or its wait, came to an end last
         self._closed = False
         for replica in replicas:
@@ -261,7 +263,8 @@ class Router:
             return
         if self._out_since is None:
             self._out_since = now
-            asyncio.get_running_loop().call_later(_TOLD_AFTER_S, self._tell_if_out, now)
+            wait_s = max(_TOLD_AFTER_S, self._silent_until - now)
+            asyncio.get_running_loop().call_later(wait_s, self._tell_if_out, now)
         if now - self._out_since >= self._patience_s(self._out_since):
             self._dismiss(f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}")
 
@@ -298,10 +301,10 @@ class Router:
 
     def _tell_if_out(self, since: float) -> None:
         if self._out_since == since and not self._closed:
-            self._told = True
+            self._told, self._silent_until = True, time.monotonic() + _SILENCE_S
             which = "the deployment is" if len(self._replicas) == 1 else f"all {len(self._replicas)} deployments are"
             logger.warning(
-                "%s out, and requests wait for up to %g s (max_wait_s of the routing): %s",
+                "%s out, and requests wait for up to %g s (routing.max_wait_s): %s",
                 which,
                 self._patience_s(since),
                 self._causes(),
@@ -377,7 +380,8 @@ class Router:
             return  # nobody answers: it may be this side
         why = f"{replica.label} has answered nothing for {recall.silent_s(now):.1f} s, while others have"
         if replica.circuit.answering:
-            logger.warning("%s: it is probed", why)
+            if now >= replica.silent_at + _SILENCE_S:
+                logger.warning("%s: it is probed", why)
             replica.silent_at, replica.scouted = now, False
             replica.circuit.trip(Timeout(why))
             return

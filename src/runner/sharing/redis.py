@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from runner.bucket import DAY_S, HEARD_S, ROUNDING, SPANS, TRAVEL_S, Bucket, Limit
 from runner.errors import ConfigError
+from runner.extras import missing
 from runner.sharing.ledger import LEASE_S, LONGEST_POLL_S, POLL_S, SLICE_S, TICKET_S, Order, Slice
 
 _TIMEOUT_S = 2.0
@@ -45,7 +46,7 @@ class RedisQuota:
         try:
             redis = importlib.import_module("redis")
         except ImportError:
-            raise ConfigError("limits.shared=redis needs the redis package: pip install 'runner[redis]'") from None
+            raise missing("limits.shared=redis", "redis") from None
         self._trouble: type[Exception] = redis.RedisError
         options: dict[str, Any] = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
         if password:

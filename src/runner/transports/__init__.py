@@ -100,9 +100,15 @@ async def check_addresses(deployments: Mapping[str, DeploymentConfig]) -> None:
     Raises:
         ConfigError: Nobody does, at any of them.
     """
-    failures = [await _unreachable(base_of(deployment)) for deployment in deployments.values()]
-    if all(failures):
-        raise ConfigError("; ".join(str(failure) for failure in failures))
+    failures = {label: await _unreachable(base_of(deployment)) for label, deployment in deployments.items()}
+    if all(failures.values()):
+        raise ConfigError("; ".join(f"{place_of(label, deployments)}{failure}" for label, failure in failures.items()))
+
+
+def place_of(label: str, deployments: Mapping[str, DeploymentConfig]) -> str:
+    """What a message about a deployment begins with: nothing for the one that ``model`` and ``api_base`` describe."""
+    alone = len(deployments) == 1 and label == deployments[label].model
+    return "" if alone else f"deployments.{label}: "
 
 
 def base_of(deployment: DeploymentConfig) -> str | None:

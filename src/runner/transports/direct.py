@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,9 @@ from runner.types import GenerationRequest, Request, Response
 _READ_BUFFER = 2**20  # aiohttp's default of 64 KiB halves the speed of long answers
 _LARGE_BODY = 2**20  # what aiohttp writes in pieces, if it is given a file
 _LINGER_S = 0.2  # how long an answer that is over may take to end, for the sake of its connection
+
+_VERSION = re.compile(r"/v\d")
+"""What the address of an OpenAI-compatible server ends with, or has in it."""
 
 _NO_TIMEOUT = aiohttp.ClientTimeout()  # `Deadlines` is cheaper
 
@@ -82,7 +86,8 @@ class DirectTransport:
         try:
             status, payload, answer_headers = await self._post(call, headers, timeout_s, stream)
             if status != 200:
-                raise wire.error_from(status, wire.redacted(payload or b"", self._secrets_in(params)), answer_headers)
+                said = wire.redacted(payload or b"", self._secrets_in(params))
+                raise self._with_hint(wire.error_from(status, said, answer_headers))
             answer_headers = {name.lower(): value for name, value in answer_headers.items()}
             if payload is None and stream is not None:
                 return wire.response_from(request, stream.body(), answer_headers, model=self._model)
@@ -95,6 +100,13 @@ class DirectTransport:
         self._deadlines.close()
         if self._session is not None:
             await self._session.close()
+
+    def _with_hint(self, error: errors.RequestError) -> errors.RequestError:
+        """The error, and what it most often means: an address that ends before its version."""
+        if not isinstance(error, errors.NotFoundError) or error.status != 404 or _VERSION.search(self._where):
+            return error
+        message = f"{error.message.rstrip('.')}; perhaps it is api_base={self._where}/v1"
+        return errors.NotFoundError(message, status=error.status, headers=error.headers)
 
     def _headers_of(self, call: wire.Call, params: Mapping[str, Any]) -> Mapping[str, str]:
         headers = self._headers

@@ -1,0 +1,29 @@
+"""Advice: what to do about an error that every request meets."""
+
+from __future__ import annotations
+
+from runner.config import DeploymentConfig
+from runner.errors import (
+    AuthenticationError,
+    InsufficientQuotaError,
+    NotFoundError,
+    PermissionDeniedError,
+    RequestError,
+)
+from runner.transports import DIRECT
+
+
+def way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
+    """What to do about an error of ``deployment``'s that every row meets."""
+    match error:
+        case AuthenticationError() | PermissionDeniedError() if deployment is not None:
+            provider = DIRECT.get(deployment.model.partition("/")[0])
+            variable = deployment.api_key_env or (provider.key_env if provider else "the provider's variable")
+            return f"Check the key in {variable}"
+        case NotFoundError() if deployment is not None:
+            return f"Check model={deployment.model} and api_base"
+        case InsufficientQuotaError() if error.retry_after_s:
+            return "The same command goes on then"
+        case InsufficientQuotaError():
+            return "Check the account's balance and limits"
+    return "Check the server"
