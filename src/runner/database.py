@@ -257,10 +257,9 @@ def _check_or_create(database: sqlite3.Connection, path: Path, *, readonly: bool
     for pragma in (
         "trusted_schema = OFF",
         "synchronous = NORMAL",
-        f"cache_size = {-2048 if readonly else -4096}",
+        "cache_size = -2048",  # KiB
         "temp_store = FILE",
-        # Pages of the indexes are touched at random, over and over: the rarer the checkpoint, the fewer are written.
-        "wal_autocheckpoint = 8000",
+        "wal_autocheckpoint = 8000",  # pages: the last ones are written over and over, and rarely out of the log
     ):
         database.execute(f"PRAGMA {pragma}")
 
