@@ -7,9 +7,10 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 from aiohttp import ClientSession, web
 
 from runner.config import DatasetConfig, DatasetKind, RetryConfig, RunnerConfig, TrackerConfig, TrackerKind
+from runner.database import APPLICATION_ID
 from runner.experiment import Report, run_experiment
 from runner.simulator.body import read_form
 from runner.store import Key, Outcome, Store
@@ -130,6 +132,32 @@ async def key_of(store: Store, position: int) -> Key:
     """What a claimed row is called in the books."""
     [row] = [row async for row in store.query("SELECT content, ticket FROM rows WHERE position = ?", (position,))]
     return row["content"], row["ticket"]
+
+
+def version_1(path: Path) -> None:
+    """A store as the first version left it: killed, with three rows answered, one failed and one in flight.
+
+    Two of the rows ask the same.
+    """
+    schema = (Path(__file__).parent / "data" / "schema_1.sql").read_text(encoding="utf-8")
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(f"PRAGMA journal_mode = WAL; {schema}")
+        database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
+        database.executescript(
+            """
+            INSERT INTO meta VALUES ('samples', '1'), ('scorers', 'x');
+            INSERT INTO sessions VALUES (1, 100.0, 110.0, 111.0), (2, 200.0, 210.0, NULL);
+            INSERT INTO rows VALUES (0, x'00', 0, '{"n":0}', '{"exact":1}', 101.0),
+                (1, x'01', 0, '{"n":1}', NULL, 102.0), (2, x'02', 0, '{"n":2}', NULL, 103.0),
+                (3, x'03', 0, '{"n":3}', NULL, 201.0), (4, x'00', 1, '{"n":4}', NULL, 104.0);
+            INSERT INTO answers (content, occurrence, settled_at, output_text, error_type, retries, queue_wait_s,
+                service_time_s, end_to_end_s, cost_usd)
+            VALUES (x'00', 0, 105.0, 'zero', NULL, 0, 0, 1, 1, 0.25), (x'01', 0, 105.0, 'one', NULL, 0, 0, 1, 1, 0.25),
+                (x'02', 0, 105.0, NULL, 'Timeout', 2, 0, 1, 1, NULL), (x'00', 1, 105.0, 'more', NULL, 0, 0, 1, 1, 0.25);
+            INSERT INTO attempts (content, occurrence, error_type) VALUES (x'02', 0, 'Timeout');
+            """
+        )
 
 
 def numbered(count: int) -> list[Json]:

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import save
-from runner.database import APPLICATION_ID, SCHEMA_VERSION
+from harness import save, version_1
+from runner.database import SCHEMA_VERSION
 from runner.errors import StoreError
 from runner.store import Claim, Outcome, Store, Terms
-
-SCHEMA_1 = Path(__file__).parent / "data" / "schema_1.sql"
 
 
 @pytest.fixture
@@ -30,31 +28,6 @@ async def test_what_holds_answers_can_be_read_by_its_owner_only(path: Path) -> N
 
 
 # Older versions
-
-
-def version_1(path: Path) -> None:
-    """A store as the first version left it: killed, with three rows answered, one failed and one in flight.
-
-    Two of the rows ask the same.
-    """
-    path.parent.mkdir()
-    with closing(sqlite3.connect(path)) as database:
-        database.executescript(f"PRAGMA journal_mode = WAL; {SCHEMA_1.read_text(encoding='utf-8')}")
-        database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
-        database.executescript(
-            """
-            INSERT INTO meta VALUES ('samples', '1'), ('scorers', 'x');
-            INSERT INTO sessions VALUES (1, 100.0, 110.0, 111.0), (2, 200.0, 210.0, NULL);
-            INSERT INTO rows VALUES (0, x'00', 0, '{"n":0}', '{"exact":1}', 101.0),
-                (1, x'01', 0, '{"n":1}', NULL, 102.0), (2, x'02', 0, '{"n":2}', NULL, 103.0),
-                (3, x'03', 0, '{"n":3}', NULL, 201.0), (4, x'00', 1, '{"n":4}', NULL, 104.0);
-            INSERT INTO answers (content, occurrence, settled_at, output_text, error_type, retries, queue_wait_s,
-                service_time_s, end_to_end_s, cost_usd)
-            VALUES (x'00', 0, 105.0, 'zero', NULL, 0, 0, 1, 1, 0.25), (x'01', 0, 105.0, 'one', NULL, 0, 0, 1, 1, 0.25),
-                (x'02', 0, 105.0, NULL, 'Timeout', 2, 0, 1, 1, NULL), (x'00', 1, 105.0, 'more', NULL, 0, 0, 1, 1, 0.25);
-            INSERT INTO attempts (content, occurrence, error_type) VALUES (x'02', 0, 'Timeout');
-            """
-        )
 
 
 async def test_a_store_of_the_first_version_is_migrated_with_all_that_is_in_it(path: Path) -> None:

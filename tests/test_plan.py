@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import Asked, Command, Json, numbered, read_rows, refusal, serving, shout
+from harness import Asked, Command, Json, numbered, read_rows, refusal, serving, shout, version_1
 from runner.config import (
     DatasetConfig,
     DatasetKind,
@@ -139,6 +139,14 @@ async def test_a_run_that_was_killed_is_planned(tmp_path: Path, command: Command
             await asyncio.sleep(0.02)
     done = await command(*arguments, "plan=true")
     assert (done.exit_code, "not answered yet" in done.out) == (0, True), done.out + done.err
+
+
+async def test_a_run_of_an_earlier_version_is_planned_and_left_as_it_is(tmp_path: Path) -> None:
+    version_1(tmp_path / "run" / "results.sqlite")
+    before = files(tmp_path / "run")
+    plan = await make_plan(configured(tmp_path, numbered(7)), tmp_path / "run")
+    assert plan.send == {"changed": 5, "new": 2}
+    assert files(tmp_path / "run") == before
 
 
 async def test_a_damaged_run_is_an_error(tmp_path: Path) -> None:

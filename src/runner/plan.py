@@ -375,25 +375,29 @@ async def _copied(folder: Path) -> AsyncIterator[tuple[Store, bool]]:
     with tempfile.TemporaryDirectory(prefix="runner-plan-") as name:
         copy = Path(name) / RUN_DATABASE
         is_new = not source.is_file()
-        if is_new:
-            await (await Store.open(copy)).aclose()
-        await asyncio.to_thread(_copy, None if is_new else source, copy)
+        try:
+            if not is_new:
+                await asyncio.to_thread(_copy, source, copy)
+            await (await Store.open(copy)).aclose()  # lays its tables, or brings them up to date
+            await asyncio.to_thread(_note_before, copy)
+        except sqlite3.Error as error:
+            raise StoreError(f"{source} cannot be read ({error})") from None
         async with await Store.open(copy) as store:
             yield store, is_new
 
 
-def _copy(source: Path | None, copy: Path) -> None:
-    """Copy a database that may be at work, and add a table of what was known ``before``. The source stays as it is."""
-    try:
-        with closing(sqlite3.connect(copy)) as target:
-            if source is not None:
-                at_work = source.with_name(f"{source.name}-wal").exists()
-                uri = f"{source.absolute().as_uri()}?{'mode=ro' if at_work else 'immutable=1'}"
-                with closing(sqlite3.connect(uri, uri=True)) as database:
-                    database.backup(target)
-            target.executescript(_BEFORE)
-    except sqlite3.Error as error:
-        raise StoreError(f"{source} cannot be read ({error})") from None
+def _copy(source: Path, copy: Path) -> None:
+    """Copy a database that may be at work. The source stays as it is."""
+    at_work = source.with_name(f"{source.name}-wal").exists()
+    uri = f"{source.absolute().as_uri()}?{'mode=ro' if at_work else 'immutable=1'}"
+    with closing(sqlite3.connect(uri, uri=True)) as database, closing(sqlite3.connect(copy)) as target:
+        database.backup(target)
+
+
+def _note_before(copy: Path) -> None:
+    """Add a table of what was known ``before``."""
+    with closing(sqlite3.connect(copy)) as database:
+        database.executescript(_BEFORE)
 
 
 _BEFORE = """
