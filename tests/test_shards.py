@@ -18,6 +18,7 @@ from runner.config import DatasetConfig, DatasetKind, DeploymentConfig, RetryCon
 from runner.export import main as export
 from runner.results import summarize
 from runner.shards import Shards, find_shards, merge, opened
+from runner.store import Store
 from runner.sweep import Cell, Sweep
 
 COUNT = 3
@@ -102,6 +103,17 @@ async def test_shards_come_to_the_same_as_the_whole(sharded: Sharded) -> None:
     for key in ("rows", "succeeded", "failed", "tokens", "cost_usd", "errors", "scores", "stopped", "reused"):
         assert summary[key] == alone[key], key
     assert summary["shards"] == {"count": COUNT, "unfinished": []}
+
+
+async def test_a_shard_that_is_run_again_has_all_its_rows_where_they_were(sharded: Sharded) -> None:
+    scored = "SELECT position, asked_at FROM rows WHERE scores IS NOT NULL ORDER BY position"
+    seen = []
+    for _ in range(2):
+        cell = await sharded.shard(1, numbered(20), samples=2)
+        async with await Store.open_readonly(Path(cell.folder) / "results.sqlite") as store:
+            seen.append([tuple(row) async for row in store.query(scored)])
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 12
 
 
 async def test_repeats_of_a_row_stay_together(sharded: Sharded) -> None:

@@ -129,7 +129,7 @@ class Run:
         """
         try:
             if self.total is not None:
-                await self._store.truncate(self.total)
+                await self._store.truncate(self._position(self.total))
             if self._config.pilot:
                 sample = {self._position(place) for place in _spread(self._config.pilot, self.total)}
                 await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
@@ -439,7 +439,7 @@ _SETTLED = """
 # Rows that are not read yet, and those that are and have no outcome, those that share one counted once.
 _LEFT = """
     SELECT
-        (SELECT ifnull(max(position) + 1, 0) FROM rows) AS seen,
+        (SELECT count(*) FROM rows) AS seen,
         count(DISTINCT rows.ticket) AS open
     FROM rows
     LEFT JOIN answers USING (ticket)
