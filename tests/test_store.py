@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import key_of, save
+from runner.claims import Elsewhere
 from runner.database import SCHEMA_VERSION
 from runner.errors import StoreError
+from runner.reuse import first_of
 from runner.store import Claim, Known, Outcome, Store, Terms
 from runner.types import Attempt
 
@@ -300,6 +302,20 @@ async def test_the_end_of_an_interrupted_pass_over_a_changed_dataset_is_not_mixe
         assert len({ticket for _, ticket in rows}) == 4
 
 
+async def test_a_claim_that_fails_leaves_the_answers_to_the_next_one(path: Path) -> None:
+    def fail(row: Any) -> float:
+        raise OSError("no bound")
+
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+        for position, name in enumerate("ab"):
+            await save(store, position, answer(name))
+    async with await Store.open(path) as store:
+        with pytest.raises(OSError, match="no bound"):
+            await claim(store, "b", "new", "a", cost_bound=fail)
+        assert await answered(store, "b", "new", "a") == [True, False, True]
+
+
 # Sharing
 
 
@@ -317,6 +333,15 @@ async def test_rows_that_ask_the_same_may_share_one_answer(path: Path) -> None:
         known = await claim(store, "a", "b", "a", "b", "c", "a", dedupe=True)
         assert [each.answered for each in known] == [True, False, True, False, False, True]
         assert [each.shared for each in known] == [False, False, False, True, False, False]
+
+
+async def test_very_many_rows_may_share_one_answer(path: Path) -> None:
+    async with await Store.open(path) as store:
+        known = [
+            fact for first in range(0, 50_000, 250) for fact in await claim(store, *"a" * 250, first=first, dedupe=True)
+        ]
+        assert len({fact.ticket for fact in known}) == 1
+        assert [fact.shared for fact in known] == [False, *[True] * 49_999]
 
 
 async def test_a_shared_failure_is_given_up_once_and_not_again_in_the_same_session(path: Path) -> None:
@@ -362,6 +387,49 @@ async def test_what_is_found_elsewhere_is_kept_and_not_asked_for(path: Path) -> 
         assert [each.unscored_text for each in known] == ["answer to a", "answer to b", None, None]
         assert looked == [[1, 2, 3]]
         assert await table(store, "SELECT position FROM rows WHERE session IS NOT NULL") == [(0,), (2,), (3,)]
+
+
+async def test_no_answer_from_elsewhere_comes_to_a_second_row_in_a_later_session(path: Path, tmp_path: Path) -> None:
+    other = await lent(tmp_path / "other" / "results.sqlite", "one", "two")
+    for wanted in (["one"], ["one", "two"], ["one", "two", None]):
+        async with await Store.open(path) as store, await Store.open_readonly(other) as lender:
+            await claim(store, *"a" * len(wanted), elsewhere=lending(lender))
+            assert await shown(store) == wanted
+
+
+async def test_no_answer_comes_to_a_second_row_by_way_of_another_run(path: Path, tmp_path: Path) -> None:
+    first = await lent(tmp_path / "first" / "results.sqlite", "one")
+    second = await lent(tmp_path / "second" / "results.sqlite", "one")
+    async with (
+        await Store.open(path) as store,
+        await Store.open_readonly(first) as lender,
+        await Store.open_readonly(second) as copier,
+    ):
+        await claim(store, "a", "a", elsewhere=first_of([lending(lender), lending(copier)]))
+        assert await shown(store) == ["one", None]
+
+
+async def test_where_rows_share_answers_they_share_those_from_elsewhere(path: Path, tmp_path: Path) -> None:
+    other = await lent(tmp_path / "other" / "results.sqlite", "one")
+    async with await Store.open(path) as store, await Store.open_readonly(other) as lender:
+        await claim(store, "a", "a", elsewhere=lending(lender), dedupe=True)
+        assert await shown(store) == ["one", "one"]
+
+
+async def lent(path: Path, *texts: str) -> Path:
+    """A store with these answers to the same thing, which took a time of its own each."""
+    async with await Store.open(path) as store:
+        await claim(store, *"a" * len(texts))
+        for position, text in enumerate(texts):
+            await save(store, position, answer("a", output_text=text, service_time_s=position + 0.1))
+    return path
+
+
+def lending(store: Store) -> Elsewhere:
+    async def elsewhere(asked: Sequence[Claim]) -> list[Outcome | None]:
+        return await store.take([row.content for row in asked])
+
+    return elsewhere
 
 
 async def test_a_failure_for_which_there_is_an_answer_elsewhere_moves_to_the_ledger(path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
 from runner.database import Statements
 from runner.pool import Pool
+from runner.twins import Twins
 
 
 class Claimed(Protocol):
@@ -43,7 +44,8 @@ class Known(NamedTuple):
 
 
 Elsewhere: TypeAlias = Callable[[Sequence[Any]], Awaitable[Sequence[Outcome | None]]]
-"""Finds answers outside for rows that have none: one for each row, or None. Ticket and content are not looked at."""
+"""Finds answers outside for rows that have none: one for each row, or None. Ticket and content are not looked at.
+None is handed out twice: where one is not to be used, the row comes again, for another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class Session:
     id: int
     tickets: Iterator[int]  # that nobody has had
     pool: Pool
+    twins: Twins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,8 @@ def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, ses
     """
     if _all_settled(statements, claims, terms):
         return None
+    if terms.dedupe:
+        statements.execute("CREATE INDEX IF NOT EXISTS rows_by_content ON rows (content)")
     stored = statements.fetch(_STORED, (claims[0].position, claims[-1].position))
     same = _unchanged(claims, stored)
     changed_from = stored[same]["position"] if same < len(stored) else None
@@ -211,8 +216,9 @@ def _new_tickets(statements: Statements, claims: Sequence[Claimed], terms: Terms
         return []
     contents = [claim.content for claim in claims]
     if terms.dedupe:
-        shared = _tickets_before(statements, contents, claims[0].position)
-        rest = [content for content in dict.fromkeys(contents) if content not in shared]
+        distinct = list(dict.fromkeys(contents))
+        shared = _tickets_before(statements, distinct, claims[0].position)
+        rest = [content for content in distinct if content not in shared]
         shared |= zip(rest, _own_tickets(statements, rest, terms, session), strict=True)
         return [shared[content] for content in contents]
     return _own_tickets(statements, contents, terms, session)
@@ -230,7 +236,6 @@ def _own_tickets(statements: Statements, contents: Sequence[bytes], terms: Terms
 
 def _tickets_before(statements: Statements, contents: Sequence[bytes], position: int) -> dict[bytes, int]:
     """The tickets of rows before a position that ask the same."""
-    statements.execute("CREATE INDEX IF NOT EXISTS rows_by_content ON rows (content)")
     sql = _BEFORE.format(", ".join(["(?)"] * len(contents)))
     return {row["content"]: row["ticket"] for row in statements.fetch(sql, (*contents, position))}
 
@@ -311,8 +316,9 @@ _BEFORE = """
     WITH asked (content) AS (VALUES {}), place (position) AS (VALUES (?))
     SELECT rows.content, rows.ticket
     FROM asked, place
-    JOIN rows ON rows.content = asked.content AND rows.position < place.position
-    GROUP BY rows.content
+    JOIN rows ON rows.position = (
+        SELECT min(position) FROM rows WHERE content = asked.content AND position < place.position
+    )
 """
 
 _ASKED_BEFORE = """

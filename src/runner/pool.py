@@ -56,17 +56,18 @@ class Pool:
         return taken
 
     def _fill(self, statements: Statements, first: int) -> None:
-        if statements.fetch("SELECT 1 FROM temp.sqlite_master WHERE name = 'pool'"):
+        # The table is made outside of the transaction. Its index, and what is in it, go with one that fails.
+        if statements.fetch("SELECT 1 FROM temp.sqlite_master WHERE name = 'pool_by_content'"):
             return
         statements.execute(_TABLE)
         if self._session is not None:
             statements.execute(_FILL_FROM_ROWS, (first,))
         statements.execute(_FILL_WITHOUT_ROWS if self._session is not None else _FILL)
-        statements.execute("CREATE INDEX temp.pool_by_content ON pool (content, failed, position)")
+        statements.execute("CREATE INDEX temp.pool_by_content ON pool (content, failed, position DESC)")
 
 
 _TABLE = """
-    CREATE TEMP TABLE pool (
+    CREATE TEMP TABLE IF NOT EXISTS pool (
         ticket   INTEGER PRIMARY KEY,
         content  BLOB NOT NULL,
         failed   INTEGER NOT NULL,

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +28,13 @@ from runner.answers import (
     put_attempts,
     read_answers,
 )
-from runner.claims import Claim, Claimed, Known, Lookup, Session, Terms, look_up, take_up
+from runner.claims import Claim, Claimed, Elsewhere, Known, Lookup, Session, Terms, look_up, take_up
 from runner.commits import GroupCommit
 from runner.database import PATIENCE_S, Database, Statements, lock_folder
 from runner.errors import StoreError
 from runner.pool import Pool
 from runner.reserve import Reserve
+from runner.twins import Twin, Twins
 from runner.types import Attempt
 
 __all__ = ["Claim", "FileMark", "Key", "Known", "Outcome", "Store", "Terms"]
@@ -167,8 +169,21 @@ class Store:
             return await self._transact(lambda statements: take(statements, look(statements)))
         lookup = await self._database.transact(look)
         todo = [claims[n] for n in lookup.todo] if lookup else []
-        found = await terms.elsewhere(todo) if todo else ()
+        found = await self._found(todo, terms.elsewhere, session, dedupe=terms.dedupe)
         return await self._transact(lambda statements: take(statements, lookup, found))
+
+    async def _found(
+        self, claims: Sequence[Claimed], elsewhere: Elsewhere, session: Session, *, dedupe: bool
+    ) -> Sequence[Outcome | None]:
+        """What there is elsewhere for rows; unless they share answers, nothing that the store has already."""
+        found: list[Outcome | None] = [None] * len(claims)
+        missing: Sequence[int] = range(len(claims))
+        while missing:
+            for n, each in zip(missing, await elsewhere([claims[n] for n in missing]), strict=True):
+                found[n] = each
+            twins = {n: Twin.of(each, claims[n].content) for n in missing if (each := found[n]) and not dedupe}
+            missing = await self._database.transact(partial(session.twins.enter, answers=twins)) if twins else ()
+        return found
 
     async def take(self, contents: Sequence[bytes]) -> list[Outcome | None]:
         """For each of ``contents``, an answer to it that no row has, or None. Each answer is handed out once."""
@@ -300,7 +315,7 @@ class Store:
             return statements.execute("INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (self._now(),))
 
         session = await self._database.transact(begin)
-        self._session = Session(id=session, tickets=count(session << _TICKET_BITS), pool=Pool(session))
+        self._session = Session(id=session, tickets=count(session << _TICKET_BITS), pool=Pool(session), twins=Twins())
 
     async def _transact(self, work: Callable[[Statements], T]) -> T:
         """Do a transaction; where it fails, once more in the room that was held back, and have it known."""
