@@ -58,10 +58,11 @@ _TABLE = "CREATE TEMP TABLE IF NOT EXISTS twins (content BLOB, service_time_s RE
 
 _FILL = "INSERT INTO twins SELECT content, service_time_s, end_to_end_s FROM answers WHERE error_type IS NULL"
 
+# CROSS JOIN looks up each of those that are asked for.
 _FIND = """
     SELECT DISTINCT twins.content, twins.service_time_s, twins.end_to_end_s
     FROM (VALUES {}) AS asked
-    JOIN twins
+    CROSS JOIN twins
         ON twins.content = asked.column1
         AND twins.service_time_s = asked.column2
         AND twins.end_to_end_s = asked.column3
