@@ -207,6 +207,19 @@ async def test_a_failed_row_is_tried_again_and_its_failure_moves_to_the_ledger(p
     }
 
 
+async def test_a_failed_row_that_has_moved_is_tried_again_and_leaves_no_failure_behind(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a", "b")
+        await save(store, 0, failure("a"))
+        await save(store, 1, answer("b"))
+    async with await Store.open(path) as store:
+        assert await answered(store, "b", "a") == [True, False]
+        assert await attempts(store) == [("a", "Timeout")]
+        await save(store, 1, answer("a"))
+        await store.flush()
+        assert await store.forget_rows() == 0
+
+
 async def test_a_failed_row_stays_failed_where_retries_are_not_wanted(path: Path) -> None:
     async with await Store.open(path) as store:
         await claim(store, "a")
@@ -1204,7 +1217,7 @@ class Model:
             row = self.rows.get(position)
             is_new, moved = row is None, False
             if row is None:
-                slot = before.get(name) or self.take(name, session, fails=not retry_failed) or Slot(name)
+                slot = before.get(name) or self.take(name, session, fails=True) or Slot(name)
                 before |= {name: slot} if dedupe else {}
                 row = self.rows[position] = Row(slot, metadata)
             slot = row.slot

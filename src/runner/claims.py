@@ -219,18 +219,17 @@ def _new_tickets(statements: Statements, claims: Sequence[Claimed], terms: Terms
         distinct = list(dict.fromkeys(contents))
         shared = _tickets_before(statements, distinct, claims[0].position)
         rest = [content for content in distinct if content not in shared]
-        shared |= zip(rest, _own_tickets(statements, rest, terms, session), strict=True)
+        shared |= zip(rest, _own_tickets(statements, rest, session), strict=True)
         return [shared[content] for content in contents]
-    return _own_tickets(statements, contents, terms, session)
+    return _own_tickets(statements, contents, session)
 
 
-def _own_tickets(statements: Statements, contents: Sequence[bytes], terms: Terms, session: Session) -> list[int]:
+def _own_tickets(statements: Statements, contents: Sequence[bytes], session: Session) -> list[int]:
     tickets = session.pool.take(statements, contents)
-    if not terms.retry_failed:
-        rest = [n for n, ticket in enumerate(tickets) if ticket is None]
-        failures = session.pool.take(statements, [contents[n] for n in rest], failed=True)
-        for n, ticket in zip(rest, failures, strict=True):
-            tickets[n] = ticket
+    rest = [n for n, ticket in enumerate(tickets) if ticket is None]
+    failures = session.pool.take(statements, [contents[n] for n in rest], failed=True)
+    for n, ticket in zip(rest, failures, strict=True):
+        tickets[n] = ticket
     return [next(session.tickets) if ticket is None else ticket for ticket in tickets]
 
 
