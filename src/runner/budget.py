@@ -185,10 +185,11 @@ class Budget:
             return  # towards the end it is as it should be
         self._is_warned = True
         size = getattr(most, name)
-        most_of_one = "any amount" if math.isinf(size) else shown(name, size)
+        bound = f"{shown(name, size)} (a token for each byte of its prompt, and the longest answer)"
+        most_of_one = "any amount" if math.isinf(size) else bound
         logger.warning(
-            "budget.%s=%g has room for %d requests at once, as one may take %s: a smaller request.max_tokens makes it"
-            " more",
+            "budget.%s=%g has room for %d requests at once, as one may take %s: a larger budget, or a smaller"
+            " request.max_tokens, makes it more",
             name,
             self._purse.limits[name],
             held.requests,
