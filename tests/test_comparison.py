@@ -265,9 +265,9 @@ def test_differences_are_shown_with_their_interval() -> None:
     show_comparisons(comparisons, stream=stream)
     shown = stream.getvalue()
 
-    assert "with other prompts: model=b - model=a" in shown
+    assert "with other prompts\nfirst   model=a\nsecond  model=b\n" in shown
     assert " pp, " in shown
-    assert r"not compared: model=\x1b[31mc - model=a: their rows differ" in shown
+    assert r"not compared: model=a and model=\x1b[31mc: their rows differ" in shown
 
 
 async def test_a_multirun_ends_with_the_differences(command: Command) -> None:
@@ -285,7 +285,7 @@ async def test_a_multirun_ends_with_the_differences(command: Command) -> None:
     )
 
     assert done.exit_code == 0, done.err
-    assert "differences over the same rows, with other prompts: prompt=" in done.out
+    assert "differences over the same rows, with other prompts\nfirst   prompt=" in done.out
     assert "score right" in done.out
     assert "lower" in done.out
 

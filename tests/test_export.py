@@ -256,6 +256,17 @@ def test_what_cannot_be_exported_is_told_in_one_line(
     assert words in err
 
 
+async def test_the_dataset_of_a_run_is_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    run = await make_run("runs/a/1")
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "config.yaml").write_text("dataset: {kind: csv, path: tickets.csv}\n", encoding="utf-8")
+    Path("tickets.csv").write_text("id,text\n", encoding="utf-8")
+    assert await exported("runs/a", "-o", "./tickets.csv") == 2
+    assert "is the dataset that the run asked about" in capsys.readouterr().err
+    assert Path("tickets.csv").read_text(encoding="utf-8") == "id,text\n"
+    assert await exported("runs/a", "-o", "answers.csv") == 0
+
+
 def test_pyarrow_is_missed_in_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(make_run("runs/a/1", 1))
     monkeypatch.setitem(sys.modules, "pyarrow", None)

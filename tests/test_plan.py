@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from harness import Asked, Command, Json, numbered, read_rows, refusal, serving, shout, version_1
+from runner.budget import shown
 from runner.config import (
+    BudgetConfig,
     DatasetConfig,
     DatasetKind,
     Dedupe,
@@ -30,7 +32,7 @@ from runner.config import (
 from runner.errors import ConfigError, StoreError
 from runner.experiment import run_experiment
 from runner.forecast import total_of
-from runner.plan import make_plan, together
+from runner.plan import Plan, make_plan, together
 
 
 def configured(tmp_path: Path, rows: list[Json], **settings: Any) -> RunnerConfig:
@@ -327,3 +329,31 @@ async def test_plans_of_several_runs_add_up(tmp_path: Path) -> None:
     plan = await make_plan(configured(tmp_path, numbered(3)), tmp_path / "run")
     both = together([plan, plan])
     assert (both.send, both.tokens.expected) == ({"new": 6}, 2 * plan.tokens.expected)
+
+
+async def test_a_budget_that_has_no_room_for_the_rest_is_told(tmp_path: Path) -> None:
+    quick = SimulatorConfig(latency_s=0.001)
+
+    async def plan(rows: int, **budget: Any) -> Plan:
+        config = configured(tmp_path, numbered(rows), simulator=quick, budget=BudgetConfig(**budget))
+        return await make_plan(config, tmp_path / "run")
+
+    await run_experiment(configured(tmp_path, numbered(20), simulator=quick), tmp_path / "run")
+    ample, short = await plan(40), await plan(40, usd=0.0001, tokens=1_000_000)
+    assert ample.usd is not None
+    tight = await plan(40, usd=ample.taken.usd + ample.usd.high - 1e-9)
+    assert "budget" not in str(ample)
+    assert f"budget.usd=0.0001, {shown('usd', ample.taken.usd)} of it taken, stops it before the end" in str(short)
+    assert "may stop it" in str(tight) or ample.usd.low == ample.usd.high
+    assert "budget.tokens" not in str(short)
+    assert "budget" not in str(await plan(20, usd=0.0001))
+
+
+async def test_cells_that_share_a_budget_are_planned_against_it_together(tmp_path: Path) -> None:
+    free = await make_plan(configured(tmp_path, numbered(3), request={"max_tokens": 8}), tmp_path / "run")
+    assert free.usd is not None
+    enough = BudgetConfig(usd=1.5 * free.usd.high)
+    one = await make_plan(configured(tmp_path, numbered(3), request={"max_tokens": 8}, budget=enough), tmp_path / "run")
+    assert "budget" not in str(one)
+    assert "budget.usd=" in str(together([one, one]))
+    assert "budget" not in str(together([one, free]))

@@ -205,7 +205,7 @@ def test_benchmarks_of_a_sweep_are_one_table_for_each_model(here: Path) -> None:
     page = written(*here.glob("runs/bench_fleet/sweep-*"))
 
     assert page.count("<h3>model=simulated/") >= 3  # two tables, and their differences
-    assert "model=simulated/b − model=simulated/a at 2" in page
+    assert "model=simulated/a at 2 → model=simulated/b at 2" in page
 
 
 def test_runs_of_one_name_are_called_by_what_differs(here: Path) -> None:

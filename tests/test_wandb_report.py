@@ -40,7 +40,7 @@ def test_without_a_key_the_report_is_a_file_beside_the_page(sweep: Path, capsys:
     assert Path("out.html").exists()
     assert (saved["displayName"], saved["project"]["name"]) == (f"n/{sweep.name}", "mine")
     assert "| limits.concurrency=4 | finished |" in texts[0]
-    assert "limits.concurrency=2 − limits.concurrency=1" in texts[1]
+    assert "limits.concurrency=1 → limits.concurrency=2" in texts[1]
     assert filters == [[f"n-{path.parent.name}" for path in sorted_cells(sweep)], [f"n-{sweep.name}"]]
     assert {"config:limits.value.concurrency"} == {panel["xAxis"] for panel in panels if "xAxis" in panel}
 

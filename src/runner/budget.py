@@ -86,8 +86,7 @@ class Budget:
     @asynccontextmanager
     async def opened(self, store: Store, *, end: Callable[[RunStopped], None]) -> AsyncIterator[None]:
         """Count what ``store`` says was taken already, and keep the time: ``end`` is called when it is over."""
-        [facts] = [row async for row in store.query(_TAKEN)]
-        known = Amounts(usd=facts["usd"], tokens=facts["tokens"], requests=facts["requests"], seconds=facts["seconds"])
+        facts, known = await _facts(store)
         unknown = Amounts(
             usd=facts["bounds_usd"] + facts["without_bound"] * facts["largest_usd"],
             tokens=facts["unknown"] * facts["largest_tokens"],
@@ -186,10 +185,11 @@ class Budget:
             return  # towards the end it is as it should be
         self._is_warned = True
         size = getattr(most, name)
-        most_of_one = "any amount" if math.isinf(size) else shown(name, size)
+        bound = f"{shown(name, size)} (a token for each byte of its prompt, and the longest answer)"
+        most_of_one = "any amount" if math.isinf(size) else bound
         logger.warning(
-            "budget.%s=%g has room for %d requests at once, as one may take %s: a smaller request.max_tokens makes it"
-            " more",
+            "budget.%s=%g has room for %d requests at once, as one may take %s: a larger budget, or a smaller"
+            " request.max_tokens, makes it more",
             name,
             self._purse.limits[name],
             held.requests,
@@ -276,6 +276,18 @@ def check_budget(config: RunnerConfig) -> None:
                 f"budget.{min(bounded, key=list(limits).index)} must know how long an answer can be:"
                 f" set request.max_tokens=…, or {where}.max_output_tokens=… to what {deployment.model} can write"
             )
+
+
+async def taken_so_far(store: Store) -> Amounts:
+    """What a run has taken of its budget for certain, by what is stored of it."""
+    _, known = await _facts(store)
+    return known
+
+
+async def _facts(store: Store) -> tuple[Any, Amounts]:
+    [facts] = [row async for row in store.query(_TAKEN)]
+    known = Amounts(usd=facts["usd"], tokens=facts["tokens"], requests=facts["requests"], seconds=facts["seconds"])
+    return facts, known
 
 
 def _limits(config: RunnerConfig) -> dict[str, float]:

@@ -158,9 +158,17 @@ def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     else:
         for warning in unshared(config, launcher):
             say(sys.stderr, warning)
+    if not swept:
+        say(sys.stderr, _ONE_CELL)
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
     sweep.begin()
     return sweep, swept
+
+
+_ONE_CELL = (
+    "-m, but one cell: no key has several values. A comma separates them, as in request.temperature=0,1; texts with"
+    """ commas, colons or braces need quotes of their own: 'prompt="Sort: {{ text }}","Label: {{ text }}"'"""
+)
 
 
 def _wait_for_others(sweep: Sweep) -> None:
@@ -355,8 +363,6 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     cells = sweep.cells()
     if not cells:
         return exit_code
-    if len(cells) == 1 and not _is_interrupted(exit_code, cells):  # else others may not have begun
-        say(sys.stderr, "\n-m, but one cell: values that a comma separates make several, texts with commas in quotes")
     sweep_table([asdict(cell) for cell in cells])
     _show_benchmarks(sweep, cells)
     merged = _merge_shards(sweep)
@@ -365,10 +371,6 @@ def _conclude_sweep(sweep: Sweep, exit_code: int) -> int:
     if interrupted := {code for code in exit_codes if code is not None and code > 128}:
         return max(interrupted)
     return CELLS_FAILED if exit_codes - {FINISHED, SOME_FAILED} else FINISHED
-
-
-def _is_interrupted(exit_code: int, cells: Sequence[Cell]) -> bool:
-    return any(code is not None and code > 128 for code in (exit_code, *(cell.exit_code for cell in cells)))
 
 
 def _show_benchmarks(sweep: Sweep, cells: Sequence[Cell]) -> None:

@@ -276,12 +276,12 @@ class _Sums:
 def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> None:
     """Print the differences of runs to the first one."""
     for each in comparisons[:_MOST_SHOWN]:
-        title = f"{each.second} - {each.first}"
+        first, second = printable(each.first), printable(each.second)
         if each.refusal is not None:
-            say(stream, f"\nnot compared: {printable(title)}: {each.refusal}")
+            say(stream, f"\nnot compared: {first} and {second}: {each.refusal}")
             continue
         note = "" if each.same_prompts else ", with other prompts"
-        say(stream, f"\ndifferences over the same rows{note}: {printable(title)}")
+        say(stream, f"\ndifferences over the same rows{note}\nfirst   {first}\nsecond  {second}")
         show_table(HEADER, [difference_cells(difference) for difference in each.differences], stream=stream)
     if len(comparisons) > _MOST_SHOWN:
         write(stream, f"\n{len(comparisons) - _MOST_SHOWN} more: python -m runner.report\n")

@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, contextmanager
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from runner.database_url import path_of, results_path
 from runner.errors import BAD_CONFIG, ConfigError, StoreError
 from runner.progress import printable, say
 from runner.prompt_rows import STORE_KIND, holds_rows, read_rows
-from runner.recorded import labels_of
+from runner.recorded import labels_of, settings_of
 from runner.results import replacing, result_rows
 from runner.shards import find_shards, opened
 from runner.store import Store
@@ -225,10 +225,24 @@ def _opened(output: str, runs: Sequence[ExportedRun]) -> Iterator[BinaryIO]:
     else:
         if path in {store.resolve() for run in runs for store in run.stores}:
             raise ConfigError(f"--output {output} is the run's own database: name another file")
+        if path in _datasets(runs):
+            raise ConfigError(f"--output {output} is the dataset that the run asked about: name another file")
         if not path.parent.is_dir():
             raise ConfigError(f"--output {output}: there is no folder {path.parent}")
         with replacing(path) as file:
             yield file
+
+
+def _datasets(runs: Sequence[ExportedRun]) -> set[Path]:
+    """The files that the rows of ``runs`` came from, where that is recorded."""
+    files = set()
+    for store in (store for run in runs for store in run.stores):
+        dataset = settings_of(store.parent).get("dataset")
+        path = dataset.get("path") if isinstance(dataset, dict) else None
+        if path and isinstance(path, str):
+            with suppress(ValueError):  # no path at all
+                files.add(Path(os.path.realpath(path)))
+    return files
 
 
 def _form(form: str | None, output: str) -> str:

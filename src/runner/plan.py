@@ -10,13 +10,14 @@ import math
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from runner.budget import shown, taken_so_far
 from runner.checks import check
 from runner.config import RunnerConfig, TaskKind, replicas
 from runner.database import RUN_DATABASE
@@ -24,6 +25,7 @@ from runner.digests import Digests
 from runner.errors import StoreError
 from runner.estimate import Estimate, Estimator
 from runner.forecast import SAMPLE, ZERO, Interval, total_of
+from runner.purse import NOTHING, Amounts
 from runner.resume import resuming
 from runner.reuse import PATIENCE_S, latest_runs
 from runner.store import Known, Store
@@ -56,6 +58,8 @@ class Plan:
     seconds: Interval | None  # None: there is nothing to go by
     basis: int = 0  # answers of this run, or of the one in ``like``, that the forecast follows; 0: it is a guess
     like: str | None = None  # the run, this one or another, whose answers to other rows are gone by
+    budget: Mapping[str, float] = field(default_factory=dict)  # limits by their names; cells with the same share one
+    taken: Amounts = NOTHING  # of the budget, earlier
 
     @property
     def tokens(self) -> Interval:
@@ -74,8 +78,19 @@ class Plan:
             f"  cost    {cost}",
             f"  time    {time}",
             f"  by      {self._by()}",
+            *(f"  budget  {each}" for each in self._beyond()),
         ]
         return "\n".join(lines)
+
+    def _beyond(self) -> Iterator[str]:
+        """The limits of the budget that have no room for all that is sent, or perhaps none."""
+        for name, needed in (("usd", self.usd), ("tokens", self.tokens), ("seconds", self.seconds)):
+            limit, taken = self.budget.get(name, math.inf), getattr(self.taken, name)
+            if needed is None or taken + needed.high <= limit:
+                continue
+            earlier = f", {shown(name, taken)} of it taken," if taken else ""
+            ends = "stops" if taken + needed.low > limit else "may stop"
+            yield f"budget.{name}={limit:g}{earlier} {ends} it before the end"
 
     def _by(self) -> str:
         if self.like is not None:
@@ -112,7 +127,8 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
                     draft.add(item, fact, facts.get(item.position))
             if looks_back:
                 draft.inserted(*[row["n"] async for row in store.query(_INSERTED)])
-    return draft.finish(usual or await _usual(config, folder))
+            spent = await taken_so_far(store)
+    return replace(draft.finish(usual or await _usual(config, folder)), taken=spent)
 
 
 def together(plans: Sequence[Plan]) -> Plan:
@@ -127,6 +143,8 @@ def together(plans: Sequence[Plan]) -> Plan:
         usd=sum(costs, ZERO) if len(costs) == len(plans) else None,
         seconds=sum(times, ZERO) if len(times) == len(plans) else None,
         basis=sum(plan.basis for plan in plans),
+        budget=plans[0].budget if all(plan.budget == plans[0].budget for plan in plans) else {},
+        taken=sum((plan.taken for plan in plans), NOTHING),
     )
 
 
@@ -187,6 +205,7 @@ class _Draft:
             seconds=self._seconds(prompts + completions, usual),
             basis=len(self._answers) or len(usual.completion_tokens),
             like=usual.run,
+            budget={name: limit for name, limit in vars(self._config.budget).items() if limit is not None},
         )
 
     def _estimate(self, item: Item) -> Estimate:

@@ -66,26 +66,21 @@ async def _merged(
 async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
     meta = await store.meta()
     samples, task = samples_of(meta), meta.get("task", TaskKind.generate)
-    sql = f"SELECT rows.position, rows.metadata, rows.scores, {_ARE_JSON} AS are_json, answers.* {CURRENT}"
+    sql = f"SELECT {', '.join(_COLUMNS)} {CURRENT}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
     if limit is not None:
         sql += f" LIMIT {limit:d}"
     async with aclosing(store.query(sql)) as records:
-        names: tuple[str, ...] = ()
         async for record in records:
-            names = names or tuple(record.keys())
+            values = tuple(record)  # once, as SQLite's rows are slow to go through, and slower by name
             try:
-                _check_types(names, tuple(map(type, record)))
-                # By name in a dictionary, as SQLite's rows look through all their names each time.
-                row = _result_row(dict(zip(names, record, strict=True)), samples, task)
+                _check_types(tuple(map(type, values)))
+                row = _result_row(dict(zip(_COLUMNS, values, strict=True)), samples, task)
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise StoreError(f"{store.path} is damaged at row {record['position']} ({error})") from None
             yield row
-
-
-_ARE_JSON = "json_valid(coalesce(rows.metadata, '{}')) AND json_valid(coalesce(rows.scores, '{}'))"
 
 
 def samples_of(meta: Mapping[str, str]) -> int:
@@ -259,58 +254,69 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 """What is in the columns of a row, beside null: SQLite keeps a value of any type in any column."""
 
 
+_ARE_JSON = "json_valid(ifnull(metadata, '{}')) AND json_valid(ifnull(scores, '{}'))"
+
+_COLUMNS = ("position", "embedding", _ARE_JSON, *_TYPES)
+
+
 @lru_cache  # as most rows are of the same types
-def _check_types(names: tuple[str, ...], types: tuple[type, ...]) -> None:
-    for name, found in zip(names, types, strict=True):
+def _check_types(types: tuple[type, ...]) -> None:
+    for name, found in zip(_COLUMNS, types, strict=True):
         if found is not NoneType and found not in _TYPES.get(name, (found,)):
             raise TypeError(f"{name} is of type {found.__name__}")
 
 
 def _result_row(record: Mapping[str, Any], samples: int, task: str) -> dict[str, Any]:
-    if not record["are_json"]:
+    if not record[_ARE_JSON]:
         raise ValueError("metadata or scores are no JSON")
-    details = json.loads(record["details"]) if record["details"] else {}
-    details = {name: orjson.Fragment(dump_json(value)) for name, value in details.items()}
+    details = {}
+    if record["details"]:
+        details = {name: orjson.Fragment(dump_json(value)) for name, value in json.loads(record["details"]).items()}
     row: dict[str, Any] = {"_index": record["position"] // samples}
     if samples > 1:
         row["_sample"] = record["position"] % samples
-    usage = {"token_usage": _usage(record), "request_id": record["request_id"], "model_id": record["model_id"]}
     if task == TaskKind.embed:
-        row |= {"embedding": unpack(record["embedding"]) if record["embedding"] else None, **usage}
+        row["embedding"] = unpack(record["embedding"]) if record["embedding"] else None
     elif task == TaskKind.transcribe:
-        heard = {name: details.pop(name, None) for name in ("language", "duration_s")}
-        row |= {"text": record["output_text"], **heard, **usage}
+        row["text"] = record["output_text"]
+        row |= {name: details.pop(name, None) for name in ("language", "duration_s")}
     else:
-        row |= {
-            "output_text": record["output_text"],
-            "output_parsed": details.pop("output_parsed", None),
-            **usage,
-            "finish_reason": record["finish_reason"],
-            "tool_calls": details.pop("tool_calls", []),
-        }
-    return row | {
-        **details,
-        "error": _error(record),
-        "metadata": _fragment(record["metadata"]),
-        "scores": _fragment(record["scores"]),
-        "metrics": {
-            "queue_wait_s": record["queue_wait_s"],
-            "service_time_s": record["service_time_s"],
-            "end_to_end_s": record["end_to_end_s"],
-            "deployment": record["deployment"],
-            "retries": record["retries"],
-            "cost_usd": record["cost_usd"],
-            "ttft_s": record["ttft_s"],
-        },
-        **({"reused_from": record["reused_from"]} if record["reused_from"] else {}),
+        row["output_text"] = record["output_text"]
+        row["output_parsed"] = details.pop("output_parsed", None)
+    row["token_usage"] = _usage(record)
+    row["request_id"] = record["request_id"]
+    row["model_id"] = record["model_id"]
+    if task not in (TaskKind.embed, TaskKind.transcribe):
+        row["finish_reason"] = record["finish_reason"]
+        row["tool_calls"] = details.pop("tool_calls", [])
+    row |= details
+    row["error"] = _error(record)
+    row["metadata"] = _fragment(record["metadata"])
+    row["scores"] = _fragment(record["scores"])
+    row["metrics"] = {
+        "queue_wait_s": record["queue_wait_s"],
+        "service_time_s": record["service_time_s"],
+        "end_to_end_s": record["end_to_end_s"],
+        "deployment": record["deployment"],
+        "retries": record["retries"],
+        "cost_usd": record["cost_usd"],
+        "ttft_s": record["ttft_s"],
     }
+    if record["reused_from"]:
+        row["reused_from"] = record["reused_from"]
+    return row
 
 
 def _usage(record: Any) -> dict[str, Any] | None:
     if record["total_tokens"] is None:
         return None
-    kinds = ("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens", "cached_tokens")
-    return {kind: record[kind] for kind in kinds}
+    return {
+        "prompt_tokens": record["prompt_tokens"],
+        "completion_tokens": record["completion_tokens"],
+        "total_tokens": record["total_tokens"],
+        "reasoning_tokens": record["reasoning_tokens"],
+        "cached_tokens": record["cached_tokens"],
+    }
 
 
 def _error(record: Any) -> dict[str, Any] | None:

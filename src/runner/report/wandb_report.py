@@ -143,7 +143,7 @@ class _Draft:
             shown = conclusion if len(benchmark.levels) > 1 else []
             yield "\n\n".join([f"### {self._text(benchmark.name or 'Levels')}", self._table(header, lines), *shown])
         for each in self._comparisons:
-            heading = f"### {self._text(f'{each.second} − {each.first}')}"
+            heading = f"### {self._text(f'{each.first} → {each.second}')}"
             found = each.refusal or self._table(HEADER, [difference_cells(one) for one in each.differences])
             yield f"{heading}\n\n{found}"
 
