@@ -87,7 +87,8 @@ def _compare(first: Gathered, second: Gathered) -> Iterator[Comparison]:
         pairs = Pairs()
         for row in sorted(rows.keys() & others.keys()):
             pairs.add(rows[row], others[row])
-        yield replace(names, first=f"{first.name} at {level:g}", differences=pairs.differences())
+        at = f"at {level:g}"
+        yield replace(names, first=f"{first.name} {at}", second=f"{second.name} {at}", differences=pairs.differences())
 
 
 def _rows(folder: Path, level: float) -> dict[int, dict[str, list[float]]]:
