@@ -267,6 +267,15 @@ async def test_what_earlier_sessions_took_counts(tmp_path: Path) -> None:
 
 
 @virtual_time
+async def test_a_later_session_sends_nothing_that_earlier_answers_say_there_is_no_room_for(tmp_path: Path) -> None:
+    provider = Provider(0)
+    budget = Budget(priced(budget=BudgetConfig(usd=1.0)), tmp_path)
+    async with opened(budget, usd=0.995, requests=100):
+        await ask_until_the_end(budget, provider)
+    assert provider.costs == []
+
+
+@virtual_time
 async def test_runs_that_are_moved_take_their_budget_with_them(tmp_path: Path) -> None:
     config = priced(budget=BudgetConfig(requests=10))
     async with opened(Budget(config, tmp_path / "here")) as _:

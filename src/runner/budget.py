@@ -93,6 +93,8 @@ class Budget:
         )
         if self.is_shared and file_system_of(self._purse.path.parent) in NETWORK_FILE_SYSTEMS:
             logger.warning("the budget is shared on a network file system: cells on several hosts may exceed it")
+        if known.requests:
+            self._recent.append(known.of_one())
         self._purse.open(facts["session"], known=known, most=known + unknown)
         clock = asyncio.create_task(self._keep_time(end))
         try:

@@ -49,6 +49,10 @@ class Amounts:
             seconds=self.seconds - other.seconds,
         )
 
+    def of_one(self) -> Amounts:
+        """What one of the requests takes, on the average."""
+        return Amounts(usd=self.usd / self.requests, tokens=self.tokens / self.requests, requests=1)
+
     def beyond(self, limits: Mapping[str, float]) -> str | None:
         """The first of ``limits`` that this exceeds."""
         return next((name for name, limit in limits.items() if getattr(self, name) > limit * (1 + _SLACK)), None)
