@@ -128,6 +128,12 @@ async def test_runs_of_one_name_are_called_by_what_differs(command: Command) -> 
     assert await exported("runs/mine", sweep, "-o", "all.jsonl") == 0
     assert {row["run"] for row in lines("all.jsonl")} == {f"model=simulated/{model}" for model in "abcd"}
 
+    await command("name=other", "prompt=other", "tracker=none")
+    assert await exported("runs/other", "-o", "all.jsonl") == 0
+    alone, *cells = sorted({row["run"] for row in lines("all.jsonl")}, key=lambda run: "model=" in run)
+    assert alone.startswith("other/")
+    assert sorted(cells) == ["model=simulated/c", "model=simulated/d"]
+
 
 async def test_columns_that_only_some_run_has_are_there() -> None:
     await make_run("runs/a/1", 1)

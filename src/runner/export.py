@@ -24,7 +24,7 @@ from runner.recorded import labels_of, settings_of
 from runner.results import replacing, result_rows
 from runner.shards import find_shards, opened
 from runner.store import Store
-from runner.sweep import Sweep
+from runner.sweep import Sweep, cell_names
 from runner.tables import Columns, Csv, JsonLines, Parquet, Writer
 
 FORMATS = ("jsonl", "csv", "parquet")
@@ -111,7 +111,9 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
     stores: dict[Path, str] = {}  # what sets each apart in its sweep
     for path in paths:
         sharded, found = _of_sweep(path)
-        found |= dict.fromkeys([path] if path.is_file() else sorted(path.rglob(RUN_DATABASE)), "")
+        names = cell_names(path)
+        for store in [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE)):
+            found.setdefault(store, names.get(store.parent.name, ""))
         if not found and not sharded:
             raise ConfigError(
                 f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's (runs/NAME/sweep-ID), or"

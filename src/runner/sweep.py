@@ -148,6 +148,20 @@ def _cell(path: Path) -> Cell:
     return cell
 
 
+def cell_names(path: Path) -> dict[str, str]:
+    """What the sweeps in a folder call its runs, by the name of their folder: the latest sweep first, in its order.
+
+    Raises:
+        StoreError: There is something else in the place of a sweep's notes.
+    """
+    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    names: dict[str, str] = {}
+    for sweep in sweeps:
+        for cell in Sweep(sweep.parent).cells():
+            names.setdefault(Path(cell.folder).name, cell.name)
+    return names
+
+
 def sweep_id(arguments: Sequence[str]) -> str:
     """Eight hex digits that name the sweep of a command line: the same for the same cells, wherever they run."""
     asked = sorted(argument for argument in arguments if not argument.startswith(_SAME_CELLS))

@@ -21,7 +21,7 @@ from runner.recorded import labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
 from runner.store import Store
-from runner.sweep import Cell, Sweep
+from runner.sweep import Cell, Sweep, cell_names
 
 SAMPLES = 20
 """Rows that are shown of those that were answered, and of those that failed."""
@@ -82,7 +82,7 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
             runs += [await _read_shards(shards) for shards in find_shards(sweep) if shards.stores]
             runs += [await _read_cell(cell) for cell in cells if cell.shard is None]
             continue
-        names = _cell_names(path)
+        names = cell_names(path)
         folders = sorted(_run_folders(path), key=lambda folder: (_place(names, folder), folder))
         if not folders:
             raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep: name a folder below runs/")
@@ -134,16 +134,6 @@ def _run_folders(path: Path) -> Iterator[Path]:
         if found:
             yield from found
             return
-
-
-def _cell_names(path: Path) -> dict[str, str]:
-    """What the sweeps below a folder call its runs, by the name of their folder: the latest first, in its order."""
-    sweeps = sorted(path.glob("sweep-*/cells"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    names: dict[str, str] = {}
-    for sweep in sweeps:
-        for cell in Sweep(sweep.parent).cells():
-            names.setdefault(Path(cell.folder).name, cell.name)
-    return names
 
 
 def _place(names: Mapping[str, str], folder: Path) -> int:
