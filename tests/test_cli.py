@@ -613,7 +613,9 @@ def test_options_may_stand_anywhere(here: Path, capfd: pytest.CaptureFixture[str
 
 def test_a_sweep_of_one_cell_says_so(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "prompt=one, two,three", "tracker=none", "simulator.latency_s=0"]) == 0
-    assert "-m, but one cell" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert err.startswith("-m, but one cell")
+    assert out.splitlines()[-1].split()[:2] == ["#0", "0"]
 
 
 def test_a_key_in_place_of_its_variable_is_not_shown(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

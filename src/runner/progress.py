@@ -102,8 +102,8 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     Below it stands why cells failed, once where it is the same for several.
 
     Args:
-        cells: Each with its ``name``, what sets it apart, its ``exit_code`` (None: killed), the ``summary`` of its
-            run, and the ``message`` that says why it failed.
+        cells: Each with its ``number``, its ``name``, what sets it apart (empty: nothing), its ``exit_code`` (None:
+            killed), the ``summary`` of its run, and the ``message`` that says why it failed.
         stream: Where to; ``sys.stdout`` by default.
     """
     stream = sys.stdout if stream is None else stream
@@ -208,7 +208,7 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     cost = figures.closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
     rate = summary.get("requests_per_s")
     return [
-        printable(cell["name"]),
+        printable(cell["name"]) or f"#{cell['number']}",
         "killed" if cell["exit_code"] is None else str(cell["exit_code"]),
         *counts,
         *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
