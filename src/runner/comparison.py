@@ -342,14 +342,14 @@ def _dollars(value: float) -> str:
 
 
 _NAMES = {
-    "latency_s": "latency",
-    "ttft_s": "TTFT",
-    "itl_s": "ITL",
-    "prompt_tokens": "prompt tokens",
-    "completion_tokens": "completion tokens",
-    "cost_usd": "cost",
+    "latency_s": "mean latency",
+    "ttft_s": "mean TTFT",
+    "itl_s": "mean ITL",
+    "prompt_tokens": "mean prompt tokens",
+    "completion_tokens": "mean completion tokens",
+    "cost_usd": "mean cost",
 }
-"""What figures are called where their unit is shown."""
+"""What figures are called where their unit is shown: means over the rows, beside the percentiles of other tables."""
 
 _SHOWN_AS = {"latency_s": _seconds, "ttft_s": _seconds, "itl_s": _seconds, "cost_usd": _dollars}
 """How figures with a unit are shown."""

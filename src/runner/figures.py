@@ -43,6 +43,11 @@ def short(value: float) -> str:
     return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
+def by_name(total: str, counts: Mapping[str, int]) -> str:
+    """A total and what it is made of: ``22 retries (20 Timeout, 2 RateLimit)``."""
+    return f"{total} ({', '.join(f'{count:,} {name}' for name, count in counts.items())})" if counts else total
+
+
 def dollars(value: float) -> str:
     """US dollars: ``$0.0123``, ``$12.30``."""
     if value == 0:

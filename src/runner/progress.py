@@ -520,7 +520,11 @@ def _deployment(deployment: Mapping[str, Any]) -> str:
     latencies = {name: value for name, value in deployment["latency_s"].items() if value is not None}
     parts = [f"{deployment['answered']:,} answered ({deployment['share']:.0%})"]
     parts += [f"{name} {figures.seconds(value)}" for name, value in latencies.items()]
-    parts += [f"{deployment[key]:,} {key}" for key in ("failed", "retries") if deployment[key]]
+    if deployment["failed"]:
+        parts.append(f"{deployment['failed']:,} failed")
+    if deployment["retries"]:
+        retries = figures.by_name(f"{deployment['retries']:,} retries", deployment.get("retries_by_error", {}))
+        parts.append(printable(retries))
     return ", ".join(parts)
 
 

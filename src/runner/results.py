@@ -406,9 +406,12 @@ async def values_at(
 async def _deployments(
     stores: Sequence[Store], found: Mapping[str | None, Mapping[str, Any]], answers: int
 ) -> dict[str, dict[str, Any]]:
-    """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts."""
+    """What each deployment did, by label: rows that it answered, that failed at last there, and failed attempts, also
+    by class."""
     rows = {label: numbers for label, numbers in found.items() if label is not None}
-    retries = await _counts(stores, _RETRIES)
+    retries: dict[str, Counter[str]] = {}
+    async for row in rows_of(stores, _RETRIES):
+        retries.setdefault(row["deployment"], Counter())[row["error_type"]] += row["n"]
     return {
         label: {
             "answered": (answered := rows[label]["answered"] if label in rows else 0),
@@ -422,7 +425,8 @@ async def _deployments(
                 count=answered,
                 percents=(50, 95),
             ),
-            "retries": retries.get(label, 0),
+            "retries": retries[label].total() if label in retries else 0,
+            "retries_by_error": dict(retries[label].most_common()) if label in retries else {},
         }
         for label in sorted(rows.keys() | retries.keys())
     }
@@ -439,7 +443,10 @@ _DEPLOYMENTS = f"""
 """
 
 _RETRIES = """
-    SELECT deployment AS name, count(*) AS n FROM attempts WHERE NOT shared AND deployment IS NOT NULL GROUP BY name
+    SELECT deployment, error_type, count(*) AS n
+    FROM attempts
+    WHERE NOT shared AND deployment IS NOT NULL
+    GROUP BY deployment, error_type
 """
 
 

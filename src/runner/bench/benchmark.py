@@ -296,7 +296,7 @@ def _conclude(
 
 
 def _summary(levels: list[LevelFacts], verdict: Verdict | None) -> dict[str, Any]:
-    """The figures that every run has. Rates and latencies are those of the recommended level, or of the fastest."""
+    """The figures that every run has. Rates and latencies are those of ``level``, the recommended or the fastest."""
     costs = [facts.cost_usd for facts in levels if facts.cost_usd is not None]
     errors: dict[str, int] = {}
     for facts in levels:
@@ -321,6 +321,7 @@ def _summary(levels: list[LevelFacts], verdict: Verdict | None) -> dict[str, Any
     chosen = [facts for facts in levels if verdict is not None and facts.level == verdict.level]
     if shown := chosen or sorted(levels, key=lambda facts: facts.requests_per_s.value)[-1:]:
         [facts] = shown
+        summary["level"] = facts.level
         summary["requests_per_s"] = facts.requests_per_s.value
         summary["tokens_per_s"] = sum(facts.tokens_per_s.values()) if facts.tokens_per_s else None
         for name in ("latency_s", "queue_wait_s"):

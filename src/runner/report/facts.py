@@ -63,6 +63,7 @@ class RunFacts:
     scores: Mapping[str, Score] = field(default_factory=dict)
     latencies_s: Sequence[float] = ()  # quantiles of the service time, evenly spaced from the least to the largest
     rate: Sequence[tuple[float, float]] = ()  # (seconds since the first answer, answers per second)
+    last_answers_s: Mapping[str, float] = field(default_factory=dict)  # by deployment, since the first answer of any
     failures: Sequence[Failure] = ()
     samples: Sequence[Mapping[str, Any]] = ()  # rows as in results.jsonl
 
@@ -176,6 +177,7 @@ async def _with_rows(facts: RunFacts, stores: Sequence[Store]) -> RunFacts:
         scores=await _scores(stores),
         latencies_s=await _latencies(stores),
         rate=await _rate(stores),
+        last_answers_s=await _last_answers(stores),
         failures=await _failures(stores),
         samples=await _samples(stores),
     )
@@ -222,14 +224,23 @@ def _last_summary(folder: Path) -> dict[str, Any] | None:
         are_tables = [
             all(isinstance(value, int | float | None) for value in (summary.get(key) or {}).values()) for key in _TABLES
         ]
-    except (OSError, ValueError, AttributeError, RecursionError):
+        are_deployments = [_is_deployment(each) for each in (summary.get("deployments") or {}).values()]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return None
-    return summary if all(are_numbers) and all(are_tables) else None
+    return summary if all(are_numbers) and all(are_tables) and all(are_deployments) else None
+
+
+def _is_deployment(told: Mapping[str, Any]) -> bool:
+    counts = [told[key] for key in ("answered", "failed", "share", "retries")]
+    values = [*told["latency_s"].values(), *told.get("retries_by_error", {}).values()]
+    return all(isinstance(each, int | float) for each in counts) and all(
+        isinstance(each, int | float | None) for each in values
+    )
 
 
 _NUMBERS = (
     *("rows", "succeeded", "failed", "reused", "retries", "elapsed_s", "requests_per_s", "tokens_per_s"),
-    *("cost_usd", "cost_usd_upper_bound"),
+    *("cost_usd", "cost_usd_upper_bound", "level"),
 )
 _TABLES = ("tokens", "latency_s", "queue_wait_s", "errors")
 
@@ -279,9 +290,7 @@ async def _latencies(stores: Sequence[Store]) -> list[float]:
 async def _rate(stores: Sequence[Store]) -> list[tuple[float, float]]:
     """Answers per second over the run's time, the pauses between its sessions included; none of less than two seconds,
     of which there is no line."""
-    sql = "SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers"
-    spans = [row async for row in rows_of(stores, sql) if row["first"] is not None]
-    first, last = (min(row["first"] for row in spans), max(row["last"] for row in spans)) if spans else (0.0, 0.0)
+    first, last = await _span(stores)
     if last - first < 2:
         return []
     width = max(1.0, (last - first) / _BUCKETS)
@@ -289,6 +298,28 @@ async def _rate(stores: Sequence[Store]) -> list[tuple[float, float]]:
     counts = {name: found["n"] for name, found in (await sums_by_name(stores, sql, (first, width))).items()}
     whole = int((last - first) / width)  # the last bucket is cut short
     return [((bucket + 0.5) * width, counts.get(bucket, 0) / width) for bucket in range(whole)]
+
+
+async def _last_answers(stores: Sequence[Store]) -> dict[str, float]:
+    """When each deployment answered last: one that went away in the middle of the run is told by it."""
+    sql = """
+        SELECT deployment, max(settled_at) AS last
+        FROM answers
+        WHERE error_type IS NULL AND reused_from IS NULL AND deployment IS NOT NULL
+        GROUP BY deployment
+    """
+    first, _ = await _span(stores)
+    found: dict[str, float] = {}
+    async for row in rows_of(stores, sql):
+        found[row["deployment"]] = max(found.get(row["deployment"], 0.0), row["last"] - first)
+    return found
+
+
+async def _span(stores: Sequence[Store]) -> tuple[float, float]:
+    """When the first and the last row were settled, Unix time; zeros where none was."""
+    sql = "SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers"
+    spans = [row async for row in rows_of(stores, sql) if row["first"] is not None]
+    return (min(row["first"] for row in spans), max(row["last"] for row in spans)) if spans else (0.0, 0.0)
 
 
 async def _failures(stores: Sequence[Store]) -> list[Failure]:

@@ -33,6 +33,8 @@ def render(runs: Sequence[RunFacts], *, title: str, comparisons: Sequence[Compar
         runs=runs,
         header=run_header(runs),
         table=run_lines(runs),
+        server_header=SERVER_HEADER,
+        servers=[(run.label, lines) for run in runs if (lines := server_lines(run))],
         plots=[(chart, draw(chart)) for chart in charts_of(runs)],
         benchmarks=[_benchmark(each) for each in benchmarks],
         comparisons=[(each, [difference_cells(one) for one in each.differences]) for each in comparisons],
@@ -56,11 +58,11 @@ def _facts(run: RunFacts) -> Iterator[tuple[str, str]]:
         yield "elapsed", figures.duration(summary["elapsed_s"])
     for key, label in (("requests_per_s", "rows/s"), ("tokens_per_s", "total tokens/s")):
         if summary.get(key):
-            yield label, figures.short(summary[key])
+            yield f"{label}{_at_level(summary)}", figures.short(summary[key])
     for key, label in (("latency_s", "latency"), ("queue_wait_s", "queue wait")):
         for name, value in (summary.get(key) or {}).items():
             if value is not None:
-                yield f"{label} {name}", figures.seconds(value)
+                yield f"{label} {name}{_at_level(summary)}", figures.seconds(value)
     for name, count in (summary.get("tokens") or {}).items():
         if count:
             yield f"{name} tokens", f"{count:,}"
@@ -75,6 +77,13 @@ def _answer(row: Mapping[str, Any]) -> Any:
             return row[key]
     embedding = row.get("embedding")
     return f"{len(embedding)} dimensions" if embedding else ""
+
+
+def _at_level(summary: Mapping[str, Any]) -> str:
+    """The level that rates and latencies are of, where a benchmark has several."""
+    levels = (summary.get("bench") or {}).get("levels", ())
+    level = summary.get("level")
+    return f" at level {level:g}" if level is not None and len(levels) > 1 else ""
 
 
 def run_header(runs: Sequence[RunFacts]) -> list[str]:
@@ -98,19 +107,50 @@ def run_lines(runs: Sequence[RunFacts]) -> list[list[str]]:
     return [_line(run, runs) for run in runs]
 
 
+SERVER_HEADER = ("server", "answered", "share", "failed", "p50", "p95", "retries", "last answer")
+
+
+def server_lines(run: RunFacts) -> list[list[str]]:
+    """The servers of a run under the `SERVER_HEADER`, where there are several."""
+    deployments: Mapping[str, Mapping[str, Any]] = run.summary.get("deployments") or {}
+    if len(deployments) < 2:
+        return []
+    return [
+        [
+            label,
+            _count(told["answered"]),
+            f"{told['share']:.0%}",
+            _count(told["failed"]),
+            *_latencies(told),
+            figures.by_name(_count(told["retries"]), told.get("retries_by_error", {})),
+            f"after {figures.duration(run.last_answers_s[label])}" if label in run.last_answers_s else "none",
+        ]
+        for label, told in deployments.items()
+    ]
+
+
 def _line(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
     summary = run.summary
-    latency = summary.get("latency_s") or {}
+    at_level = _at_level(summary)
     return [
         run.label,
         run.state,
         _count(summary.get("rows")),
         _count(summary.get("failed")),
         *(_score(run, name) for name in score_names(runs)),
-        *(figures.seconds(latency[name]) if latency.get(name) is not None else "" for name in ("p50", "p95")),
-        *(figures.short(summary[key]) if summary.get(key) else "" for key in ("requests_per_s", "tokens_per_s")),
+        *(f"{latency}{at_level}" if latency else "" for latency in _latencies(summary)),
+        *(
+            f"{figures.short(summary[key])}{at_level}" if summary.get(key) else ""
+            for key in ("requests_per_s", "tokens_per_s")
+        ),
         figures.closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")) if "cost_usd" in summary else "",
     ]
+
+
+def _latencies(told: Mapping[str, Any]) -> list[str]:
+    """The p50 and the p95 of a run or a server, empty where there is none."""
+    known = told.get("latency_s") or {}
+    return [figures.seconds(known[name]) if known.get(name) is not None else "" for name in ("p50", "p95")]
 
 
 def _score(run: RunFacts, name: str) -> str:

@@ -20,7 +20,7 @@ from runner.extras import missing
 from runner.redaction import Redactor
 from runner.report.charts import numeric_key
 from runner.report.facts import RunFacts, read_benchmarks, score_names
-from runner.report.page import run_header, run_lines
+from runner.report.page import SERVER_HEADER, run_header, run_lines, server_lines
 from runner.results import replace_file
 from runner.sweep import Sweep
 from runner.tracker import group_of, identity_of
@@ -137,6 +137,9 @@ class _Draft:
     def _texts(self) -> Iterator[str]:
         """What the page says in tables, as Markdown."""
         yield self._table(run_header(self._runs), run_lines(self._runs))
+        for run in self._runs:
+            if lines := server_lines(run):
+                yield f"### {self._text(f'Servers of {run.label}')}\n\n{self._table(SERVER_HEADER, lines)}"
         for benchmark in read_benchmarks(self._runs):
             header, lines = wanted_columns(benchmark.levels)
             conclusion = [verdict_line(benchmark.verdict), *evidence(benchmark.verdict)]
