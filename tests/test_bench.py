@@ -431,4 +431,4 @@ async def test_models_are_compared_level_by_level(command: Command) -> None:
     assert done.exit_code == 0, done.err
     assert "first   model=simulated/echo at 2\nsecond  model=simulated/long at 2\n" in done.out
     assert "first   model=simulated/echo at 4\nsecond  model=simulated/long at 4\n" in done.out
-    assert re.search(r"^completion tokens .* (higher|lower)$", done.out, re.M)
+    assert re.search(r"^mean completion tokens .* (higher|lower)$", done.out, re.M)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +196,15 @@ def test_a_line_is_in_the_form_that_scripts_read() -> None:
         "c=1    rps=3.14  p50=0.318s  p95=0.318s  p99=-  svc_p95=0.318s  q_p95=0.000s  err=0/50  elapsed=15.9s"
     )
     assert level_line(facts(32, 5, audit=CLIENT)).endswith("client-limited")
+
+
+def test_the_readme_says_what_is_in_a_line_and_beside_the_recommendation() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [section] = re.findall(r"^## Find the right concurrency\n(.*?)^## ", readme, re.M | re.S)
+    explained = set(re.findall(r"`([\w-]+)`", section))
+
+    names = set(re.findall(r"(\w+)=", level_line(facts(1, 3.14)))) - {"err", "elapsed"}
+    assert names | {Standing.unresolved.value, Standing.at_edge.value} <= explained
 
 
 def test_a_table_leaves_out_what_nobody_measured() -> None:

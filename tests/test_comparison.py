@@ -250,9 +250,9 @@ def test_figures_have_units_and_three_digits() -> None:
     shown = [difference_cells(each)[:4] for each in pairs.differences()]
 
     assert shown == [
-        ["latency", "51.2 ms", "102 ms", "+51.2 ms"],
-        ["completion tokens", "1,024", "2,048", "+1,024"],
-        ["cost", "$1.44e-05", "$2.88e-05", "+$1.44e-05"],
+        ["mean latency", "51.2 ms", "102 ms", "+51.2 ms"],
+        ["mean completion tokens", "1,024", "2,048", "+1,024"],
+        ["mean cost", "$1.44e-05", "$2.88e-05", "+$1.44e-05"],
     ]
 
 
@@ -301,7 +301,7 @@ async def test_the_shipped_comparison_says_what_a_prompt_costs_and_that_it_canno
     assert "2 runs together" in planned.out, planned.err
     assert done.exit_code == 0, done.err
     assert re.search(r"^score contains .* cannot tell: no difference in these rows$", done.out, re.M)
-    assert re.search(r"^prompt tokens .* higher$", done.out, re.M)
+    assert re.search(r"^mean prompt tokens .* higher$", done.out, re.M)
     assert len(command.runs()) == 2 + 2, models.err
     assert re.search(r"^prompt tokens .* the same$", models.out, re.M)
 

@@ -584,11 +584,12 @@ def test_several_deployments_are_counted_and_those_that_are_out_missed() -> None
 def test_the_summary_shows_what_each_of_several_deployments_did() -> None:
     latency_s = {"p50": 0.05, "p95": None}
     east = {"answered": 1_200, "failed": 0, "share": 0.75, "latency_s": latency_s, "retries": 3}
+    east["retries_by_error"] = {"Timeout": 2, "RateLimit": 1}
     west = {"answered": 400, "failed": 1, "share": 0.25, "latency_s": {"p50": None, "p95": None}, "retries": 0}
     stream = io.StringIO()
     summary_table({**SUMMARY, "deployments": {"east": east, "west": west}}, stream=stream)
     lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
-    assert "east 1,200 answered (75%), p50 50 ms, 3 retries" in lines
+    assert "east 1,200 answered (75%), p50 50 ms, 3 retries (2 Timeout, 1 RateLimit)" in lines
     assert "west 400 answered (25%), 1 failed" in lines
 
 

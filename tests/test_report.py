@@ -10,14 +10,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
-from harness import Command, progress_of
+from harness import Asked, Command, Experiment, progress_of, read_summary, refusal, serving, shout
 from runner.charts import Bars
 from runner.cli import main as run
+from runner.config import DeploymentConfig, LimitsConfig
 from runner.report import RunFacts, charts_of, read_runs, render
 from runner.report.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TWO_SERVERS = "deployments={left: {model: simulated/echo}, right: {model: simulated/echo}}"
 EVIL = '<script>document.title = "taken over"</script><img src=http://example.com/x onerror=alert(1)>'
 
 
@@ -146,6 +149,63 @@ async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> N
     assert "running or killed" in render([facts], title="now")
 
 
+async def test_the_servers_of_a_run_are_shown_and_the_one_that_went_away(here: Path) -> None:
+    def dies(asked: Asked) -> web.Response:
+        return refusal(503, "gone", "it went away") if len(dying.requests) > 3 else shout(asked)
+
+    async with serving() as steady, serving(dies) as dying:
+        servers = {"steady": steady, "dying": dying}
+        deployments = {
+            name: DeploymentConfig(model="openai_like/m", api_base=each.url) for name, each in servers.items()
+        }
+        experiment = Experiment(here, deployments=deployments, limits=LimitsConfig(concurrency=2))
+        await experiment([{"prompt": f"n{number}"} for number in range(60)])
+    with closing(sqlite3.connect(experiment.folder / "results.sqlite")) as store, store:
+        store.execute("UPDATE answers SET settled_at = 1e9 WHERE deployment = 'dying'")
+        store.execute("UPDATE answers SET settled_at = 1e9 + ticket % 2 * 75 WHERE deployment = 'steady'")
+
+    [facts] = await read_runs([experiment.folder])
+
+    told = facts.summary["deployments"]["dying"]
+    assert told["answered"] == 3
+    assert told["retries"] > 0
+    lines = re.findall(r"<tr><td>(?:steady|dying)</td>.*</tr>", render([facts], title="of servers"))
+    dying_cells, steady_cells = ([*re.findall("<td>(.*?)</td>", line)] for line in lines)
+    assert dying_cells[:4] == ["dying", "3", "5%", "0"]
+    assert dying_cells[6:] == [f"{told['retries']} ({told['retries']} ServiceUnavailableError)", "after 0s"]
+    assert (steady_cells[1], steady_cells[6:]) == ("57", ["0", "after 1m 15s"])
+
+
+def test_the_servers_of_each_run_are_shown_where_there_are_several_runs(here: Path) -> None:
+    page = written(run_sweep(here, TWO_SERVERS, "request.temperature=0,1"))
+
+    assert page.count("<tr><td>left</td>") == page.count("<tr><td>right</td>") == 2
+    for name in ("request.temperature=0", "request.temperature=1"):
+        assert page.count(f"<details><summary>{name}</summary>") == 3  # servers, rows and configuration
+
+
+def test_the_servers_of_shards_are_those_of_the_whole(here: Path) -> None:
+    sweep = run_sweep(here, TWO_SERVERS, "dataset.shard.index=0,1", "dataset.shard.count=2")
+
+    [facts] = asyncio.run(read_runs([sweep]))
+
+    assert sum(told["answered"] for told in facts.summary["deployments"].values()) == 12
+    assert facts.last_answers_s.keys() == {"left", "right"}
+    assert written(sweep).count("<tr><td>left</td>") == 1
+
+
+def test_a_server_alone_needs_no_table(here: Path) -> None:
+    assert "<h2>Servers" not in written(run_evil(here))
+
+
+@pytest.mark.parametrize("told", ['["a"]', '{"a": 1}', '{"a": {"answered": "many"}}'])
+def test_a_summary_that_something_else_wrote_is_made_anew(here: Path, told: str) -> None:
+    folder = run_evil(here)
+    (folder / "summary.json").write_text(f'{{"rows": 77, "deployments": {told}}}')
+
+    assert "<b>77</b>" not in written(folder)
+
+
 def test_a_key_in_the_configuration_is_not_shown(here: Path) -> None:
     folder = run_evil(here)
     config = folder / ".hydra" / "config.yaml"
@@ -188,6 +248,27 @@ def test_a_benchmark_s_page_shows_its_levels_and_what_follows(here: Path) -> Non
     assert "Throughput over load" in page
     assert "Latency over load" in page
     assert "<h2>Rows" not in page
+
+
+def test_rates_and_latencies_of_a_benchmark_say_their_level(here: Path) -> None:
+    options = ("bench.requests=12", "bench.repeats=1", "simulator.latency_s=0.01", "tracker=none")
+    run(["name=b", "task=bench", "prompt=hi", "bench.levels=[1,2]", *options])
+    [folder] = here.glob("runs/b/*")
+    summary = read_summary(folder)
+    rates = {level["level"]: level["requests_per_s"]["value"] for level in summary["bench"]["levels"]}
+
+    page = written(folder)
+
+    assert summary["requests_per_s"] == rates[summary["level"]]
+    for figure in ("rows/s", "total tokens/s", "latency p50"):
+        assert f"<span>{figure} at level {summary['level']:g}</span>" in page
+    assert "<span>rows</span><b>24</b>" in page
+
+
+def test_a_benchmark_of_one_level_needs_no_word_about_it(here: Path) -> None:
+    run(["name=b", "task=bench", "prompt=hi", "bench.levels=[2]", "bench.requests=12", "tracker=none"])
+
+    assert "<span>rows/s</span>" in written(*here.glob("runs/b/*"))
 
 
 def test_a_sweep_s_page_shows_the_differences_of_its_cells(here: Path) -> None:

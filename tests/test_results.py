@@ -5,6 +5,7 @@ import json
 import stat
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ async def test_the_summary_says_what_each_deployment_did(store: Store) -> None:
     )
     await store.note_attempts([await key_of(store, 0)], lost)
     await store.note_attempts([await key_of(store, 1)], lost)
+    await store.note_attempts([await key_of(store, 2)], replace(lost, error="RateLimit"))
 
     deployments = (await summarize(store))["deployments"]
 
@@ -85,14 +87,23 @@ async def test_the_summary_says_what_each_deployment_did(store: Store) -> None:
             "share": pytest.approx(10 / 11),
             "latency_s": {"p50": pytest.approx(5.5, abs=0.6), "p95": pytest.approx(9.6, abs=0.7)},
             "retries": 0,
+            "retries_by_error": {},
         },
-        "north": {"answered": 0, "failed": 0, "share": 0, "latency_s": {"p50": None, "p95": None}, "retries": 2},
+        "north": {
+            "answered": 0,
+            "failed": 0,
+            "share": 0,
+            "latency_s": {"p50": None, "p95": None},
+            "retries": 3,
+            "retries_by_error": {"Timeout": 2, "RateLimit": 1},
+        },
         "west": {
             "answered": 1,
             "failed": 1,
             "share": pytest.approx(1 / 11),
             "latency_s": {"p50": 5.0, "p95": 5.0},
             "retries": 0,
+            "retries_by_error": {},
         },
     }
 

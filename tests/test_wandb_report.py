@@ -45,6 +45,17 @@ def test_without_a_key_the_report_is_a_file_beside_the_page(sweep: Path, capsys:
     assert {"config:limits.value.concurrency"} == {panel["xAxis"] for panel in panels if "xAxis" in panel}
 
 
+def test_the_servers_of_a_run_are_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install -e '.[report]'")
+    monkeypatch.chdir(tmp_path)
+    servers = "deployments={left: {model: simulated/echo}, right: {model: simulated/echo}}"
+    run(["prompt=hi", "samples=8", "name=n", servers, "tracker=none"])
+
+    assert main([*map(str, tmp_path.glob("runs/n/*")), "--wandb"]) == 0
+
+    assert "### Servers of n" in Path("report.wandb.json").read_text()
+
+
 def sorted_cells(sweep: Path) -> list[Path]:
     """The folders of the cells, in their order, each with a file in it."""
     notes = [json.loads(path.read_text()) for path in (sweep / "cells").glob("*.json")]
