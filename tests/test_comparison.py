@@ -303,7 +303,7 @@ async def test_the_shipped_comparison_says_what_a_prompt_costs_and_that_it_canno
     assert re.search(r"^score contains .* cannot tell: no difference in these rows$", done.out, re.M)
     assert re.search(r"^mean prompt tokens .* higher$", done.out, re.M)
     assert len(command.runs()) == 2 + 2, models.err
-    assert re.search(r"^prompt tokens .* the same$", models.out, re.M)
+    assert re.search(r"^mean prompt tokens .* the same$", models.out, re.M)
 
 
 def test_a_folder_without_answers_is_no_run(tmp_path: Path) -> None:

@@ -198,7 +198,9 @@ def test_a_server_alone_needs_no_table(here: Path) -> None:
     assert "<h2>Servers" not in written(run_evil(here))
 
 
-@pytest.mark.parametrize("told", ['["a"]', '{"a": 1}', '{"a": {"answered": "many"}}'])
+@pytest.mark.parametrize(
+    "told", ['["a"]', '{"a": 1}', '{"a": {"answered": "many", "failed": 0, "share": 1, "retries": 0, "latency_s": {}}}']
+)
 def test_a_summary_that_something_else_wrote_is_made_anew(here: Path, told: str) -> None:
     folder = run_evil(here)
     (folder / "summary.json").write_text(f'{{"rows": 77, "deployments": {told}}}')
