@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from runner.config import (
     TrackerKind,
 )
 from runner.simulator import Simulator
-from runner.types import Endpoint
+from runner.types import Endpoint, Trace
 
 KEY = "OPENAI_LIKE_API_KEY"
 
@@ -57,6 +58,21 @@ async def test_templates_are_filled_from_a_csv(tmp_path: Path) -> None:
         ],
         "temperature": 0,
     }
+
+
+async def test_an_answered_request_leaves_nothing_to_the_garbage_collector(tmp_path: Path) -> None:
+    def traces() -> int:
+        return sum(isinstance(each, Trace) for each in gc.get_objects())
+
+    gc.collect()
+    before = traces()
+    gc.disable()
+    try:
+        async with serving() as provider:
+            await Experiment(tmp_path, api_base=provider.url)(numbered(50))
+        assert traces() - before < 5
+    finally:
+        gc.enable()
 
 
 async def test_each_sample_is_asked_and_stands_beside_its_row(tmp_path: Path) -> None:

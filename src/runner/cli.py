@@ -338,9 +338,13 @@ def _is_spent(report: Report) -> bool:
 
 
 def _calm_garbage_collector() -> None:
-    """Let it look at what a run makes, not at the libraries loaded before, and seldom: records die by themselves."""
+    """Let it look at what a run makes, not at the libraries loaded before, and seldom: records die by themselves.
+
+    Its threshold is above what some thousand requests in flight consist of, so that these are not looked at again and
+    again.
+    """
     gc.freeze()
-    gc.set_threshold(20_000, 20, 100)
+    gc.set_threshold(100_000, 20, 100)
 
 
 def _show_answers(results: Path) -> None:

@@ -411,14 +411,20 @@ class _Line:
         return await self._client.send(request)
 
     async def settle(self, settled: Settled) -> None:
-        self._flights.pop(id(settled.trace), None)
+        self._land(settled.trace)
         await self._settle([self._group[place] for place in settled.places], settled)
 
     async def note_split(self, places: Sequence[int], trace: Trace, error: ItemError) -> None:
-        flight = self._flights.pop(id(trace))
+        flight = self._flights[id(trace)]
+        self._land(trace)
         if isinstance(error, RequestError):
             await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
         await self._end_if_stopped(flight)
+
+    def _land(self, trace: Trace) -> None:
+        """End a flight, and the way from its trace back to itself, which would wait for the garbage collector."""
+        trace.on_failure = None
+        self._flights.pop(id(trace), None)
 
     async def _note_attempt(self, flight: _Flight, attempt: Attempt) -> None:
         await self._store.note_attempts(flight.keys, attempt)
