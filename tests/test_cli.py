@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -727,6 +728,26 @@ async def test_an_interrupt_ends_the_sweep_and_the_same_command_goes_on(command:
     assert why.startswith("request.seed=1: interrupted")
     assert done.exit_code == 0
     assert ledger["requests"] == 3
+
+
+async def test_the_cells_of_a_sweep_keep_their_limits_together(command: Command) -> None:
+    arrivals: list[float] = []
+
+    def answer(asked: Asked) -> web.Response:
+        arrivals.append(time.monotonic())
+        return shout(asked)
+
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(10)])
+    async with serving(answer) as provider:
+        done = await command(
+            *("-m", "model=openai_like/a", f"api_base={provider.url}", 'prompt="Say {{ n }}","Tell {{ n }}"'),
+            *("dataset=jsonl", "dataset.path=rows.jsonl", "tracker=none"),
+            *("limits.rpm=300", "limits.max_request_burst=10"),
+        )
+
+    assert done.exit_code == 0, done.err
+    assert len(arrivals) == 20
+    assert arrivals[-1] - arrivals[0] > 1.9  # ten of 300 a minute at once, and the others at their pace
 
 
 def test_the_sweep_table_on_a_terminal_shows_every_cell() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from runner.config import (
     TransportKind,
 )
 from runner.errors import ConfigError
+from runner.limiter import RateLimiter
 from runner.simulator import Simulator
 from runner.stack import Stack, open_limiters, open_stack
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request
@@ -210,3 +212,18 @@ def test_a_pause_of_one_deployment_is_no_others() -> None:
     assert limiters.of["west"].paused_s == 0
     assert limiters.account is not None
     assert limiters.account.paused_s == 0
+
+
+async def test_limiters_that_are_kept_go_on_in_the_next_stack_of_the_same_account_and_limits() -> None:
+    kept: dict[Hashable, RateLimiter] = {}
+    first = open_limiters(fleet_of(), LimitsConfig(rpm=60), kept=kept)
+    again = open_limiters(fleet_of(), LimitsConfig(rpm=60, concurrency=8), kept=kept)
+    other_limits = open_limiters(fleet_of(), LimitsConfig(rpm=90), kept=kept)
+    other_model = {label: replace(each, model="hosted_vllm/other") for label, each in fleet_of().items()}
+    other = open_limiters(other_model, LimitsConfig(rpm=60), kept=kept)
+
+    assert again == first
+    assert other_limits.account is not first.account
+    assert other.account is not first.account
+    assert other.of["east"] is not first.of["east"]
+    assert first.of["east"] is not first.of["west"]

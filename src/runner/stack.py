@@ -6,7 +6,7 @@ Where the window is found automatically, each transport is an ``Adaptive(Transpo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from runner.account import Account
@@ -19,6 +19,7 @@ from runner.config import (
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
+    Shared,
     SimulatorConfig,
     replicas,
 )
@@ -76,7 +77,12 @@ def stack_of(
         tuner=tuner,
         budget=budget,
         timeout_s=config.request.get("timeout"),
+        limiters=open_limiters(replicas(config), config.limits, kept=_KEPT if config.sweep.folder else None),
     )
+
+
+_KEPT: dict[Hashable, RateLimiter] = {}
+"""The quotas of a sweep whose cells follow each other in this process: the next one has what the last one left."""
 
 
 def open_stack(
@@ -157,25 +163,40 @@ def open_stack(
     return Stack(Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s), router)
 
 
-def open_limiters(deployments: Mapping[str, DeploymentConfig], limits: LimitsConfig) -> Limiters:
+def open_limiters(
+    deployments: Mapping[str, DeploymentConfig],
+    limits: LimitsConfig,
+    *,
+    kept: MutableMapping[Hashable, RateLimiter] | None = None,
+) -> Limiters:
     """The limiter of each deployment, and the account's above them.
 
     Where there is one deployment without limits of its own, the account's are its own. The account's limiter reads no
     headers, since they speak of one deployment.
+
+    Args:
+        kept: Limiters of earlier stacks, which go on in this one where limits, address, key and model are the same.
+            None: every limiter is new.
+
+    Raises:
+        ConfigError: Limits cannot be shared with other processes here.
     """
+
+    def limiter(limits: LimitsConfig, *labels: str, reads_headers: bool = True) -> RateLimiter:
+        of = {label: deployments[label] for label in labels}
+        if kept is None or limits.shared is not Shared.none:
+            return RateLimiter.of(limits, reads_headers=reads_headers, quota=open_shared(limits, of))
+        accounts = [(label, each.model, each.api_base, each.api_key, each.api_key_env) for label, each in of.items()]
+        quota = (*accounts, *limits_of(limits), limits.header_bucket_scope, reads_headers)
+        if quota not in kept:
+            kept[quota] = RateLimiter.of(limits, reads_headers=reads_headers)
+        return kept[quota]
+
     alone = len(deployments) == 1 and not any(deployment.limits for deployment in deployments.values())
     if alone:
-        only = RateLimiter.of(limits, quota=open_shared(limits, deployments))
-        return Limiters(of=dict.fromkeys(deployments, only))
-    account = None
-    if limits_of(limits):
-        account = RateLimiter.of(limits, reads_headers=False, quota=open_shared(limits, deployments))
+        return Limiters(of={label: limiter(limits, label) for label in deployments})
     unlimited = LimitsConfig(header_bucket_scope=limits.header_bucket_scope)
-    own = {label: deployment.limits or unlimited for label, deployment in deployments.items()}
     return Limiters(
-        of={
-            label: RateLimiter.of(own[label], quota=open_shared(own[label], {label: deployment}))
-            for label, deployment in deployments.items()
-        },
-        account=account,
+        of={label: limiter(deployment.limits or unlimited, label) for label, deployment in deployments.items()},
+        account=limiter(limits, *deployments, reads_headers=False) if limits_of(limits) else None,
     )
