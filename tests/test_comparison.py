@@ -23,6 +23,7 @@ from runner.config import (
     BudgetConfig,
     DatasetConfig,
     DatasetKind,
+    Dedupe,
     LimitsConfig,
     RunnerConfig,
     ScorerConfig,
@@ -38,6 +39,7 @@ class Runs:
     """Runs of simulated models over questions with known answers."""
 
     def __init__(self, folder: Path, rows: int) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.questions = folder / "questions.jsonl"
         with self.questions.open("w") as file:
@@ -166,6 +168,33 @@ async def test_samples_of_a_row_count_as_one(tmp_path: Path) -> None:
     comparisons = await compare([thrice, await runs.run("b", 0.5, samples=3), await runs.run("c", 0.5)])
 
     assert [of(comparison, "score accuracy").pairs for comparison in comparisons] == [40, 40]
+
+
+async def test_rows_that_share_an_answer_are_measured_once_and_no_evidence_of_their_own(tmp_path: Path) -> None:
+    once, often = Runs(tmp_path / "once", 40), Runs(tmp_path / "often", 40)
+    often.questions.write_text(once.questions.read_text() * 5)
+    sharing: dict[str, Any] = {"dedupe": Dedupe.always}
+    [alone] = await compare([await once.run("a", 0.3), await once.run("b", 0.9)])
+    [shared] = await compare([await often.run("a", 0.3, **sharing), await often.run("b", 0.9, **sharing)])
+
+    accuracy, expected = of(shared, "score accuracy"), of(alone, "score accuracy")
+    assert [accuracy.first, accuracy.second] == pytest.approx([expected.first, expected.second])
+    assert accuracy.interval is not None
+    assert expected.interval is not None
+    assert accuracy.interval.low == pytest.approx(expected.interval.low)
+    assert accuracy.interval.high == pytest.approx(expected.interval.high)
+    assert [of(shared, name).pairs for name in ("score accuracy", "failed")] == [200, 200]
+    assert [of(shared, name).pairs for name in ("latency_s", "prompt_tokens", "cost_usd")] == [40, 40, 40]
+
+
+async def test_time_and_cost_of_an_answer_of_another_run_are_not_compared(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", 5)
+    first = await runs.run("a")
+    second = await runs.run("again", model="simulated/a", reuse=True, runs_dir=str(tmp_path))
+    [comparison] = await compare([first, second])
+
+    assert {each.figure for each in comparison.differences}.isdisjoint({"latency_s", "cost_usd"})
+    assert of(comparison, "completion_tokens").pairs == 5
 
 
 async def test_a_run_without_answers_is_refused(tmp_path: Path) -> None:

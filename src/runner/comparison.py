@@ -93,7 +93,9 @@ async def compare(runs: Sequence[tuple[str, Path]]) -> list[Comparison]:
 
     Runs over other rows are refused. A run that has not seen its whole dataset is compared over the rows that it has,
     if their metadata agree and hold the whole row: not where rows bring their own prompts. Samples of a row are
-    averaged first, as they are not independent of each other. Memory does not grow with the rows.
+    averaged first, as they are not independent of each other. Where rows share an answer, the first of them stands for
+    what it took; the intervals of scores are as wide as those of fewer rows that share none. Time and cost of an answer
+    of another run are none of this one. Memory does not grow with the rows.
 
     Raises:
         StoreError: A run's database cannot be read.
@@ -121,7 +123,7 @@ async def _compare(first: tuple[str, Path], second: tuple[str, Path]) -> Compari
             async for index, here, there in pairs:
                 if not known and here.metadata != there.metadata:
                     return replace(names, refusal=f"their rows differ, for example row {index}")
-                tally.add(here.values, there.values)
+                tally.add(here.values, there.values, alike=max(here.alike, there.alike))
         if not tally.count:
             return replace(names, refusal="no row has been asked in both")
     same_prompts = not known or facts[0]["inputs"] == facts[1]["inputs"]
@@ -137,13 +139,14 @@ class _Row:
     """What came of one row: the values of each figure, one a sample."""
 
     metadata: str | None
+    alike: int = 1  # rows that share its answer, itself included
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, record: Any) -> None:
         self._put(FAILED, float(record["error_type"] is not None))
         if record["error_type"] is not None:
             return
-        for name in _COLUMNS:
+        for name in _COLUMNS if record["is_first"] else ():
             self._put(name, record[name])
         for name, score in orjson.loads(record["scores"] or b"{}").items():
             self._put(f"{SCORE}{name}", score)
@@ -155,14 +158,16 @@ class _Row:
 
 async def _rows(store: Store) -> AsyncGenerator[tuple[int, _Row], None]:
     """The settled rows in the dataset's order, samples together."""
-    samples = samples_of(await store.meta())
+    meta = await store.meta()
+    samples = samples_of(meta)
+    settled = _SETTLED_SHARING if meta.get("dedupe") == "true" else _SETTLED
     index, row = -1, _Row(None)
-    async with aclosing(store.query(_SETTLED)) as records:
+    async with aclosing(store.query(settled)) as records:
         async for record in records:
             if record["position"] // samples != index:
                 if index >= 0:
                     yield index, row
-                index, row = record["position"] // samples, _Row(record["metadata"])
+                index, row = record["position"] // samples, _Row(record["metadata"], record["alike"])
             row.add(record)
     if index >= 0:
         yield index, row
@@ -183,19 +188,31 @@ async def _pairs(one: Store, two: Store) -> AsyncGenerator[tuple[int, _Row, _Row
 
 
 _COLUMNS = {
-    "latency_s": "service_time_s",
-    "ttft_s": "ttft_s",
+    "latency_s": "CASE WHEN reused_from IS NULL THEN service_time_s END",
+    "ttft_s": "CASE WHEN reused_from IS NULL THEN ttft_s END",
     "prompt_tokens": "prompt_tokens",
     "completion_tokens": "completion_tokens",
-    "cost_usd": "cost_usd",
+    "cost_usd": "CASE WHEN reused_from IS NULL THEN cost_usd END",
 }
-"""Figures of an answer, and the columns that hold them."""
+"""Figures of an answer, and where they are."""
 
-_SETTLED = f"""
+_SETTLED_ROWS = f"""
     SELECT rows.position, rows.metadata, rows.scores, error_type,
         {", ".join(f"{column} AS {name}" for name, column in _COLUMNS.items())}
+"""
+
+_SETTLED = f"""
+    {_SETTLED_ROWS}, TRUE AS is_first, 1 AS alike
     FROM rows
     JOIN answers USING (ticket)
+    ORDER BY rows.position
+"""
+
+_SETTLED_SHARING = f"""
+    {_SETTLED_ROWS}, rows.position = first AS is_first, alike
+    FROM rows
+    JOIN answers USING (ticket)
+    JOIN (SELECT ticket, min(position) AS first, count(*) AS alike FROM rows GROUP BY ticket) USING (ticket)
     ORDER BY rows.position
 """
 
@@ -207,13 +224,18 @@ class Pairs:
         self.count = 0
         self._sums: dict[str, _Sums] = {}
 
-    def add(self, here: Mapping[str, Sequence[float]], there: Mapping[str, Sequence[float]]) -> None:
-        """A row of the first run and the same of the second: the values of each figure, one a sample."""
+    def add(self, here: Mapping[str, Sequence[float]], there: Mapping[str, Sequence[float]], *, alike: int = 1) -> None:
+        """A row of the first run and the same of the second: the values of each figure, one a sample.
+
+        Args:
+            alike: How many pairs tell the same as this one, itself included, as they share their answers.
+        """
         self.count += 1
         for name, first in here.items():
             second = there.get(name)
             if second is not None:
-                self._sums.setdefault(name, _Sums(_may_be_share(name))).add(first, second)
+                sums = self._sums.setdefault(name, _Sums(_may_be_share(name)))
+                sums.add(first, second, alike=1 if name in _COLUMNS else alike)
 
     def differences(self) -> list[Difference]:
         """Scores first, then failures, then what it took. What neither run ever has is left out."""
@@ -231,14 +253,16 @@ class _Sums:
 
     def __init__(self, may_be_share: bool) -> None:
         self._n = 0
+        self._alike = 0
         self._first = self._second = 0.0
         self._mean = self._squares = 0.0  # of the differences, by Welford's method
         self._is_share = may_be_share
         self._outcomes = Counter[tuple[float, float]]()
 
-    def add(self, first: Sequence[float], second: Sequence[float]) -> None:
+    def add(self, first: Sequence[float], second: Sequence[float], *, alike: int) -> None:
         here, there = fmean(first), fmean(second)
         self._n += 1
+        self._alike += alike
         self._first += here
         self._second += there
         step = there - here - self._mean
@@ -259,18 +283,21 @@ class _Sums:
         )
 
     def _interval(self) -> Interval | None:
+        # Kish's effective size of a sample in clusters, which these sums give: of k clusters of one size it is k.
+        independent = self._n**2 / self._alike
         if self._is_share:
+            weight = independent / self._n
             return paired_shares_interval(
-                both=self._outcomes[1.0, 1.0],
-                first=self._outcomes[1.0, 0.0],
-                second=self._outcomes[0.0, 1.0],
-                neither=self._outcomes[0.0, 0.0],
+                both=weight * self._outcomes[1.0, 1.0],
+                first=weight * self._outcomes[1.0, 0.0],
+                second=weight * self._outcomes[0.0, 1.0],
+                neither=weight * self._outcomes[0.0, 0.0],
                 confidence=CONFIDENCE,
             )
         if self._n < 2:
             return None
         deviation = math.sqrt(max(0.0, self._squares) / (self._n - 1))
-        return mean_interval(self._mean, deviation, self._n, confidence=CONFIDENCE)
+        return mean_interval(self._mean, deviation, int(independent), confidence=CONFIDENCE)
 
 
 def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> None:

@@ -62,7 +62,7 @@ def mean_of(values: Sequence[float]) -> tuple[float, Interval | None]:
     return mean, mean_interval(mean, stdev(values), len(values)) if len(values) > 1 else None
 
 
-def share_interval(successes: float, n: int, *, confidence: float = CONFIDENCE) -> Interval:
+def share_interval(successes: float, n: float, *, confidence: float = CONFIDENCE) -> Interval:
     """Where a probability lies, by Wilson's score interval: right for few trials and near 0 and 1 too.
 
     Source: https://doi.org/10.1080/01621459.1927.10502953
@@ -76,7 +76,7 @@ def share_interval(successes: float, n: int, *, confidence: float = CONFIDENCE) 
 
 
 def paired_shares_interval(
-    *, both: int, first: int, second: int, neither: int, confidence: float = CONFIDENCE
+    *, both: float, first: float, second: float, neither: float, confidence: float = CONFIDENCE
 ) -> Interval:
     """Where the difference of two probabilities (second - first) lies, from trials in pairs.
 
@@ -84,12 +84,13 @@ def paired_shares_interval(
     normal one loses it, for few pairs and shares near 0 and 1. Source: https://pubmed.ncbi.nlm.nih.gov/9839354/
 
     Args:
-        both, first, second, neither: How many pairs had a success in both trials, only in the first, …
+        both, first, second, neither: How many pairs had a success in both trials, only in the first, …; fractions where
+            pairs are not independent and count for less than one.
     """
     n = both + first + second + neither
     share_1, share_2 = (both + first) / n, (both + second) / n
     range_1, range_2 = (share_interval(each, n, confidence=confidence) for each in (both + first, both + second))
-    product = float(both * neither - first * second)
+    product = both * neither - first * second
     if product > 0:
         product = max(0.0, product - n / 2)
     margins = (both + first) * (second + neither) * (both + second) * (first + neither)
