@@ -574,11 +574,11 @@ def deployment(state: str) -> DeploymentSnapshot:
     )
 
 
-def test_several_deployments_are_counted_and_those_that_are_out_missed() -> None:
+def test_several_deployments_are_counted_and_those_that_are_out_named() -> None:
     stream = io.StringIO()
     fleet = {"a": deployment("up"), "b": deployment("out"), "c": deployment("probing")}
     open_progress("fleet", stream=stream).update(replace(HALF_WAY, deployments=fleet))
-    assert "servers 2/3" in stream.getvalue()
+    assert "servers 2/3  out: b" in stream.getvalue()
 
 
 def test_the_summary_shows_what_each_of_several_deployments_did() -> None:

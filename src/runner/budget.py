@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import figures
-from runner.ceiling import Ceiling
+from runner.ceiling import TEMPLATE_TOKENS, Ceiling
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 from runner.errors import (
     BudgetExhausted,
@@ -187,7 +187,7 @@ class Budget:
             return  # towards the end it is as it should be
         self._is_warned = True
         size = getattr(most, name)
-        bound = f"{shown(name, size)} (a token for each byte of its prompt, and the longest answer)"
+        bound = f"{shown(name, size)} (a token for each byte of its prompt, {TEMPLATE_TOKENS} around it, the longest answer)"
         most_of_one = "any amount" if math.isinf(size) else bound
         logger.warning(
             "budget.%s=%g has room for %d requests at once, as one may take %s: a larger budget, or a smaller"

@@ -17,7 +17,7 @@ from runner.identity import dump_json
 from runner.transports.prices import longest_answer_of, price_for
 from runner.types import OUTPUT_LIMITS, TokenPrice
 
-_TEMPLATE_TOKENS = 256
+TEMPLATE_TOKENS = 256
 """What a provider's template adds to a prompt, generously: roles, a date, a line about the model."""
 
 _PREAMBLE_TOKENS = 1024
@@ -80,7 +80,7 @@ def _bound(deployment: DeploymentConfig, config: RunnerConfig) -> _Bound | None:
     output_tokens = 0 if config.task.kind is TaskKind.embed else _most_output(deployment, params)
     if output_tokens is None or _asks_beyond(params):
         return None
-    prompt_tokens = _TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
+    prompt_tokens = TEMPLATE_TOKENS + len(dump_json([params, config.response_format]))
     prompt_tokens += _PREAMBLE_TOKENS if params.get("tools") or params.get("functions") else 0
     price = price_for(deployment, config.simulator)
     return _Bound(prompt_tokens=prompt_tokens, output_tokens=output_tokens, price=price)

@@ -429,9 +429,11 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
     ]
     if snapshot.deployments:
-        out = sum(deployment.is_out for deployment in snapshot.deployments.values())
+        out = [label for label, deployment in snapshot.deployments.items() if deployment.is_out]
         count = len(snapshot.deployments)
-        columns.append(_Column(f"servers {count - out}/{count}", 8 if out else 1, "yellow" if out else ""))
+        columns.append(_Column(f"servers {count - len(out)}/{count}", 8 if out else 1, "yellow" if out else ""))
+        if out:
+            columns.append(_Column(f"out: {printable(', '.join(out))}", 4, "yellow"))
     if snapshot.window_why:
         columns.append(_Column(f"auto: {snapshot.window_why}", 0))
     if closing:
