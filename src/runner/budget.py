@@ -187,7 +187,7 @@ class Budget:
             return  # towards the end it is as it should be
         self._is_warned = True
         size = getattr(most, name)
-        bound = f"{shown(name, size)} (a token for each byte of its prompt, {TEMPLATE_TOKENS} around it, the longest answer)"
+        bound = f"{shown(name, size)} (a token a byte of its prompt, {TEMPLATE_TOKENS} around it, the longest answer)"
         most_of_one = "any amount" if math.isinf(size) else bound
         logger.warning(
             "budget.%s=%g has room for %d requests at once, as one may take %s: a larger budget, or a smaller"
