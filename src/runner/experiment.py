@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from runner.budget import Budget, price_hint, shown
-from runner.checks import check, without_effect
+from runner.checks import check, doubts
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
 from runner.errors import (
@@ -79,7 +79,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
-    doubts = [*without_effect(config), *workload.check()]
+    doubtful = [*doubts(config), *workload.check()]
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = stack_of(config, window, tuner=Tuner.of(config.limits, window), budget=budget)
@@ -100,7 +100,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
-        notes = [*doubts, *resumption.notes, *_unpriced(config)]
+        notes = [*doubtful, *resumption.notes, *_unpriced(config)]
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
                 async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
