@@ -900,6 +900,14 @@ def test_a_multirun_sweeps_over_quoted_texts() -> None:
     assert OverridesParser.create().parse_override(argument).is_sweep_override()
 
 
+def test_a_multirun_sweeps_over_names_in_any_script() -> None:
+    [argument] = [each for each in friendly(["-m", "model=simulated/a,simulated/実験"]) if each != "-m"]
+
+    override = OverridesParser.create().parse_override(argument)
+    assert [getattr(each, "text", each) for each in override.sweep_iterator()] == ["simulated/a", "simulated/実験"]
+    assert arrived("name", "a,実験") == "a,実験"
+
+
 def arrived(key: str, text: str, *, multirun: bool = False) -> Any:
     """What the configuration holds after ``key=text`` on the command line."""
     *_, argument = friendly([*(["-m"] if multirun else []), f"{key}={text}"])

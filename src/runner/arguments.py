@@ -43,6 +43,10 @@ _OPTIONS: Mapping[str, Sequence[str] | None] = {
 _SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,(?:"[^"]*"|'[^']*'))+""")
 
 
+_NESTING = frozenset("'\"[]{}() ")
+"""What may keep a comma from separating two values of a sweep."""
+
+
 def options_first(arguments: Sequence[str]) -> list[str]:
     """The arguments in an order that Hydra's parser takes: what begins with a dash, then the others.
 
@@ -113,7 +117,8 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
             value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
         elif not _parses(parser, f"{key}={value}"):
-            value = quoted(value)
+            parts = value.split(",") if multirun and _NESTING.isdisjoint(value) else [value]
+            value = ",".join(part if _parses(parser, f"{key}={part}") else quoted(part) for part in parts)
         yield f"{key}={value}"
 
 
