@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from harness import Asked, refusal, serving, shout
+from harness import SOURCES, Asked, refusal, serving, shout
 from runner.config import (
     BudgetConfig,
     DatasetConfig,
@@ -69,6 +73,29 @@ async def test_a_refused_key_is_a_fault_and_is_not_shown(monkeypatch: pytest.Mon
     [fault] = faults(found)
     assert "refuses the key" in fault
     assert not any("canary" in finding.text for finding in found)
+
+
+async def test_an_interrupt_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    asked = asyncio.Event()
+
+    def answer(request: Asked) -> float:
+        asked.set()
+        return 60.0
+
+    async with serving(answer) as server:
+        doctor = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "runner.doctor", "model=hosted_vllm/m", f"api_base={server.url}", "prompt=hi"),
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(SOURCES)},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await asked.wait()
+        doctor.send_signal(signal.SIGINT)
+        _, err = await doctor.communicate()
+
+    assert doctor.returncode == 130
+    assert err == b""
 
 
 async def test_a_server_that_is_not_there_is_a_fault() -> None:

@@ -80,7 +80,7 @@ class Finding:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings; exit code 2 where one is a fault."""
+    """Print the findings; exit code 2 where one is a fault, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m runner.doctor",
         description="Look at what a run would need, and say what to change. Takes the arguments of `python -m runner`.",
@@ -92,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         say(sys.stderr, f"runner: {printable(str(error))}")
         return BAD_CONFIG
-    return asyncio.run(_show(config, ask=given.ask))
+    try:
+        return asyncio.run(_show(config, ask=given.ask))
+    except KeyboardInterrupt:
+        return 130
 
 
 async def examine(config: RunnerConfig, *, ask: bool = False) -> AsyncIterator[Finding]:

@@ -15,7 +15,7 @@ from runner.results import replace_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report and say where it is. A folder without a run is 2."""
+    """Write the report and say where it is. A folder without a run is 2, Ctrl-C is 130."""
     parser = argparse.ArgumentParser(
         prog="python -m runner.report",
         description="Write one self-contained HTML file about runs or sweeps: summary, plots, failures, rows.",
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         say(sys.stderr, f"report: {given.output} cannot be written: {error.strerror or error}")
         return BAD_CONFIG
+    except KeyboardInterrupt:
+        return 130
     return FINISHED
 
 
