@@ -265,7 +265,7 @@ class Session:
         self.exits = {0, 3}
         self.held_up_s = 0.0  # for how long requests may have been on their way
         self.may_lose = 0  # answers
-        self.forgets = False  # what went out before it is not known to the limits any more
+        self.forgets = False  # the store does not know when its requests went out
         self.budget: tuple[str, float] | None = None
         self.afterwards = ExitStack()
 
@@ -289,6 +289,7 @@ class Episode:
         self._books = Books(answers={}, attempts={})
         self._asked: Mapping[str, Mapping[str, int]] = {}
         self._minutes: list[tuple[float, float]] = []  # since when limits count anew, and how loosely
+        self._forgets = False  # the last session's store
         self._worked_s = 0.0
         self._found = Found(number=number, folder=folder)
 
@@ -386,8 +387,9 @@ class Episode:
     def _follow(self, session: Session) -> tuple[int, str]:
         """Run the command to its end, with all that befalls it. Returns its exit code and what it said."""
         began = time.monotonic()
-        if not self._minutes or self._plan.shared == "none" or session.forgets:
+        if not self._minutes or (self._plan.shared == "none" and (session.forgets or self._forgets)):
             self._minutes.append((began, TRAVEL_S))
+        self._forgets = session.forgets
         mark = f"SOAK_MARK={self._folder}/{self._found.sessions}/"
         variables = {**os.environ, "HOME": str(self._folder), "PYTHONFAULTHANDLER": "1", "COLUMNS": "120"}
         path = os.pathsep.join(filter(None, [session.environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH")]))
@@ -546,6 +548,7 @@ class Episode:
     def _jump(self, session: Session) -> None:
         """The wall clock is wrong, and jumps."""
         far = [-1e6, -4000, -70, -1.5, 1.5, 70, 4000, 1e6]
+        session.forgets = True
         jumps = [(at, self._draw.choice(far)) for at in (0.0, self._draw.uniform(0, 3), self._draw.uniform(2, 9))]
         session.environment |= jumping_clock(self._folder / "clock", jumps)
 
@@ -575,6 +578,7 @@ class Episode:
     def _fill_disk(self, session: Session) -> None:
         disk = self._disk
         assert disk is not None
+        session.forgets = True
         begins = self._moment()
         session.befalls.append((begins, lambda process: disk.fill()))
         if self._draw.random() < 0.5:

@@ -44,7 +44,7 @@ async def test_a_store_of_the_first_version_is_migrated_with_all_that_is_in_it(p
         assert rows == [('{"exact":1}',), (None,), (None,), (None,), (None,)]
         texts = "SELECT output_text FROM rows LEFT JOIN answers USING (ticket) ORDER BY position"
         assert [text async for (text,) in store.query(texts)] == ["zero", "one", None, None, "more"]
-        assert lost == [(b"\x02", None), (b"\x03", 201.0)]  # what was in flight at the kill is entered after migrating
+        assert lost == [(b"\x02", None), (b"\x03", 210.0)]  # what was in flight at the kill is entered after migrating
         await save(store, 3, Outcome(ticket=0, content=b"\x03", settled_at=1.0, embedding=b"v", cost_bound_usd=1.0))
     with closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)

@@ -384,6 +384,19 @@ async def test_rows_that_were_not_sent_when_a_signal_came_cost_nothing(tmp_path:
     assert report.summary["attempts_of_unknown_cost"] == 1  # the answer itself: no price is known
 
 
+async def test_a_run_that_goes_on_counts_what_its_earlier_sessions_sent_against_its_limits(tmp_path: Path) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=4, rpd=10))
+        first = await experiment(numbered(7))
+        more = await experiment(numbered(20))
+        again = await experiment(numbered(20))
+
+    assert [first.exit_code, more.exit_code, again.exit_code] == [0, 4, 4]
+    assert len(provider.requests) == 10
+    assert more.summary["succeeded"] == again.summary["succeeded"] == 10
+    assert "limits.rpd=10 is used up; requests can go on at " in str(again.message)
+
+
 async def test_a_row_nested_beyond_measure_fails_alone(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": f"row {index}"}) for index in range(3)]

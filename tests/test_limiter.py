@@ -424,6 +424,51 @@ def test_a_limiter_serves_one_event_loop_after_the_other() -> None:
     later()
 
 
+# What was sent before
+
+
+@given(
+    rpm=st.sampled_from([3, 10, 60, 600]),
+    worked_s=st.sampled_from([0.5, 10.0, 59.0, 100.0]),
+    away_s=st.sampled_from([0.0, 1.0, 30.0, 59.0, 70.0]),
+)
+@virtual_time
+async def test_a_limiter_that_recalls_what_was_sent_before_it_goes_on_as_the_same_one_would(
+    rpm: int, worked_s: float, away_s: float
+) -> None:
+    before = await grants_within(RateLimiter(rpm), worked_s)
+    await asyncio.sleep(away_s)
+    limiter = RateLimiter(rpm)
+    for at in before:
+        limiter.recall(Estimate(), age_s=now() - at)
+    began = now()
+    after = [began + each - began for each in await grants_within(limiter, 2 * MINUTE)]
+
+    assert most_in_window([*before, *after], MINUTE) <= rpm
+    assert len([at for at in after if at >= began + MINUTE]) >= 0.9 * rpm - 1
+
+
+@virtual_time
+async def test_what_is_recalled_counts_in_the_windows_that_it_was_sent_in_and_never_beyond_the_limit() -> None:
+    limiter = RateLimiter(requests_per_minute=10, tokens_per_day=1_000, max_request_burst=10)
+    limiter.recall(Estimate(prompt_tokens=500, completion_tokens=450), requests=900, age_s=DAY / 2)
+    limiter.recall(Estimate(), requests=30, age_s=20)
+
+    assert await waits(limiter, 50) == pytest.approx(40, abs=1)  # ten of the thirty leave the minute
+    assert await waits(limiter, 50) == pytest.approx(DAY / 2, rel=0.02)
+
+
+@virtual_time
+async def test_what_is_recalled_after_a_grant_is_counted_with_it() -> None:
+    limiter = RateLimiter(requests_per_minute=10, max_request_burst=10)
+    await asyncio.sleep(100)
+    for _ in range(4):
+        await limiter.acquire()
+    limiter.recall(Estimate(), requests=6, age_s=50)
+
+    assert await waits(limiter) == pytest.approx(MINUTE, abs=1)
+
+
 # What becomes of a reservation
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +24,23 @@ from runner.config import (
     SimulatorConfig,
     TransportKind,
 )
-from runner.errors import ConfigError
+from runner.earlier import Sent
+from runner.errors import ConfigError, InsufficientQuotaError
+from runner.estimate import Estimate
 from runner.limiter import RateLimiter
 from runner.simulator import Simulator
-from runner.stack import Stack, open_limiters, open_stack
+from runner.stack import Limiters, Stack, open_limiters, open_stack
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request
+from virtual_time import virtual_time
 
 
-def stack(deployments: dict[str, DeploymentConfig], *, limits: LimitsConfig | None = None, **routing: Any) -> Stack:
+def stack(
+    deployments: dict[str, DeploymentConfig],
+    *,
+    limits: LimitsConfig | None = None,
+    limiters: Limiters | None = None,
+    **routing: Any,
+) -> Stack:
     return open_stack(
         deployments,
         limits=limits or LimitsConfig(),
@@ -38,6 +48,7 @@ def stack(deployments: dict[str, DeploymentConfig], *, limits: LimitsConfig | No
         routing=RoutingConfig(**routing),
         simulator=SimulatorConfig(latency_s=0.001),
         window=Window(32),
+        limiters=limiters,
     )
 
 
@@ -227,3 +238,27 @@ async def test_limiters_that_are_kept_go_on_in_the_next_stack_of_the_same_accoun
     assert other.account is not first.account
     assert other.of["east"] is not first.of["east"]
     assert first.of["east"] is not first.of["west"]
+
+
+@virtual_time
+async def test_what_was_sent_before_counts_where_it_went_and_where_that_is_not_known_everywhere() -> None:
+    own = DeploymentLimitsConfig(rpm=60)
+    for deployment, has_room in (("east", {"west"}), (None, set()), ("gone", set())):
+        fleet, limits = {label: at("http://h/v1", limits=own) for label in ("east", "west")}, LimitsConfig(rpm=600)
+        limiters = open_limiters(fleet, limits)
+        client = stack(fleet, limits=limits, limiters=limiters)
+        assert client.memory_s == 60
+        client.recall(Sent(age_s=0.0, deployment=deployment, requests=60, used=Estimate()))
+
+        assert {label for label, limiter in limiters.of.items() if await grants_soon(limiter)} == has_room
+        assert limiters.account is not None
+        assert await grants_soon(limiters.account)
+        client.recall(Sent(age_s=0.0, deployment=deployment, requests=600, used=Estimate()))
+        assert not await grants_soon(limiters.account)
+
+
+async def grants_soon(limiter: RateLimiter) -> bool:
+    with suppress(InsufficientQuotaError):
+        await limiter.acquire(patience_s=30.0)
+        return True
+    return False

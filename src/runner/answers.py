@@ -164,8 +164,9 @@ _MOVE = f"""
 
 _ENTER_LOST = """
     INSERT INTO attempts (content, started_at, error_type, cost_bound_usd)
-    SELECT rows.content, rows.asked_at, 'Lost', rows.cost_bound_usd
+    SELECT rows.content, sessions.last_seen, 'Lost', rows.cost_bound_usd
     FROM rows
+    JOIN sessions ON sessions.id = rows.session
     LEFT JOIN answers USING (ticket)
     WHERE rows.session = ? AND answers.ticket IS NULL
 """

@@ -122,6 +122,16 @@ class Bucket:
         self.level -= cost
         self._ceiling = self.burst
 
+    def recall(self, cost: float, at: float) -> None:
+        """Charge what was taken before there was this bucket, as far as there is room: the limit was kept then too.
+
+        What was taken earlier is recalled earlier; nothing of it counts as taken before what is charged already.
+        """
+        if self._spans:
+            at = max(at, self._updated)
+        self.update(at)
+        self.take(min(cost, max(0.0, self.limit - self.charged)), at)
+
     def give_back(self, cost: float, amount: float, taken_at: float, now: float, *, sent: bool = True) -> None:
         """Take ``amount`` off a charge; below zero it is a debt. What has left the window is too late to be used.
 
@@ -250,6 +260,11 @@ class Buckets:
         for bucket, cost in zip(self._buckets, costs, strict=False):
             bucket.take(cost, now)
         return Charge(now, costs, [bucket.charged for bucket in self._buckets])
+
+    def recall(self, costs: Sequence[float], at: float, now: float) -> None:
+        for bucket, cost in zip(self._buckets, costs, strict=False):
+            if now - at <= bucket.window_s:
+                bucket.recall(cost, at)
 
     def give_back(self, charge: Charge, amounts: Sequence[float], now: float, *, sent: bool = True) -> None:
         for bucket, cost, amount in zip(self._buckets, charge.costs, amounts, strict=False):

@@ -19,6 +19,7 @@ from runner.budget import Budget, price_hint, shown
 from runner.checks import check, doubts
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
+from runner.earlier import sent_within
 from runner.errors import (
     FINISHED,
     SOME_FAILED,
@@ -99,6 +100,9 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
+            if client.memory_s:
+                for sent in await sent_within(store, client.memory_s):
+                    client.recall(sent)
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
         notes = [*doubtful, *resumption.notes, *_unpriced(config)]
         async with tracking(config, folder, settings) as tracker:

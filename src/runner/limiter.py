@@ -73,6 +73,10 @@ class Quota(Protocol):
         """Take ``costs``, for which there is no wait."""
         ...
 
+    def recall(self, costs: Sequence[float], at: float, now: float) -> None:
+        """Charge what this program took at ``at``, before there was this quota, if it is not known already."""
+        ...
+
     def give_back(self, charge: Charge, amounts: Sequence[float], now: float, *, sent: bool = True) -> None:
         """Take ``amounts`` off a charge; below zero it is a debt. ``sent``: the provider has counted the request."""
         ...
@@ -248,6 +252,25 @@ class RateLimiter:
         if headers:
             self.heed(handle, headers)
 
+    def recall(self, used: Estimate, *, requests: float = 1.0, age_s: float) -> None:
+        """Count requests that were sent before there was this limiter, by an earlier process of a run for example.
+
+        The limits are taken to have been kept then. Where there are several, the oldest are to be recalled first.
+
+        Args:
+            used: The tokens of all of them.
+            age_s: How long ago they were sent.
+        """
+        if self._limits:
+            with self._lock:
+                now = time.monotonic()
+                self._quota.recall(self._costs(used, requests), now - max(0.0, age_s), now)
+
+    @property
+    def memory_s(self) -> float:
+        """The longest window of a limit; 0 where there is none."""
+        return max((limit.window_s for limit in self._limits), default=0.0)
+
     def refund(self, handle: RateLimiterAcquisitionHandle) -> None:
         """Give a reservation back: the request never reached the provider."""
         with self._lock:
@@ -368,9 +391,9 @@ class RateLimiter:
                     raise self._exhausted(paused_s)
                 await asyncio.sleep(min(paused_s, _LONGEST_SLEEP_S))
 
-    def _costs(self, estimate: Estimate) -> list[float]:
+    def _costs(self, estimate: Estimate, requests: float = 1.0) -> list[float]:
         prompt, completion = estimate.prompt_tokens, estimate.completion_tokens
-        by_kind = {"requests": 1.0, "tokens": prompt + completion, "input": prompt, "output": completion}
+        by_kind = {"requests": requests, "tokens": prompt + completion, "input": prompt, "output": completion}
         return [by_kind[_KINDS[limit.name]] for limit in self._limits]
 
     def _reject_what_never_fits(self, costs: list[float]) -> None:

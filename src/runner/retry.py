@@ -73,7 +73,7 @@ class Retrying:
             """Enter the failure in the trace, and in the ledger before the next attempt costs money."""
             error = state.outcome.exception() if state.outcome else None
             assert isinstance(error, RequestError)
-            failed = failed_attempt(trace, error, started_at=started)
+            failed = failed_attempt(trace, error, not_before=started)
             trace.failures.append(failed)
             if trace.on_failure is not None:
                 await trace.on_failure(failed)
@@ -142,12 +142,12 @@ def _may_help(trace: Trace, error: RequestError) -> bool:
     return error.retryable or trace.at_once
 
 
-def failed_attempt(trace: Trace, error: RequestError, *, started_at: float | None = None) -> Attempt:
-    """The ledger's entry for the attempt that ``error`` has just ended."""
+def failed_attempt(trace: Trace, error: RequestError, *, not_before: float = 0.0) -> Attempt:
+    """The ledger's entry for the attempt that ``error`` has just ended, and that did not begin before that time."""
     return Attempt(
         number=trace.retries + 1,
         deployment=trace.deployment,
-        started_at=time.time() - trace.service_time_s if started_at is None else started_at,
+        started_at=max(not_before, time.time() - trace.service_time_s),
         service_time_s=trace.service_time_s,
         error=type(error).__name__,
         message=str(error),

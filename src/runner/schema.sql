@@ -66,7 +66,7 @@ CREATE TABLE attempts (
     content        BLOB NOT NULL,
     number         INTEGER,
     deployment     TEXT,
-    started_at     REAL,
+    started_at     REAL,          -- of one that was lost: at the latest
     service_time_s REAL,
     error_type     TEXT NOT NULL, -- 'Lost': the process ended before the outcome was known; 'GivenUp': an answer
     error_message  TEXT,

@@ -6,7 +6,7 @@ Where the window is found automatically, each transport is an ``Adaptive(Transpo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from runner.account import Account
@@ -23,6 +23,7 @@ from runner.config import (
     SimulatorConfig,
     replicas,
 )
+from runner.earlier import Sent
 from runner.errors import ConfigError
 from runner.estimate import Estimator
 from runner.limited import Limited
@@ -40,9 +41,10 @@ from runner.types import Client, Request, Response
 class Stack:
     """A `Client` with all its layers, and what is to be known of the deployments below. Made by `open_stack`."""
 
-    def __init__(self, client: Client, router: Router) -> None:
+    def __init__(self, client: Client, router: Router, limiters: Limiters) -> None:
         self._client = client
         self._router = router
+        self._limiters = limiters
 
     async def send(self, request: Request) -> Response:
         return await self._client.send(request)
@@ -54,6 +56,16 @@ class Stack:
         """How each of them does, by label."""
         return self._router.snapshot()
 
+    @property
+    def memory_s(self) -> float:
+        """For how long what is sent counts for a limit; 0 where there is none."""
+        return max(limiter.memory_s for limiter in self._limiters)
+
+    def recall(self, sent: Sent) -> None:
+        """Count what was sent before there was this stack, as `RateLimiter.recall` does."""
+        for limiter in self._limiters.over(sent.deployment):
+            limiter.recall(sent.used, requests=sent.requests, age_s=sent.age_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limiters:
@@ -61,6 +73,14 @@ class Limiters:
 
     of: Mapping[str, RateLimiter]  # each deployment's own, by label
     account: RateLimiter | None = None  # what holds for all of them together
+
+    def __iter__(self) -> Iterator[RateLimiter]:
+        return iter([*self.of.values(), *([self.account] if self.account else [])])
+
+    def over(self, label: str | None) -> Iterator[RateLimiter]:
+        """Those that a request to this deployment has to pass; None: to any of them."""
+        own = self.of.get(label) if label else None
+        return (each for each in self if own is None or each in (own, self.account))
 
 
 def stack_of(
@@ -160,7 +180,7 @@ def open_stack(
         is_full=lambda: window.active >= window.limit,
     )
     client: Client = Hedged(router) if routing.hedge and len(replicas) > 1 else router
-    return Stack(Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s), router)
+    return Stack(Retrying(client, retry, slot=window, max_wait_s=routing.max_wait_s), router, limiters)
 
 
 def open_limiters(

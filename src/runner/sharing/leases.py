@@ -69,6 +69,9 @@ class Leases:
             self._slice.take(costs)
             return Charge(self._slice.at, costs, self._slice.charged)
 
+    def recall(self, costs: Sequence[float], at: float, now: float) -> None:
+        """What others share has been counted for all of them, by whoever took it."""
+
     def give_back(self, charge: Charge, amounts: Sequence[float], now: float, *, sent: bool = True) -> None:
         limits = self._shared.limits  # a debt beyond the limit is a server's nonsense
         amounts = [
