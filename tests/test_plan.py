@@ -331,6 +331,23 @@ async def test_plans_of_several_runs_add_up(tmp_path: Path) -> None:
     assert (both.send, both.tokens.expected) == ({"new": 6}, 2 * plan.tokens.expected)
 
 
+async def test_an_answer_that_several_plans_follow_is_evidence_once(tmp_path: Path) -> None:
+    quick = SimulatorConfig(latency_s=0.001)
+    shared = {"model": "simulated/m", "runs_dir": str(tmp_path / "runs"), "simulator": quick}
+    folder = tmp_path / "runs" / "one"
+    await run_experiment(configured(tmp_path, numbered(9), **shared), folder / "a")
+    longer = configured(tmp_path, numbered(12), **shared)
+    own = await make_plan(longer, folder / "a")
+    like = [await make_plan(replace(longer, system=system), folder / system) for system in ("b", "c")]
+    taking_over = [await make_plan(replace(longer, reuse=True), folder / name) for name in ("d", "e")]
+    plans = [own, *like, *taking_over]
+    assert [plan.basis for plan in plans] == [9] * 5
+    assert together(plans).basis == 9
+
+    await run_experiment(configured(tmp_path, numbered(5), **shared), folder / "f")
+    assert together([*plans, await make_plan(longer, folder / "f")]).basis == 14
+
+
 async def test_a_budget_that_has_no_room_for_the_rest_is_told(tmp_path: Path) -> None:
     quick = SimulatorConfig(latency_s=0.001)
 

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import islice
+from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from runner.budget import shown, taken_so_far
 from runner.checks import check
@@ -27,7 +29,7 @@ from runner.estimate import Estimate, Estimator
 from runner.forecast import SAMPLE, ZERO, Interval, total_of
 from runner.purse import NOTHING, Amounts
 from runner.resume import resuming
-from runner.reuse import PATIENCE_S, latest_runs
+from runner.reuse import PATIENCE_S, latest_runs, run_name
 from runner.store import Known, Store
 from runner.task import Item
 from runner.transports.prices import longest_answer_of, price_for
@@ -46,6 +48,10 @@ _OWN_TIME = Interval(expected=4e-4, low=1e-4, high=1e-3)
 """Seconds that a request takes of this program's own."""
 
 
+Answered: TypeAlias = tuple[str, bytes]
+"""The run that asked, and the hash of what it asked: an answer, whichever runs took it over."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run would do."""
@@ -56,10 +62,15 @@ class Plan:
     completion_tokens: Interval
     usd: Interval | None  # None: a price is unknown
     seconds: Interval | None  # None: there is nothing to go by
-    basis: int = 0  # answers of this run, or of the one in ``like``, that the forecast follows; 0: it is a guess
+    evidence: Counter[Answered] = field(default_factory=Counter)  # that the forecast follows; none: it is a guess
     like: str | None = None  # the run, this one or another, whose answers to other rows are gone by
     budget: Mapping[str, float] = field(default_factory=dict)  # limits by their names; cells with the same share one
     taken: Amounts = NOTHING  # of the budget, earlier
+
+    @property
+    def basis(self) -> int:
+        """How many answers the forecast follows."""
+        return self.evidence.total()
 
     @property
     def tokens(self) -> Interval:
@@ -110,7 +121,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
     check(config)
     workload = Workload(config)
     workload.check()
-    draft = _Draft(config)
+    draft = _Draft(config, run_name(folder))
     async with _copied(folder) as (store, is_new):
         usual = await _answered(config, folder, store)  # before resume=fresh gives it up
         async with resuming(store, config, workload, folder=folder) as resumption:
@@ -132,7 +143,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
 
 
 def together(plans: Sequence[Plan]) -> Plan:
-    """Several plans in one, their runs one after the other."""
+    """Several plans in one, their runs one after the other. An answer that several follow is evidence once."""
     costs = [plan.usd for plan in plans if plan.usd is not None]
     times = [plan.seconds for plan in plans if plan.seconds is not None]
     return Plan(
@@ -142,7 +153,7 @@ def together(plans: Sequence[Plan]) -> Plan:
         completion_tokens=sum((plan.completion_tokens for plan in plans), ZERO),
         usd=sum(costs, ZERO) if len(costs) == len(plans) else None,
         seconds=sum(times, ZERO) if len(times) == len(plans) else None,
-        basis=sum(plan.basis for plan in plans),
+        evidence=reduce(or_, (plan.evidence for plan in plans)),
         budget=plans[0].budget if all(plan.budget == plans[0].budget for plan in plans) else {},
         taken=sum((plan.taken for plan in plans), NOTHING),
     )
@@ -151,8 +162,9 @@ def together(plans: Sequence[Plan]) -> Plan:
 class _Draft:
     """A plan in the making, row by row."""
 
-    def __init__(self, config: RunnerConfig) -> None:
+    def __init__(self, config: RunnerConfig, name: str) -> None:
         self._config = config
+        self._name = name
         self._deployments = list(replicas(config).values())
         limits = config.limits
         self._estimator = Estimator.of(
@@ -164,6 +176,7 @@ class _Draft:
         self._keep: Counter[str] = Counter()
         self._guessed = _Guessed()
         self._answers: list[_Answer] = []
+        self._evidence: Counter[Answered] = Counter()
         self._counted: set[int] = set()  # ids of these: rows that share an answer are no evidence of their own
 
     def add(self, item: Item, known: Known, fact: Any) -> None:
@@ -174,6 +187,7 @@ class _Draft:
             is_new = fact["ticket"] not in self._counted
             if is_new and len(self._answers) < SAMPLE and fact["total_tokens"] is not None:
                 self._counted.add(fact["ticket"])
+                self._evidence[fact["reused_from"] or self._name, fact["content"]] += 1
                 self._answers.append(_Answer.of(fact, self._estimate(item)))
         elif item.error is not None:
             self._keep["cannot be asked"] += 1
@@ -203,7 +217,7 @@ class _Draft:
             completion_tokens=completions,
             usd=self._usd(prompts, completions),
             seconds=self._seconds(prompts + completions, usual),
-            basis=len(self._answers) or len(usual.completion_tokens),
+            evidence=self._evidence or usual.evidence,
             like=usual.run,
             budget={name: limit for name, limit in vars(self._config.budget).items() if limit is not None},
         )
@@ -325,6 +339,7 @@ class _Usual:
     """What answers took elsewhere."""
 
     run: str | None = None
+    evidence: Counter[Answered] = field(default_factory=Counter)
     completion_tokens: Sequence[int] = ()
     service_times_s: Sequence[float] = ()
 
@@ -348,6 +363,7 @@ async def _answered(config: RunnerConfig, run: Path, store: Store) -> _Usual | N
     return (
         _Usual(
             run=str(run),
+            evidence=Counter((run_name(run), row["content"]) for row in answers),
             completion_tokens=[row["completion_tokens"] or 0 for row in answers],
             service_times_s=[row["service_time_s"] for row in answers],
         )
@@ -450,7 +466,7 @@ _INSERTED = """
 """
 
 _USUAL = """
-    SELECT completion_tokens, service_time_s
+    SELECT content, completion_tokens, service_time_s
     FROM answers
     WHERE error_type IS NULL AND reused_from IS NULL AND total_tokens IS NOT NULL AND deployment IN ({marks})
     ORDER BY ticket DESC
