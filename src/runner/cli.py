@@ -27,6 +27,7 @@ from runner.arguments import friendly, options_first, quoted
 from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
+    check_options,
     conf_folder,
     first_cell,
     is_multirun,
@@ -96,6 +97,7 @@ def _main(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
         arguments = list(friendly(options_first(arguments)))
+        check_options(arguments)
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
         sweep, swept = _begin_sweep(arguments) if is_multirun(arguments) else (None, [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -41,7 +42,9 @@ def compose(overrides: Sequence[str]) -> RunnerConfig:
         ConfigError: It cannot be composed, or holds what no key allows.
         HydraException: A group or an option does not exist.
     """
-    composed = _composed(list(friendly(options_first(overrides))))
+    arguments = list(friendly(options_first(overrides)))
+    check_options(arguments)
+    composed = _composed(arguments)
     load_environment(composed.env_file)
     return typed(composed)
 
@@ -99,6 +102,27 @@ def load_environment(path: str) -> None:
             raise ConfigError(f"env_file={path}: it cannot be read ({error})") from None
 
 
+def check_options(arguments: Sequence[str]) -> None:
+    """Refuse options that two folders have, so that one file would silently stand for the other.
+
+    Only what a command line or a file that it leads to chooses counts, not the defaults. Files with the same content
+    are one.
+
+    Raises:
+        ConfigError: There is one; the message names both files.
+    """
+    if not (twice := _in_both_folders()):
+        return
+    with suppress(HydraException):  # what cannot be composed is complained of when it is
+        for option in _chosen(arguments):
+            if option in twice:
+                ours, own = twice[option]
+                raise ConfigError(
+                    f"{option} is in two folders, and not the same: {own} would be left aside for {ours}."
+                    " Rename one of them"
+                )
+
+
 def is_multirun(arguments: Sequence[str]) -> bool:
     """Whether a command line asks for a sweep."""
     return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
@@ -146,7 +170,7 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
     if is_multirun(arguments):
         first = first_cell(arguments)
         keys = swept_keys(first, arguments)
-        asked = [f"{key}={values}" for key, values in _sweeper_params(first).items()] + asked
+        asked = [*_swept_by_file(first), *asked]
     for overrides in product(*_choices(asked).values()):
         composed = _composed(list(overrides))
         load_environment(composed.env_file)
@@ -186,6 +210,56 @@ def _sweeper_params(first: DictConfig) -> dict[str, str]:
     return {str(key): str(value) for key, value in (first.hydra.sweeper.get("params") or {}).items()}
 
 
+def _swept_by_file(first: DictConfig) -> list[str]:
+    """The same as overrides."""
+    return [f"{key}={values}" for key, values in _sweeper_params(first).items()]
+
+
+def _chosen(arguments: Sequence[str]) -> Iterator[str]:
+    """The options that any cell of a command line chooses, as paths below ``conf/``.
+
+    Raises:
+        HydraException: A cell cannot be composed.
+    """
+    overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
+    if is_multirun(arguments):
+        overrides = [*_swept_by_file(first_cell(arguments)), *overrides]
+    choices = _choices(overrides)
+    with _initialized():
+        loader = GlobalHydra.instance().config_loader()
+        usual = {each.config_path for each in loader.compute_defaults_list("config", [], RunMode.RUN).defaults}
+        groups = [each for key, each in choices.items() if loader.get_group_options(key.lstrip("+").partition("@")[0])]
+        for cell in product(*groups):
+            found = loader.compute_defaults_list("config", list(cell), RunMode.RUN)
+            overridden = found.overrides.override_choices
+            for each in found.defaults:
+                if each.config_path not in usual or each.override_key in overridden:
+                    yield each.config_path
+
+
+def _in_both_folders() -> dict[str, tuple[Path, Path]]:
+    """The file in the shipped folder and the other one in the user's own, by the option that they are for."""
+    ours, own = conf_folder(), _own_conf()
+    if own is None:
+        return {}
+    pairs = {file.relative_to(ours).with_suffix(""): file for file in ours.rglob("*.yaml")}
+    both = {option.as_posix(): (file, own / file.relative_to(ours)) for option, file in pairs.items()}
+    return {option: pair for option, pair in both.items() if _differ(*pair)}
+
+
+def _differ(ours: Path, own: Path) -> bool:
+    try:
+        return own.is_file() and own.read_bytes() != ours.read_bytes()
+    except OSError:  # Hydra does not find it either
+        return False
+
+
+def _own_conf() -> Path | None:
+    """The user's own ``./conf``, unless it is the shipped one."""
+    own = Path.cwd() / "conf"
+    return own if own.is_dir() and own.resolve() != conf_folder() else None
+
+
 def _of_the_run(arguments: Sequence[str]) -> list[str]:
     """The overrides that say what is run, not how Hydra runs it."""
     elsewhere = ("-", *_OF_HYDRA, "+scale=")
@@ -199,8 +273,7 @@ class UserConf(SearchPathPlugin):
     """Finds the user's own ``./conf`` too. Appended, so that a stranger's config.yaml never replaces ours."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        own = Path.cwd() / "conf"
-        if own.is_dir() and own.resolve() != conf_folder():
+        if own := _own_conf():
             search_path.append(provider="user", path=f"file://{own}")
 
 
