@@ -302,6 +302,22 @@ def test_keys_that_are_no_field_are_found(node: dict[str, Any], unknown: list[st
         ("deployments.a.modell", "deployments.a.model"),
         ("deployments.my label.wieght", "deployments.my label.weight"),
         ("scorers.mine.patern", "scorers.mine.pattern"),
+        ("deployments.a.price.promt", "deployments.a.price.prompt"),
+        ("deployments.a.prise.prompt", "deployments.a.price.prompt"),
+        ("deployments.a.price.weight", "deployments.a.weight"),
+        ("deployments.a.limits.rmp", "deployments.a.limits.rpm"),
+        ("deployments.a.rpm", "deployments.a.limits.rpm"),
+        ("deployments.a.prompt", "deployments.a.price.prompt"),
+        ("dataset.shards.index", "dataset.shard.index"),
+        ("deployments.a.api_kee", "deployments.a.api_key_env"),
+        ("deployment.a.model", "deployments.a.model"),
+        ("scorers.mine.rpm", "limits.rpm"),
+        ("scorers.mine.weight", None),
+        ("scorers.mine.limits.rpm", "limits.rpm"),
+        ("nowhere.a.rpm", "limits.rpm"),
+        ("limits_rpm", "limits.rpm"),
+        ("deployments.a.price.input", None),
+        ("limits.input", None),
         ("qqqqqqqq", None),
         ("", None),
     ],
@@ -313,6 +329,18 @@ def test_the_key_that_was_meant_is_guessed(path: str, meant: str | None) -> None
 def test_the_message_names_the_key_that_was_meant_or_where_to_look() -> None:
     assert unknown_key_message("limits.rmp") == "unknown key 'limits.rmp'. Did you mean 'limits.rpm'?"
     assert "--help" in unknown_key_message("qqqqqqqq")
+    assert unknown_key_message("deployments.a.price.input").endswith(
+        "The keys of 'deployments.a.price' are prompt, completion, cached"
+    )
+
+
+@pytest.mark.parametrize("place", ["", "limits.", "deployments.a.", "deployments.a.price.", "scorers.s.", "nowhere.a."])
+@pytest.mark.parametrize("name", ["rmp", "modell", "pice", "promt", "shard", "limit", "kind", "usage", "x"])
+def test_a_key_that_is_suggested_exists(place: str, name: str) -> None:
+    node: Any = None
+    for part in reversed((nearest_key(f"{place}{name}") or "model").split(".")):
+        node = {part: node}
+    assert list(unknown_keys(node)) == []
 
 
 @pytest.mark.parametrize("value", ["abc", 0, -1, True])

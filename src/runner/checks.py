@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -23,7 +23,6 @@ from runner.config import (
     RetryConfig,
     RoutingConfig,
     RunnerConfig,
-    ScorerConfig,
     Shared,
     SloConfig,
     TaskKind,
@@ -252,7 +251,7 @@ def no_choice_message(key: str, value: str, options: Sequence[str]) -> str:
 
 def no_section_message(given: str, path: str, section: type) -> str:
     """What to say of a value that is ``given`` where the keys of ``section`` belong, below ``path``."""
-    keys = ", ".join(f"{path}.{each.name}" for each in fields(section) if each.name not in SECRET_KEYS)
+    keys = ", ".join(f"{path}.{name}" for name in _names(section))
     return f"{given}: it has keys of its own, as there are {keys}"
 
 
@@ -494,40 +493,64 @@ def unknown_keys(node: Mapping[str, Any], schema: type = RunnerConfig, prefix: s
 
 def nearest_key(path: str) -> str | None:
     """The key that ``path`` was most likely meant to be."""
-    known = list(_paths(RunnerConfig))
-    group, _, last = path.rpartition(".")
-    entry = _ENTRIES.get(path.partition(".")[0])
-    if entry is not None and path.count(".") > 1:  # below a label of the user's own
-        known += [f"{group}.{each.name}" for each in fields(entry)]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not close:  # the right name in the wrong place: rpm for limits.rpm
-        tails: dict[str, str] = {}
-        for candidate in known:
-            tails.setdefault(candidate.rpartition(".")[2], candidate)
-        near = difflib.get_close_matches(last, tails, n=1, cutoff=0.75)
-        close = [tails[near[0]]] if near else []
-    return close[0] if close else None
-
-
-_ENTRIES = {"deployments": DeploymentConfig, "scorers": ScorerConfig}
+    sections = dict(_sections(path))
+    known = [_joined(section, name) for section, kind in sections.items() for name in _names(kind)]
+    place = _joined(_innermost(path, sections), "")  # what is right of the path would make all below it look alike
+    below = [each.removeprefix(place) for each in known if each.startswith(place)]
+    if near := difflib.get_close_matches(path.removeprefix(place), below, n=1, cutoff=0.6):
+        return place + near[0]
+    tails: dict[str, str] = {}  # the right name in the wrong place: rpm for limits.rpm
+    for candidate in sorted(known, key=lambda each: (not each.startswith(place), each.count("."))):
+        tails.setdefault(candidate.rpartition(".")[2], candidate)
+    near = difflib.get_close_matches(path.rpartition(".")[2], tails, n=1, cutoff=0.75)
+    return tails[near[0]] if near else None
 
 
 def unknown_key_message(path: str) -> str:
+    """What to say of a key that does not exist: the one that was meant, or those that there are."""
     if path.rpartition(".")[2] == "api_key":
         return f"unknown key {path!r}: keys come from the environment or from .env; api_key_env names the variable"
-    near = nearest_key(path)
-    hint = f" Did you mean {near!r}?" if near else " `python -m runner --help` lists the keys."
-    return f"unknown key {path!r}.{hint}"
+    if near := nearest_key(path):
+        return f"unknown key {path!r}. Did you mean {near!r}?"
+    sections = dict(_sections(path))
+    if section := _innermost(path, sections):
+        return f"unknown key {path!r}. The keys of {section!r} are {', '.join(_names(sections[section]))}"
+    return f"unknown key {path!r}. `python -m runner --help` lists the keys."
 
 
-def _paths(schema: type, prefix: str = "") -> Iterator[str]:
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        path = f"{prefix}{entry.name}"
-        yield path
-        kind = _dataclass_of(hints[entry.name])
-        if kind is not None and not _is_mapping(hints[entry.name]):
-            yield from _paths(kind, f"{path}.")
+def _innermost(path: str, sections: Container[str]) -> str:
+    """The section that ``path`` leads to, as far as it is right."""
+    section = path.rpartition(".")[0]
+    while section not in sections:
+        section = section.rpartition(".")[0]
+    return section
+
+
+def _sections(path: str) -> Iterator[tuple[str, type]]:
+    """What has keys of its own, by its dotted path; entries of the user's own only where ``path`` has a label."""
+    first, *rest = path.split(".")
+    label = rest[0] if len(rest) > 1 else ""
+    is_misspelt = first not in get_type_hints(RunnerConfig)
+
+    def below(section: str, kind: type) -> Iterator[tuple[str, type]]:
+        yield section, kind
+        for name, hint in get_type_hints(kind).items():
+            inner, own = _dataclass_of(hint), _joined(section, name)
+            if inner is not None and not _is_mapping(hint):
+                yield from below(own, inner)
+            elif inner is not None and label and (name == first or is_misspelt):
+                yield from below(_joined(own, label), inner)
+
+    yield from below("", RunnerConfig)
+
+
+def _joined(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
+
+
+def _names(section: type) -> list[str]:
+    """The keys of a section, save those that no configuration may hold."""
+    return [each.name for each in fields(section) if each.name not in SECRET_KEYS]
 
 
 def _dataclass_of(hint: Any) -> type | None:
