@@ -10,10 +10,10 @@ from runner.checks import (
     check,
     check_deployment,
     check_limits,
-    doubts,
     nearest_key,
     unknown_key_message,
     unknown_keys,
+    without_effect,
 )
 from runner.config import (
     BenchConfig,
@@ -416,26 +416,11 @@ def test_a_key_as_a_key_of_the_configuration_points_to_the_environment() -> None
 
 def test_a_root_model_beside_deployments_is_said_to_have_no_effect() -> None:
     fleet = {"a": DeploymentConfig(model="openai/x")}
-    assert list(doubts(RunnerConfig(deployments=fleet))) == []
-    assert list(doubts(RunnerConfig(deployments=fleet, model="openai/x"))) == []
-    assert list(doubts(RunnerConfig(model="openai/y", api_base="http://h/v1"))) == []
-    [said] = doubts(RunnerConfig(deployments=fleet, model="openai/y"))
+    assert list(without_effect(RunnerConfig(deployments=fleet))) == []
+    assert list(without_effect(RunnerConfig(deployments=fleet, model="openai/x"))) == []
+    assert list(without_effect(RunnerConfig(model="openai/y", api_base="http://h/v1"))) == []
+    [said] = without_effect(RunnerConfig(deployments=fleet, model="openai/y"))
     assert said.startswith("model=openai/y has no effect beside deployments (a): set deployments.LABEL.model")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "texts"),
-    [
-        ("Sort: {{ text }},Label: {{ text }}", 2),
-        ("Sort {{ a }},\nLabel {{ a }},Name {{ b }}", 2),
-        ("Label: {{ subject }}, {{ text }}", 1),
-        ("{{ a }},{{ b }},{{ c }}", 1),
-        ("{{ text }}: Label it billing,delivery,account", 1),
-    ],
-)
-def test_a_prompt_that_reads_like_several_is_said_to_be_one(prompt: str, texts: int) -> None:
-    said = [f"prompt is one text that reads like {texts}: to compare them, -m"] if texts > 1 else []
-    assert [each.partition(" and quotes")[0] for each in doubts(RunnerConfig(prompt=prompt))] == said
 
 
 def test_a_budget_of_a_benchmark_is_refused_with_the_key_that_takes_it_away() -> None:

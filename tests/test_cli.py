@@ -28,6 +28,7 @@ from harness import SOURCES, Asked, Command, get, progress_of, read_rows, read_s
 from runner.arguments import friendly
 from runner.cli import main
 from runner.config import RunnerConfig, SimulatorConfig
+from runner.errors import ConfigError
 from runner.progress import sweep_table
 from runner.run import GRACE_S
 from runner.simulator import Simulator
@@ -883,8 +884,10 @@ def test_a_text_needs_no_quoting(key: str, multirun: bool, text: str) -> None:
 @given(st.text(st.one_of(st.sampled_from("\\${}'\" ,=:[]()#\n\tab?"), st.characters(exclude_categories=["Cs"]))))
 @example("null ")
 def test_any_text_arrives_as_it_was_written(text: str) -> None:
-    if text in ("???", "null") or (text[:1] == text[-1:] and text[:1] in ("'", '"')):
-        return  # Hydra's own: a missing value, no value, and a text in quotes
+    if text in ("???", "null") or {text[:1], text[-1:]} <= {"'", '"'}:
+        return  # Hydra's own: a missing value, no value, and texts in quotes
+    if text.count("{{") > 1:
+        return  # it may read like several
 
     assert arrived("prompt", text) == text
 
@@ -898,6 +901,51 @@ def test_a_multirun_sweeps_over_quoted_texts() -> None:
     [argument] = [each for each in friendly(["-m", "prompt='Say hi, you','Say bye'"]) if each != "-m"]
 
     assert OverridesParser.create().parse_override(argument).is_sweep_override()
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sort: {{ text }},Label: {{ text }}",
+        "Sort {{ a }},\nLabel {{ a }},Name {{ b }}",
+        '["Sort: {{ text }}","Label: {{ text }}"]',
+        '["Sort: {{ text }}", "Label: {{ text }}"]',
+        '"Sort: {{ text }}",Label: {{ text }}',
+    ],
+)
+def test_a_text_that_reads_like_several_is_refused_with_both_ways_out(text: str, multirun: bool) -> None:
+    with pytest.raises(ConfigError) as caught:
+        arrived("prompt", text, multirun=multirun)
+
+    compare, one = re.findall(r"'(prompt=.*?)'", str(caught.value))
+    _, sweep = friendly(["-m", compare])
+    assert str(caught.value).startswith("prompt reads like 2 texts")
+    assert OverridesParser.create().parse_override(sweep).is_sweep_override()
+    assert arrived("prompt", one.partition("=")[2].replace("…", "a {{ b }},c {{ d }}")) == "a {{ b }},c {{ d }}"
+
+
+@pytest.mark.parametrize("text", ['"Sort: {{ a }}","Label: {{ a }}"', "'Sort: {{ a }}', 'Label: {{ a }}'"])
+def test_several_texts_without_a_multirun_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="add -m"):
+        arrived("prompt", text)
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Label: {{ subject }}, {{ text }}",
+        "{{ a }},{{ b }},{{ c }}",
+        '["{{ a }}","{{ b }}"]',
+        "[{{ a }} and more, {{ b }} and more]",
+        "{{ text }}: Label it billing,delivery,account",
+        "{{ labels|join(',') }}: which of them is {{ text }}?",
+        "{% if a %}A,{{ a }} {% endif %}{# of one,{{ b }} #}is {{ c }}",
+    ],
+)
+def test_a_comma_does_not_make_several_texts_of_one(text: str, multirun: bool) -> None:
+    assert arrived("prompt", text, multirun=multirun) == text
 
 
 def test_a_multirun_sweeps_over_names_in_any_script() -> None:

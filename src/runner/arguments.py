@@ -39,9 +39,14 @@ _OPTIONS: Mapping[str, Sequence[str] | None] = {
 }
 """What begins with a dash, and the values that it takes: these, none, or, with None, any one."""
 
+_SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,\s*(?:"[^"]*"|'[^']*'))+""")
 
-_SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,(?:"[^"]*"|'[^']*'))+""")
+_TEMPLATE = re.compile(r"(\{[{%#]).*?[}%#]\}", re.DOTALL)
+"""What Jinja takes for its own, whose commas separate nothing."""
 
+_AFTER_A_TEXT = re.compile(r",(?=\S)")
+_AFTER_A_LISTED_TEXT = re.compile(r"""(?<=["']),\s*(?=["'])""")
+"""What separates texts that were to be several. A space after a comma belongs to prose, save in a list."""
 
 _NESTING = frozenset("'\"[]{}() ")
 """What may keep a comma from separating two values of a sweep."""
@@ -90,7 +95,7 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
     whose name is a group's, becomes a key for each entry.
 
     Raises:
-        ConfigError: A value stands where keys belong, or a sweep where none is.
+        ConfigError: A value stands where keys belong, a sweep where none is, or several texts where one does.
     """
     multirun = "-m" in arguments or "--multirun" in arguments
     parser = OverridesParser.create()
@@ -115,6 +120,7 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         if (key.lstrip("+") in ADDED and value.isdecimal()) or (key in _SECTIONS and value == "null"):
             value = quoted(value)
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
+            _require_one_text(key.lstrip("+"), value, multirun=multirun)
             value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
         elif not _parses(parser, f"{key}={value}"):
             parts = value.split(",") if multirun and _NESTING.isdisjoint(value) else [value]
@@ -163,12 +169,24 @@ def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
     except HydraException:
         return True
     quoted = value[:1] in ("'", '"')
-    if override.is_sweep_override() and not multirun and _SEVERAL_TEXTS.fullmatch(value):
-        raise ConfigError(f"several texts ({value[:40]}…) make a sweep: add -m")
     if override.is_sweep_override():
         plain = override.value_type is ValueType.SIMPLE_CHOICE_SWEEP and not quoted
         return not multirun or (plain and ", " in value)
     return not quoted and value != "null"
+
+
+def _require_one_text(key: str, value: str, *, multirun: bool) -> None:
+    """Refuse a text that was to be several: all rows would be asked with all of them at once."""
+    if not multirun and _SEVERAL_TEXTS.fullmatch(value):
+        raise ConfigError(f"several texts ({value[:40]}…) make a sweep: add -m")
+    separator = _AFTER_A_LISTED_TEXT if value.startswith("[") else _AFTER_A_TEXT
+    texts = separator.split(_TEMPLATE.sub(r"\1", value))
+    if len(texts) > 1 and all("{{" in text and re.search(r"\w", text) for text in texts):
+        raise ConfigError(
+            f"{key} reads like {len(texts)} texts. To compare them, put quotes around each:"
+            f""" -m '{key}="Sort: {{{{ text }}}}","Label: {{{{ text }}}}"'. If it is one, around the whole:"""
+            f""" '{key}="…"'"""
+        )
 
 
 def _parses(parser: OverridesParser, argument: str) -> bool:

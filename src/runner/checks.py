@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -68,22 +67,7 @@ def check(config: RunnerConfig) -> None:
     _reject_unavailable(config)
 
 
-def doubts(config: RunnerConfig) -> Iterator[str]:
-    """What can be done and may not be meant, a sentence each."""
-    yield from _without_effect(config)
-    texts = _AFTER_A_TEXT.split(config.prompt or "")
-    if len(texts) > 1 and all("{{" in text and _TEMPLATE.sub("", text).strip() for text in texts):
-        yield (
-            f"prompt is one text that reads like {len(texts)}: to compare them, -m and quotes around each,"
-            """ as in -m 'prompt="Sort: {{ text }}","Label: {{ text }}"'"""
-        )
-
-
-_AFTER_A_TEXT = re.compile(r",(?=\S)")
-_TEMPLATE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
-
-
-def _without_effect(config: RunnerConfig) -> Iterator[str]:
+def without_effect(config: RunnerConfig) -> Iterator[str]:
     """A model of the root that differs from those of ``deployments``: it is asked nothing."""
     left_alone = RunnerConfig()
     for key in ("model", "api_base", "api_key_env") if config.deployments else ():

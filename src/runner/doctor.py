@@ -23,7 +23,7 @@ from textwrap import wrap
 from urllib.parse import urlsplit
 
 from runner.budget import check_budget
-from runner.checks import check, doubts
+from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
 from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
 from runner.progress import printable, say, write
@@ -111,7 +111,7 @@ async def examine(config: RunnerConfig, *, ask: bool = False) -> AsyncIterator[F
     except ConfigError as error:
         yield _fault("configuration", str(error))
         return
-    for doubt in doubts(config):
+    for doubt in without_effect(config):
         yield _note("configuration", doubt)
     for finding in _look_at_rows(config):
         yield finding

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from runner.budget import Budget, price_hint, shown
-from runner.checks import check, doubts
+from runner.checks import check, without_effect
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
 from runner.earlier import sent_within
@@ -80,7 +80,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
-    doubtful = [*doubts(config), *workload.check()]
+    doubts = [*without_effect(config), *workload.check()]
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = stack_of(config, window, tuner=Tuner.of(config.limits, window), budget=budget)
@@ -104,7 +104,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
                 for sent in await sent_within(store, client.memory_s):
                     client.recall(sent)
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
-        notes = [*doubtful, *resumption.notes, *_unpriced(config)]
+        notes = [*doubts, *resumption.notes, *_unpriced(config)]
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
                 async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
