@@ -212,8 +212,8 @@ def test_rates_are_short(clock: Clock, rate: float, shown: str) -> None:
 
 def test_reused_rows_are_mentioned_where_there_are_some(clock: Clock) -> None:
     stream = io.StringIO()
-    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, reused=64))
-    assert "reused 64" in stream.getvalue()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, reused=64, deduplicated=1_200))
+    assert "reused 64  deduplicated 1,200" in stream.getvalue()
 
 
 def test_a_session_that_goes_on_says_that_its_figures_are_its_own(clock: Clock) -> None:

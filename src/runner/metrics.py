@@ -45,9 +45,10 @@ class Snapshot:
     """A run at one moment. Totals are of this process; rates and percentiles are recent."""
 
     total: int | None  # rows to do; None: unknown
-    done: int  # rows settled: answered, failed or reused
+    done: int  # rows settled: answered, failed, reused or deduplicated
     failed: int  # of them
     reused: int  # of them: answers that were there already
+    deduplicated: int = 0  # of them: the answers of other rows, which are being asked
     in_flight: int  # requests
     window: int  # how many may be in flight now
     window_why: str = ""  # why that last changed; empty: it is as it was set
@@ -71,6 +72,11 @@ class Snapshot:
     scores: dict[str, float]  # means so far
     deployments: Mapping[str, DeploymentSnapshot] = field(default_factory=dict)  # by label, where there are several
 
+    @property
+    def asked(self) -> int:
+        """Rows that this process has asked and that have come to their end."""
+        return self.done - self.reused - self.deduplicated
+
     def as_series(self) -> dict[str, float]:
         """One point of the tracker's time series, under ``ts/``. What is unknown is left out."""
         point: dict[str, float | None] = {
@@ -78,6 +84,7 @@ class Snapshot:
             "done": self.done,
             "failed": self.failed,
             "reused": self.reused,
+            "deduplicated": self.deduplicated,
             "in_flight": self.in_flight,
             "window": self.window,
             "loop_lag_s": self.loop_lag_s,
@@ -134,6 +141,7 @@ class Meter:
         self._answered = 0
         self._failed = 0
         self._reused = 0
+        self._deduplicated = 0
         self._retries = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -195,6 +203,15 @@ class Meter:
         """``n`` rows need not be asked: their answers are known. They count as done, and not for the rates."""
         self._reused += n
 
+    def deduplicated(self, n: int = 1) -> None:
+        """``n`` rows share the answers of others that are being asked. They count as done, and not for the rates."""
+        self._deduplicated += n
+
+    @property
+    def settled(self) -> int:
+        """Rows that were asked and have come to their end."""
+        return self._answered + self._failed
+
     def scored(self, scores: Mapping[str, float | None]) -> None:
         """An answer was scored. None is no score: it does not count for the mean."""
         for name, score in scores.items():
@@ -223,13 +240,14 @@ class Meter:
         """
         elapsed_s = max(0.0, (self._clock() if now is None else now) - self._started)
         requests_per_s, tokens_per_s = self._recent_rates(elapsed_s)
-        done = self._answered + self._failed + self._reused
+        done = self.settled + self._reused + self._deduplicated
         latencies = sorted(self._latencies)
         return Snapshot(
             total=total,
             done=done,
             failed=self._failed,
             reused=self._reused,
+            deduplicated=self._deduplicated,
             in_flight=in_flight,
             window=window,
             window_why=window_why,

@@ -416,6 +416,8 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
     ]
     if snapshot.reused:
         columns.append(_Column(f"reused {snapshot.reused:,}", 2))
+    if snapshot.deduplicated:
+        columns.append(_Column(f"deduplicated {snapshot.deduplicated:,}", 2))
     if is_resumed:
         columns.append(_Column("this session:", 6))
     if closing:
@@ -445,7 +447,7 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
 
 def _mean_rate(snapshot: Snapshot) -> float:
     """Rows per second over the whole time, without those that were there before."""
-    return (snapshot.done - snapshot.reused) / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
+    return snapshot.asked / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
 
 
 def _rows(snapshot: Snapshot) -> str:
