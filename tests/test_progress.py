@@ -574,6 +574,13 @@ def deployment(state: str) -> DeploymentSnapshot:
     )
 
 
+@pytest.mark.parametrize(("held_up_s", "said"), [(54.2, True), (1.5, False)])
+def test_a_long_wait_for_a_limit_or_a_pause_is_shown(held_up_s: float, said: bool) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream).update(replace(HALF_WAY, held_up_s=held_up_s))
+    assert ("next request in 54s" in stream.getvalue()) is said
+
+
 def test_several_deployments_are_counted_and_those_that_are_out_named() -> None:
     stream = io.StringIO()
     fleet = {"a": deployment("up"), "b": deployment("out"), "c": deployment("probing")}

@@ -52,6 +52,7 @@ class Snapshot:
     in_flight: int  # requests
     window: int  # how many may be in flight now
     window_why: str = ""  # why that last changed; empty: it is as it was set
+    held_up_s: float = 0.0  # how much longer no request goes out, for a pause or a limit
     loop_lag_s: float | None = None  # how late the event loop was at the worst, of late; None: nobody looked
     elapsed_s: float
     requests_per_s: float  # answered or failed, over the last RECENT_S
@@ -231,6 +232,7 @@ class Meter:
         in_flight: int = 0,
         window: int = 0,
         window_why: str = "",
+        held_up_s: float = 0.0,
         loop_lag_s: float | None = None,
         deployments: Mapping[str, DeploymentSnapshot] | None = None,
     ) -> Snapshot:
@@ -251,6 +253,7 @@ class Meter:
             in_flight=in_flight,
             window=window,
             window_why=window_why,
+            held_up_s=held_up_s,
             loop_lag_s=loop_lag_s,
             elapsed_s=elapsed_s,
             requests_per_s=requests_per_s,

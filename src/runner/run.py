@@ -82,6 +82,7 @@ class Run:
         window: Window,
         terms: Terms | None = None,
         deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
+        held_up_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.stop = Stop()
         self.sharing = 0  # rows that wait for the answer of another one that asks the same
@@ -90,6 +91,7 @@ class Run:
         self._workload = workload
         self._client = client
         self._deployments = deployments
+        self._held_up_s = held_up_s
         self._store = store
         self._meter = meter
         self._window = window
@@ -157,6 +159,7 @@ class Run:
             in_flight=window.active,
             window=window.limit,
             window_why=window.why,
+            held_up_s=self._held_up_s(),
             loop_lag_s=loop_lag_s,
             deployments=self._deployments() if self._deployments else None,
         )
