@@ -96,6 +96,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             window=window,
             terms=resumption.terms,
             deployments=client.deployments if len(replicas(config)) > 1 else None,
+            held_up_s=lambda: client.held_up_s,
         )
         settled = await run.settled()
         if run.total is None or settled < run.total:
@@ -244,7 +245,7 @@ async def _left(run: Run, store: Store, config: RunnerConfig) -> Forecast | None
     """What is left to do, where it is known."""
     rows = await run.left()
     prices = {label: price_for(deployment, config.simulator) for label, deployment in replicas(config).items()}
-    return None if rows is None else await forecast(store, rows, prices)
+    return None if rows is None else await forecast(store, rows, prices, is_most=run.sharing > 0)
 
 
 async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) -> Report:
