@@ -6,9 +6,11 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -16,7 +18,7 @@ from aiohttp import web
 from harness import Asked, Command, Experiment, progress_of, read_summary, refusal, serving, shout
 from runner.charts import Bars
 from runner.cli import main as run
-from runner.config import DeploymentConfig, LimitsConfig
+from runner.config import Dedupe, DeploymentConfig, LimitsConfig, ScorerConfig
 from runner.report import RunFacts, charts_of, read_runs, render
 from runner.report.__main__ import main
 
@@ -148,6 +150,31 @@ async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> N
     assert facts.state == "running or killed"
     assert 0 < facts.summary["succeeded"] < 400
     assert "running or killed" in render([facts], title="now")
+
+
+@pytest.mark.parametrize("scorer", [ScorerConfig(target="label"), ScorerConfig(kind="test_report:overlap")])
+async def test_the_interval_of_a_score_is_that_of_the_answers_that_rows_share(here: Path, scorer: ScorerConfig) -> None:
+    rows = [{"prompt": f"n{number}", "label": f"echo: n{number % 5}"} for number in range(8)]
+    settings = {"model": "simulated/echo", "scorers": {"right": scorer}}
+    alone, shared = (Experiment(here / name, **settings) for name in ("alone", "shared"))
+    for each in (alone, shared):
+        each.folder.parent.mkdir()
+    await alone(rows)
+    await shared(rows * 20, dedupe=Dedupe.always)
+    [once], [often] = [await read_runs([each.folder]) for each in (alone, shared)]
+    expected, score = once.scores["right"], often.scores["right"]
+
+    assert score.n == 160
+    assert score.mean == pytest.approx(expected.mean)
+    assert score.high - score.low == pytest.approx(expected.high - expected.low, rel=0.1)
+    await shared(dedupe=Dedupe.never)
+    [apart] = await read_runs([shared.folder])
+    assert apart.scores["right"].high - apart.scores["right"].low < (expected.high - expected.low) / 2
+
+
+def overlap(output_text: str, row: Mapping[str, Any]) -> float:
+    """A score with grades."""
+    return int(str(row["prompt"])[1:]) / 8
 
 
 async def test_the_servers_of_a_run_are_shown_and_the_one_that_went_away(here: Path) -> None:

@@ -21,7 +21,7 @@ import orjson
 
 from runner import figures
 from runner.database import RUN_DATABASE
-from runner.intervals import Interval, mean_interval, paired_shares_interval
+from runner.intervals import Interval, effective_size, mean_interval, paired_shares_interval
 from runner.progress import printable, say, show_table, write
 from runner.results import samples_of
 from runner.store import Store
@@ -283,8 +283,7 @@ class _Sums:
         )
 
     def _interval(self) -> Interval | None:
-        # Kish's effective size of a sample in clusters, which these sums give: of k clusters of one size it is k.
-        independent = self._n**2 / self._alike
+        independent = effective_size(self._n, self._alike)
         if self._is_share:
             weight = independent / self._n
             return paired_shares_interval(

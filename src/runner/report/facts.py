@@ -16,7 +16,7 @@ from runner.bench.sweeps import BENCHMARK, Gathered, compare_benchmarks, gather
 from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
-from runner.intervals import mean_interval, share_interval
+from runner.intervals import Interval, effective_size, mean_interval, share_interval
 from runner.recorded import labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
@@ -32,7 +32,7 @@ _BUCKETS = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """The mean of a scorer, with its 95 % interval."""
+    """The mean of a scorer, with its 95 % interval: as wide as that of fewer rows where rows share answers."""
 
     mean: float
     n: int
@@ -247,34 +247,42 @@ _TABLES = ("tokens", "latency_s", "queue_wait_s", "errors")
 
 async def _scores(stores: Sequence[Store]) -> dict[str, Score]:
     sql = """
+        WITH shared AS (
+            SELECT
+                entry.key AS name,
+                total(entry.value) AS sum,
+                total(entry.value * entry.value) AS squares,
+                count(entry.value) AS n,
+                count(*) FILTER (WHERE entry.value NOT IN (0, 1)) AS graded
+            FROM rows, json_each(rows.scores) AS entry
+            WHERE rows.scores IS NOT NULL AND entry.value IS NOT NULL
+            GROUP BY entry.key, iif((SELECT value FROM meta WHERE name = 'dedupe') = 'true', ticket, position)
+        )
         SELECT
-            entry.key AS name,
-            total(entry.value) AS sum,
-            total(entry.value * entry.value) AS squares,
-            count(entry.value) AS n,
-            count(*) FILTER (WHERE entry.value NOT IN (0, 1)) AS graded
-        FROM rows, json_each(rows.scores) AS entry
-        WHERE rows.scores IS NOT NULL AND entry.value IS NOT NULL
-        GROUP BY entry.key
+            name,
+            sum(sum) AS sum,
+            sum(squares) AS squares,
+            sum(n) AS n,
+            sum(graded) AS graded,
+            sum(n * n) AS alike
+        FROM shared
+        GROUP BY name
     """
     scores = {}
     for name, found in (await sums_by_name(stores, sql)).items():
         n = found["n"]
         mean = found["sum"] / n
-        low, high = _of_mean(mean, found["squares"] / n, n) if found["graded"] else _of_share(mean, n)
-        scores[name] = Score(mean=mean, n=n, low=low, high=high)
+        independent = effective_size(n, found["alike"])
+        if found["graded"]:
+            deviation = math.sqrt(max(0.0, found["squares"] / n - mean**2) * n / (n - 1)) if n > 1 else 0.0
+            interval = mean_interval(mean, deviation, int(independent)) or _UNKNOWN
+        else:
+            interval = share_interval(mean * independent, independent)
+        scores[name] = Score(mean=mean, n=n, low=interval.low, high=interval.high)
     return scores
 
 
-def _of_share(share: float, n: int) -> tuple[float, float]:
-    interval = share_interval(share * n, n)
-    return interval.low, interval.high
-
-
-def _of_mean(mean: float, square: float, n: int) -> tuple[float, float]:
-    deviation = math.sqrt(max(0.0, square - mean**2) * n / (n - 1)) if n > 1 else 0.0
-    interval = mean_interval(mean, deviation, n)
-    return (-math.inf, math.inf) if interval is None else (interval.low, interval.high)
+_UNKNOWN = Interval(low=-math.inf, high=math.inf)
 
 
 async def _latencies(stores: Sequence[Store]) -> list[float]:
