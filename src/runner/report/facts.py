@@ -58,6 +58,7 @@ class RunFacts:
     folder: Path
     state: str  # finished, running or killed, or why it stopped
     summary: Mapping[str, Any] = field(default_factory=dict)  # as in summary.json
+    knows_rows: bool = True  # False: it has not seen its whole dataset, and its rows are those that it has taken up
     settings: Mapping[str, Any] = field(default_factory=dict)  # the configuration, without secrets
     overrides: Mapping[str, str] = field(default_factory=dict)  # what the command line set
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -156,12 +157,15 @@ async def _read_shards(shards: Shards) -> RunFacts:
     """All of them as the one run that they are."""
     first = Path(shards.cells[0].folder)
     async with opened(shards.stores) as stores:
+        ended = sum(bool(cell.summary) for cell in shards.cells)
+        knows_rows = ended == shards.count or (len(stores) == shards.count and await _saw_all(stores))
         summary = await summarize_shards(shards, stores)
         facts = RunFacts(
             label=shards.name or f"{shards.count} shards",
             folder=shards.folder,
             state=str(summary["stopped"] or "finished"),
             summary=summary,
+            knows_rows=knows_rows,
             settings=settings_of(first),
             overrides={
                 key: value for key, value in overrides_of(first).items() if not key.startswith("dataset.shard.")
@@ -196,14 +200,15 @@ async def _read_run(folder: Path, label: str) -> RunFacts:
         )
     async with await Store.open_readonly(folder / RUN_DATABASE) as store:
         ended = await _ended(store)
-        summary = _last_summary(folder) if ended else None
-        if summary is None:
-            summary = await summarize(store)
+        told = _last_summary(folder) if ended else None
+        knows_rows = told is not None or await _saw_all([store])  # before it is summarized, as it may go on
+        summary = await summarize(store) if told is None else told
         facts = RunFacts(
             label=label,
             folder=folder,
             state=str(summary.get("stopped") or "finished") if ended else "running or killed",
             summary=summary,
+            knows_rows=knows_rows,
             settings=settings_of(folder),
             overrides=overrides_of(folder),
         )
@@ -214,6 +219,11 @@ async def _ended(store: Store) -> bool:
     """Whether the last session came to its end."""
     sql = "SELECT ended_at IS NOT NULL AS ended FROM sessions ORDER BY id DESC LIMIT 1"
     return any([row["ended"] async for row in store.query(sql)])
+
+
+async def _saw_all(stores: Sequence[Store]) -> bool:
+    """Whether the datasets of all of them were seen to their ends."""
+    return all([(await store.meta()).get("rows") for store in stores])
 
 
 def _last_summary(folder: Path) -> dict[str, Any] | None:
