@@ -147,9 +147,13 @@ async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> N
         await progress_of(process)
         [facts] = await read_runs([command.run()])
 
+    shown = f"{facts.summary['rows']} so far"
     assert facts.state == "running or killed"
     assert 0 < facts.summary["succeeded"] < 400
+    assert facts.summary["rows"] < 400
     assert "running or killed" in render([facts], title="now")
+    assert f"<b>{shown}</b>" in render([facts], title="now")
+    assert f"<td>{shown}</td>" in render([facts, facts], title="now")
 
 
 @pytest.mark.parametrize("scorer", [ScorerConfig(target="label"), ScorerConfig(kind="test_report:overlap")])
@@ -222,6 +226,30 @@ def test_the_servers_of_shards_are_those_of_the_whole(here: Path) -> None:
     assert sum(told["answered"] for told in facts.summary["deployments"].values()) == 12
     assert facts.last_answers_s.keys() == {"left", "right"}
     assert written(sweep).count("<tr><td>left</td>") == 1
+
+
+def test_the_rows_of_a_run_that_saw_them_all_are_its_rows_however_it_ended(here: Path) -> None:
+    folder = run_evil(here)
+    with closing(sqlite3.connect(folder / "results.sqlite")) as store, store:
+        store.execute("UPDATE sessions SET ended_at = NULL")
+
+    page = written(folder)
+
+    assert "running or killed" in page
+    assert "<span>rows</span><b>3</b>" in page
+
+
+def test_the_rows_of_shards_are_known_when_all_of_them_are(here: Path) -> None:
+    sweep = run_sweep(here, "dataset.shard.index=0,1", "dataset.shard.count=2")
+    finished = written(sweep)
+    note = sweep / "cells" / "1.json"
+    cell = json.loads(note.read_text())
+    note.write_text(json.dumps(cell | {"exit_code": None, "summary": {}}))
+    with closing(sqlite3.connect(Path(cell["folder"]) / "results.sqlite")) as store, store:
+        store.execute("UPDATE meta SET value = '' WHERE name = 'rows'")
+
+    assert "<span>rows</span><b>12</b>" in finished
+    assert "<span>rows</span><b>12 so far</b>" in written(sweep)
 
 
 def test_a_server_alone_needs_no_table(here: Path) -> None:
@@ -309,6 +337,12 @@ def test_a_sweep_s_page_shows_the_differences_of_its_cells(here: Path) -> None:
     assert "<h2>Differences" in page
     assert "score accuracy" in page
     assert "higher" in page
+
+
+def test_a_table_of_differences_says_why_some_are_of_fewer_rows(here: Path) -> None:
+    page = written(run_sweep(here, "model=simulated/a,simulated/b", "prompt=Same."))
+
+    assert "Latency, tokens and cost are those of answers: rows that share one count once." in page
 
 
 def test_benchmarks_of_a_sweep_are_one_table_for_each_model(here: Path) -> None:
