@@ -19,6 +19,7 @@ from harness import Asked, Experiment, numbered, read_rows, read_summary, refusa
 from runner.config import (
     DatasetConfig,
     DatasetKind,
+    Dedupe,
     LimitsConfig,
     RetryConfig,
     ScorerConfig,
@@ -382,6 +383,32 @@ async def test_rows_that_were_not_sent_when_a_signal_came_cost_nothing(tmp_path:
     assert len(provider.requests) == 1
     assert (report.summary["rows"], report.summary["succeeded"]) == (50, 1)
     assert report.summary["attempts_of_unknown_cost"] == 1  # the answer itself: no price is known
+
+
+async def test_rows_that_share_an_answer_have_their_scores_when_the_run_is_stopped(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> web.Response:
+        if asked.text == "row 2":
+            os.kill(os.getpid(), signal.SIGINT)
+        return shout(asked)
+
+    rows = [{"prompt": f"row {n // 10}", "label": f"ROW {n % 2}"} for n in range(40)]
+    async with serving(answer) as provider:
+        experiment = Experiment(
+            tmp_path,
+            api_base=provider.url,
+            dedupe=Dedupe.always,
+            scorers={"right": ScorerConfig(kind="exact_match", target="label", ignore_case=False)},
+            limits=LimitsConfig(concurrency=1),
+        )
+        report = await experiment(rows)
+
+    assert report.exit_code == 130
+    answered = [row for row in read_rows(experiment.folder) if row["output_text"]]
+    assert len(answered) == report.summary["succeeded"] == report.summary["scores"]["right"]["n"]
+    assert [row["scores"]["right"] for row in answered] == [
+        float(row["output_text"] == row["metadata"]["label"]) for row in answered
+    ]
+    assert len(answered) >= 20
 
 
 async def test_a_run_that_goes_on_counts_what_its_earlier_sessions_sent_against_its_limits(tmp_path: Path) -> None:

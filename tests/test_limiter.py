@@ -424,6 +424,21 @@ def test_a_limiter_serves_one_event_loop_after_the_other() -> None:
     later()
 
 
+@virtual_time
+async def test_how_long_nothing_is_granted_is_known() -> None:
+    limiter = RateLimiter(requests_per_minute=6, max_request_burst=1)
+    assert limiter.held_up_s == 0
+    await limiter.acquire()
+    assert limiter.held_up_s == 0  # nobody waits
+    waiting = asyncio.create_task(limiter.acquire())
+    await asyncio.sleep(1)
+    assert limiter.held_up_s == pytest.approx(9, abs=0.1)
+    limiter.pause(30)
+    assert limiter.held_up_s == pytest.approx(30, abs=0.1)
+    await waiting
+    assert limiter.held_up_s == 0
+
+
 # What was sent before
 
 

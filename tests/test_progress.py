@@ -212,8 +212,8 @@ def test_rates_are_short(clock: Clock, rate: float, shown: str) -> None:
 
 def test_reused_rows_are_mentioned_where_there_are_some(clock: Clock) -> None:
     stream = io.StringIO()
-    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, reused=64))
-    assert "reused 64" in stream.getvalue()
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, reused=64, deduplicated=1_200))
+    assert "reused 64  deduplicated 1,200" in stream.getvalue()
 
 
 def test_a_session_that_goes_on_says_that_its_figures_are_its_own(clock: Clock) -> None:
@@ -572,6 +572,13 @@ def deployment(state: str) -> DeploymentSnapshot:
         latency_p95_s=0.2,
         errors={},
     )
+
+
+@pytest.mark.parametrize(("held_up_s", "said"), [(54.2, True), (1.5, False)])
+def test_a_long_wait_for_a_limit_or_a_pause_is_shown(held_up_s: float, said: bool) -> None:
+    stream = io.StringIO()
+    open_progress("x", stream=stream).update(replace(HALF_WAY, held_up_s=held_up_s))
+    assert ("next request in 54s" in stream.getvalue()) is said
 
 
 def test_several_deployments_are_counted_and_those_that_are_out_named() -> None:

@@ -94,6 +94,30 @@ async def attempts(store: Store) -> list[tuple[str, str]]:
 # Asking and answering
 
 
+async def test_of_rows_that_are_not_all_settled_no_more_are_claimed_than_wanted(path: Path) -> None:
+    async with await Store.open(path) as store:
+        first = await store.claim(claims(*"abcdef"), Terms(), most=2)
+        rest = await store.claim(claims(*"cdef", first=2), Terms())
+        for position, name in enumerate("abcdef"):
+            await save(store, position, answer(name))
+        await store.flush()
+        settled = await store.claim(claims(*"abcdef"), Terms(), most=2)
+
+    assert [each.answered for each in first] == [False, False]
+    assert len(rest) == 4
+    assert [each.answered for each in settled] == [True] * 6
+
+
+async def test_a_session_lasts_until_it_was_flushed_last(path: Path) -> None:
+    async with await Store.open(path) as store:
+        [(began, seen)] = await table(store, "SELECT started_at, last_seen FROM sessions")
+        await asyncio.sleep(0.01)
+        await store.flush()
+        [(_, flushed)] = await table(store, "SELECT started_at, last_seen FROM sessions")
+
+    assert began == seen < flushed
+
+
 async def test_a_row_is_asked_once_over_sessions(path: Path) -> None:
     async with await Store.open(path) as store:
         assert await answered(store, "a", "b", "c") == [False, False, False]

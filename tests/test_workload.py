@@ -1,17 +1,37 @@
 from __future__ import annotations
 
-from runner.workload import ClaimSize
+from runner.workload import ChunkSize
 
 
-def test_a_fast_run_claims_more_at_a_time_and_a_slow_one_no_more_than_its_slots() -> None:
-    now = 0.0
-    size = ClaimSize(32, clock=lambda: now)
-    sizes = []
-    for lasted in (0.1, 0.1, 0.1, 0.1, 0.5, 5, 5, 5, 5):
-        sizes.append(size.next())
-        now += lasted
-    assert sizes == [32, 64, 128, 256, 256, 256, 128, 64, 32]
+class Pace:
+    """A run's, with its clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.settled = 0
+        self.size = ChunkSize(clock=lambda: self.now)
+
+    def after(self, seconds: float, *, settled: int, slots: int = 64) -> int:
+        self.now += seconds
+        self.settled += settled
+        return self.size.next(slots=slots, settled=self.settled)
 
 
-def test_a_claim_is_never_larger_than_a_transaction_should_be() -> None:
-    assert ClaimSize(5000).next() == ClaimSize.MOST
+def test_a_fast_run_claims_what_is_settled_soon() -> None:
+    pace = Pace()
+    assert pace.after(0, settled=0) == 16
+    assert pace.after(0.05, settled=100) == 100
+    assert pace.after(0.2, settled=700) == 256
+    assert pace.after(1, settled=400) == 240
+    assert pace.after(1, settled=400) == 100
+
+
+def test_a_slow_run_claims_a_part_of_its_slots_whatever_goes_out_at_first() -> None:
+    pace = Pace()
+    assert [pace.after(0.01, settled=8) for _ in range(4)] == [16, 16, 24, 32]
+    assert [pace.after(2, settled=40) for _ in range(3)] == [16, 16, 16]
+    assert pace.after(100, settled=10, slots=4) == 8
+
+
+def test_a_chunk_is_never_larger_than_a_transaction_should_be() -> None:
+    assert ChunkSize().next(slots=5000, settled=0) == ChunkSize.MOST

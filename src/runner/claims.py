@@ -43,6 +43,9 @@ class Known(NamedTuple):
     shared: bool = False  # it has none, but an earlier row that asks the same is being asked
 
 
+SETTLED = Known(ticket=0, answered=True)
+"""There is nothing to do about a row."""
+
 Elsewhere: TypeAlias = Callable[[Sequence[Any]], Awaitable[Sequence[Outcome | None]]]
 """Finds answers outside for rows that have none: one for each row, or None. Ticket and content are not looked at.
 None is handed out twice: where one is not to be used, the row comes again, for another one."""
@@ -74,6 +77,7 @@ class Session:
 class Lookup:
     """What the store had for the rows of a chunk before they are taken up."""
 
+    claims: Sequence[Claimed]  # the rows
     stored: Sequence[sqlite3.Row]  # the first of them, as far as they ask what they asked before
     changed_from: int | None  # the position from which on what is stored is no longer so
     tickets: Sequence[int]  # of each
@@ -83,8 +87,10 @@ class Lookup:
     moved: Mapping[int, int]  # by ticket: the one under which there is an answer that comes to be theirs
 
 
-def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, session: Session) -> Lookup | None:
-    """Find out what is known of rows. None: there is nothing to do about any of them.
+def look_up(
+    statements: Statements, claims: Sequence[Claimed], terms: Terms, session: Session, *, most: int | None = None
+) -> Lookup | None:
+    """Find out what is known of rows, of the first ``most`` of them. None: there is nothing to do about any at all.
 
     The stored rows are always the beginning of one dataset. So a row that stands unchanged among them has its ticket;
     from the first one that has changed on, they are forgotten, and the answers that they had are found again by what
@@ -92,6 +98,7 @@ def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, ses
     """
     if _all_settled(statements, claims, terms):
         return None
+    claims = claims[:most]
     if terms.dedupe:
         statements.execute("CREATE INDEX IF NOT EXISTS rows_by_content ON rows (content)")
     stored = statements.fetch(_STORED, (claims[0].position, claims[-1].position))
@@ -119,6 +126,7 @@ def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, ses
     if terms.dedupe and todo:
         shared = _shared(statements, claims, todo, session=session.id, changed_from=changed_from)
     return Lookup(
+        claims=claims,
         stored=stored[:same],
         changed_from=changed_from,
         tickets=tickets,
@@ -131,9 +139,8 @@ def look_up(statements: Statements, claims: Sequence[Claimed], terms: Terms, ses
 
 def take_up(
     statements: Statements,
-    claims: Sequence[Claimed],
+    lookup: Lookup,
     terms: Terms,
-    lookup: Lookup | None,
     found: Sequence[Outcome | None],
     *,
     session: Session,
@@ -146,9 +153,7 @@ def take_up(
     Args:
         found: One for each of the rows that are to be taken up, or nothing at all.
     """
-    if lookup is None:
-        return [_SETTLED] * len(claims)
-    tickets, stored, shared = lookup.tickets, lookup.stored, lookup.shared
+    claims, tickets, stored, shared = lookup.claims, lookup.tickets, lookup.stored, lookup.shared
     if lookup.changed_from is not None:
         statements.execute("DELETE FROM rows WHERE position >= ?", (lookup.changed_from,))
     anew = [*(tickets[n] for n in lookup.todo), *lookup.moved]
@@ -192,9 +197,6 @@ def _all_settled(statements: Statements, claims: Sequence[Claimed], terms: Terms
         and metadata == "\0".join([claim.metadata or "" for claim in claims])
         and positions == ",".join([str(claim.position) for claim in claims])
     )
-
-
-_SETTLED = Known(ticket=0, answered=True)
 
 
 def _unchanged(claims: Sequence[Claimed], stored: Sequence[sqlite3.Row]) -> int:

@@ -96,6 +96,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             window=window,
             terms=resumption.terms,
             deployments=client.deployments if len(replicas(config)) > 1 else None,
+            held_up_s=lambda: client.held_up_s,
         )
         settled = await run.settled()
         if run.total is None or settled < run.total:

@@ -326,6 +326,14 @@ class RateLimiter:
         return max(0.0, self._paused_until - time.monotonic())
 
     @property
+    def held_up_s(self) -> float:
+        """How much longer nothing is granted, be it for a pause or because the quota is used, as far as is known."""
+        with self._lock:
+            timer = self._timer
+            due_s = timer.due - time.monotonic() if timer is not None and self._waiting else 0.0
+        return max(self.paused_s, due_s)
+
+    @property
     def paused_until(self) -> float | None:
         """Unix time at which the pause ends; None: there is none."""
         paused_s = self.paused_s

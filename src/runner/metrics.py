@@ -45,12 +45,14 @@ class Snapshot:
     """A run at one moment. Totals are of this process; rates and percentiles are recent."""
 
     total: int | None  # rows to do; None: unknown
-    done: int  # rows settled: answered, failed or reused
+    done: int  # rows settled: answered, failed, reused or deduplicated
     failed: int  # of them
     reused: int  # of them: answers that were there already
+    deduplicated: int = 0  # of them: the answers of other rows, which are being asked
     in_flight: int  # requests
     window: int  # how many may be in flight now
     window_why: str = ""  # why that last changed; empty: it is as it was set
+    held_up_s: float = 0.0  # how much longer no request goes out, for a pause or a limit
     loop_lag_s: float | None = None  # how late the event loop was at the worst, of late; None: nobody looked
     elapsed_s: float
     requests_per_s: float  # answered or failed, over the last RECENT_S
@@ -71,6 +73,11 @@ class Snapshot:
     scores: dict[str, float]  # means so far
     deployments: Mapping[str, DeploymentSnapshot] = field(default_factory=dict)  # by label, where there are several
 
+    @property
+    def asked(self) -> int:
+        """Rows that this process has asked and that have come to their end."""
+        return self.done - self.reused - self.deduplicated
+
     def as_series(self) -> dict[str, float]:
         """One point of the tracker's time series, under ``ts/``. What is unknown is left out."""
         point: dict[str, float | None] = {
@@ -78,6 +85,7 @@ class Snapshot:
             "done": self.done,
             "failed": self.failed,
             "reused": self.reused,
+            "deduplicated": self.deduplicated,
             "in_flight": self.in_flight,
             "window": self.window,
             "loop_lag_s": self.loop_lag_s,
@@ -134,6 +142,7 @@ class Meter:
         self._answered = 0
         self._failed = 0
         self._reused = 0
+        self._deduplicated = 0
         self._retries = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -195,6 +204,15 @@ class Meter:
         """``n`` rows need not be asked: their answers are known. They count as done, and not for the rates."""
         self._reused += n
 
+    def deduplicated(self, n: int = 1) -> None:
+        """``n`` rows share the answers of others that are being asked. They count as done, and not for the rates."""
+        self._deduplicated += n
+
+    @property
+    def settled(self) -> int:
+        """Rows that were asked and have come to their end."""
+        return self._answered + self._failed
+
     def scored(self, scores: Mapping[str, float | None]) -> None:
         """An answer was scored. None is no score: it does not count for the mean."""
         for name, score in scores.items():
@@ -214,6 +232,7 @@ class Meter:
         in_flight: int = 0,
         window: int = 0,
         window_why: str = "",
+        held_up_s: float = 0.0,
         loop_lag_s: float | None = None,
         deployments: Mapping[str, DeploymentSnapshot] | None = None,
     ) -> Snapshot:
@@ -223,16 +242,18 @@ class Meter:
         """
         elapsed_s = max(0.0, (self._clock() if now is None else now) - self._started)
         requests_per_s, tokens_per_s = self._recent_rates(elapsed_s)
-        done = self._answered + self._failed + self._reused
+        done = self.settled + self._reused + self._deduplicated
         latencies = sorted(self._latencies)
         return Snapshot(
             total=total,
             done=done,
             failed=self._failed,
             reused=self._reused,
+            deduplicated=self._deduplicated,
             in_flight=in_flight,
             window=window,
             window_why=window_why,
+            held_up_s=held_up_s,
             loop_lag_s=loop_lag_s,
             elapsed_s=elapsed_s,
             requests_per_s=requests_per_s,

@@ -247,6 +247,9 @@ def write(stream: TextIO | None, text: str) -> None:
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _WHY_LENGTH = 500
+_HELD_UP_S = 2.0
+"""A longer wait for a limit, or the end of a pause, is shown."""
+
 _NOTE_CHARACTERS = 2_000  # of a note: servers answer with whole pages
 
 
@@ -416,8 +419,12 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
     ]
     if snapshot.reused:
         columns.append(_Column(f"reused {snapshot.reused:,}", 2))
+    if snapshot.deduplicated:
+        columns.append(_Column(f"deduplicated {snapshot.deduplicated:,}", 2))
     if is_resumed:
         columns.append(_Column("this session:", 6))
+    if snapshot.held_up_s >= _HELD_UP_S and not closing:
+        columns.append(_Column(f"next request in {figures.duration(snapshot.held_up_s)}", 8, "yellow"))
     if closing:
         columns.append(_Column(f"{figures.short(_mean_rate(snapshot))} rows/s", 6))
     else:
@@ -445,7 +452,7 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
 
 def _mean_rate(snapshot: Snapshot) -> float:
     """Rows per second over the whole time, without those that were there before."""
-    return (snapshot.done - snapshot.reused) / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
+    return snapshot.asked / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
 
 
 def _rows(snapshot: Snapshot) -> str:

@@ -6,10 +6,10 @@ import asyncio
 import os
 import random
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from contextlib import aclosing, suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.advice import way_out
@@ -39,7 +39,7 @@ from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item, Settled
 from runner.types import Attempt, Client, Request, Response, Trace
-from runner.workload import ClaimSize
+from runner.workload import ChunkSize
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -82,13 +82,16 @@ class Run:
         window: Window,
         terms: Terms | None = None,
         deployments: Callable[[], Mapping[str, DeploymentSnapshot]] | None = None,
+        held_up_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.stop = Stop()
         self.sharing = 0  # rows that wait for the answer of another one that asks the same
+        self._length = 0  # of the dataset, as far as its rows were claimed
         self._config = config
         self._workload = workload
         self._client = client
         self._deployments = deployments
+        self._held_up_s = held_up_s
         self._store = store
         self._meter = meter
         self._window = window
@@ -128,27 +131,11 @@ class Run:
             after_pilot: Awaited between the rows that are asked first, ``pilot`` of them, and the others.
         """
         try:
-            if self.total is not None:
-                await self._store.truncate(self._position(self.total))
-            if self._config.pilot:
-                sample = {self._position(place) for place in _spread(self._config.pilot, self.total)}
-                await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
-                if self.stop.reason is None and after_pilot is not None:
-                    await after_pilot()
-                self._terms = replace(self._terms, wanted=lambda position: position not in self._asked_first)
-            if self.stop.reason is None:
-                await self._ask_for(self._terms)
+            await self._ask_all(after_pilot)
             if self.sharing and self._workload.scorers:
                 await self._score_sharing()
-        except asyncio.CancelledError:
-            # Somebody may have cancelled this task itself, and not only what it waits for.
-            if self._interrupted_at is None or _current_task(self._loop).cancelling():
-                raise
         except (StoreError, DatasetError) as error:
             self.stop(SystemicError(str(error)))
-        finally:
-            self._soft_start.close()
-            await self._keep_ledger()
 
     def interrupt(self, reason: Interrupted) -> None:
         """End early, and wait `GRACE_S` at most for the answers on their way, which are paid for."""
@@ -172,6 +159,7 @@ class Run:
             in_flight=window.active,
             window=window.limit,
             window_why=window.why,
+            held_up_s=self._held_up_s(),
             loop_lag_s=loop_lag_s,
             deployments=self._deployments() if self._deployments else None,
         )
@@ -191,6 +179,26 @@ class Run:
         shard, samples = self._config.dataset.shard, self._config.samples
         return (place // samples * shard.count + shard.index) * samples + place % samples
 
+    async def _ask_all(self, after_pilot: Callable[[], Awaitable[None]] | None) -> None:
+        try:
+            if self.total is not None:
+                await self._store.truncate(self._position(self.total))
+            if self._config.pilot:
+                sample = {self._position(place) for place in _spread(self._config.pilot, self.total)}
+                await self._ask_for(replace(self._terms, wanted=sample.__contains__), is_pilot=True)
+                if self.stop.reason is None and after_pilot is not None:
+                    await after_pilot()
+                self._terms = replace(self._terms, wanted=lambda position: position not in self._asked_first)
+            if self.stop.reason is None:
+                await self._ask_for(self._terms)
+        except asyncio.CancelledError:
+            # Somebody may have cancelled this task itself, and not only what it waits for.
+            if self._interrupted_at is None or _current_task(self._loop).cancelling():
+                raise
+        finally:
+            self._soft_start.close()
+            await self._keep_ledger()
+
     # Taking up
 
     async def _ask_for(self, terms: Terms, *, is_pilot: bool = False) -> None:
@@ -203,47 +211,65 @@ class Run:
 
         What is handed on comes in the groups that share a request.
         """
-        items = self._workload.items()
         group_size = self._workload.task.group_size
-        size = ClaimSize(self._window.limit * group_size)
         workload = WorkloadHasher()
         todo: list[Claimed] = []
-        length = 0
-        ahead = await self._read(items, size)
+        async with aclosing(self._known(terms)) as chunks:
+            async for chunk, known in chunks:
+                self._length = max(self._length, chunk[-1].position + 1)
+                for item in chunk:
+                    if item.position % self._config.samples == 0:
+                        workload.add(item.fields, item.input)
+                await self._score_known(chunk, known)
+                asked = [
+                    (item, fact.ticket)
+                    for item, fact in zip(chunk, known, strict=True)
+                    if not (fact.answered or fact.shared)
+                ]
+                todo += asked
+                if is_pilot:
+                    self._asked_first.update(item.position for item, _ in asked)
+                else:
+                    shared = sum(fact.shared for fact in known)
+                    before = sum(item.position in self._asked_first for item in chunk) if self._asked_first else 0
+                    self.sharing += shared
+                    self._meter.deduplicated(shared)
+                    self._meter.reused(len(chunk) - len(asked) - shared - before)
+                whole = len(todo) - len(todo) % group_size
+                yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
+                todo = todo[whole:]
+        if todo:
+            yield [todo]
+        await self._store.truncate(self._length)
+        await self._store.put_meta(workload.facts)
+
+    async def _known(self, terms: Terms) -> AsyncGenerator[tuple[Sequence[Item], Sequence[Known]], None]:
+        """The dataset's items in chunks, with what the store knows of them; those that have no answer are claimed."""
+        items = self._workload.items()
+        size = ChunkSize()
+
+        def next_size() -> int:
+            slots = self._window.limit * self._workload.task.group_size
+            return size.next(slots=slots, settled=self._meter.settled)
+
+        ahead: Sequence[Item] | DatasetError | None = await self._read(items, next_size())
         while ahead:
             if isinstance(ahead, DatasetError):
                 raise ahead
-            chunk, length = ahead, ahead[-1].position + 1
-            for item in chunk:
-                if item.position % self._config.samples == 0:
-                    workload.add(item.fields, item.input)
-            # While the store looks up what was read, in its thread, the next chunk is read.
-            known, ahead = await asyncio.gather(self._store.claim(chunk, terms), self._read(items, size))
-            await self._score_known(chunk, known)
-            asked = [
-                (item, fact.ticket)
-                for item, fact in zip(chunk, known, strict=True)
-                if not (fact.answered or fact.shared)
-            ]
-            todo += asked
-            if is_pilot:
-                self._asked_first.update(item.position for item, _ in asked)
-            else:
-                self.sharing += sum(fact.shared for fact in known)
-                before = sum(item.position in self._asked_first for item in chunk) if self._asked_first else 0
-                self._meter.reused(len(chunk) - len(asked) - before)
-            whole = len(todo) - len(todo) % group_size
-            yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
-            todo = todo[whole:]
-        if todo:
-            yield [todo]
-        await self._store.truncate(length)
-        await self._store.put_meta(workload.facts)
+            unclaimed, ahead = ahead, None
+            while unclaimed:
+                claim = self._store.claim(unclaimed, terms, most=next_size())
+                if ahead is None:  # while the store looks up what was read, in its thread, more is read
+                    known, ahead = await asyncio.gather(claim, self._read(items, ChunkSize.MOST))
+                else:
+                    known = await claim
+                yield unclaimed[: len(known)], known
+                unclaimed = unclaimed[len(known) :]
 
-    async def _read(self, items: Iterator[Item], size: ClaimSize) -> Sequence[Item] | DatasetError:
+    async def _read(self, items: Iterator[Item], size: int) -> Sequence[Item] | DatasetError:
         """The next chunk; the error that ends the dataset is one, as what was read before it comes first."""
         try:
-            return await self._workload.identified(list(islice(items, size.next())), self._digests)
+            return await self._workload.identified(list(islice(items, size)), self._digests)
         except DatasetError as error:
             return error
 
@@ -258,11 +284,14 @@ class Run:
             await self._store.put_scores(scores)
 
     async def _score_sharing(self) -> None:
-        """Give rows that share an answer their own scores, now that it is there."""
+        """Give rows that share an answer their own scores, where it is there; those of a run that is stopped soon."""
         await self._store.flush()
-        terms = Terms(retry_failed=False, scored=True, dedupe=True)
-        items = self._workload.items()
-        while self.stop.reason is None and (taken := list(islice(items, ClaimSize.MOST))):
+        terms = Terms(retry_failed=False, scored=True, dedupe=True, wanted=lambda position: False)
+        items = takewhile(lambda item: item.position < self._length, self._workload.items())
+        ends_at = self._loop.time() + GRACE_S
+        while taken := list(islice(items, ChunkSize.MOST)):
+            if self.stop.reason is not None and self._loop.time() > ends_at:
+                return
             chunk = await self._workload.identified(taken, self._digests)
             await self._score_known(chunk, await self._store.claim(chunk, terms))
 

@@ -57,6 +57,13 @@ class Stack:
         return self._router.snapshot()
 
     @property
+    def held_up_s(self) -> float:
+        """How much longer no request goes out, to any of them, as far as is known."""
+        account = self._limiters.account
+        own_s = min(limiter.held_up_s for limiter in self._limiters.of.values())
+        return max(own_s, account.held_up_s) if account else own_s
+
+    @property
     def memory_s(self) -> float:
         """For how long what is sent counts for a limit; 0 where there is none."""
         return max(limiter.memory_s for limiter in self._limiters)

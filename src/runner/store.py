@@ -28,7 +28,7 @@ from runner.answers import (
     put_attempts,
     read_answers,
 )
-from runner.claims import Claim, Claimed, Elsewhere, Known, Lookup, Session, Terms, look_up, take_up
+from runner.claims import SETTLED, Claim, Claimed, Elsewhere, Known, Lookup, Session, Terms, look_up, take_up
 from runner.commits import GroupCommit
 from runner.database import PATIENCE_S, Database, Statements, lock_folder
 from runner.errors import StoreError
@@ -150,25 +150,33 @@ class Store:
 
     # Asking
 
-    async def claim(self, claims: Sequence[Claimed], terms: Terms) -> list[Known]:
+    async def claim(self, claims: Sequence[Claimed], terms: Terms, *, most: int | None = None) -> list[Known]:
         """Bring the rows at these consecutive positions up to date, look them up, and take up those without an answer.
 
         All in one transaction, save the search for answers elsewhere. Chunks come in the dataset's order, from position
         0 on, one after the other.
+
+        Args:
+            most: Where any of them has something to be done about it, only so many of the first are claimed.
+
+        Returns:
+            One for each that was claimed.
         """
         session = self._session
         assert session is not None
 
         def look(statements: Statements) -> Lookup | None:
-            return look_up(statements, claims, terms, session)
+            return look_up(statements, claims, terms, session, most=most)
 
         def take(statements: Statements, lookup: Lookup | None, found: Sequence[Outcome | None] = ()) -> list[Known]:
-            return take_up(statements, claims, terms, lookup, found, session=session, bounds=self._bounds)
+            if lookup is None:
+                return [SETTLED] * len(claims)
+            return take_up(statements, lookup, terms, found, session=session, bounds=self._bounds)
 
         if terms.elsewhere is None:
             return await self._transact(lambda statements: take(statements, look(statements)))
         lookup = await self._database.transact(look)
-        todo = [claims[n] for n in lookup.todo] if lookup else []
+        todo = [lookup.claims[n] for n in lookup.todo] if lookup else []
         found = await self._found(todo, terms.elsewhere, session, dedupe=terms.dedupe)
         return await self._transact(lambda statements: take(statements, lookup, found))
 
@@ -263,8 +271,10 @@ class Store:
         )
 
     async def flush(self) -> None:
-        """Commit what is pending."""
+        """Commit what is pending, and that the session goes on."""
         await self._commits.flush()
+        if self._session is not None:
+            await self._execute(_SEEN, (self._now(), self._session.id))
 
     # Facts about the run
 

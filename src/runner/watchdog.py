@@ -75,7 +75,7 @@ class Watchdog:
 
     def _slow_requests(self, snapshot: Snapshot, in_flight: Iterable[Trace], now: float) -> Iterator[str]:
         p99_s = snapshot.latency_p99_s
-        if p99_s is None or snapshot.done - snapshot.failed - snapshot.reused < _ANSWERS:
+        if p99_s is None or snapshot.asked - snapshot.failed < _ANSWERS:
             return
         bound_s = max(SLOW_S, _SLOW * p99_s)
         slow = {id(trace): trace for trace in in_flight if trace.on_the_wire and now - trace.sent_at > bound_s}

@@ -174,29 +174,30 @@ def _asked(item: Item) -> Any:
     return [item.input, [digest.hex() for digest in item.digests]] if item.digests else item.input
 
 
-class ClaimSize:
+class ChunkSize:
     """How many items to claim at once: enough to share a transaction, few enough to be in flight soon.
 
-    What a killed run had claimed counts as perhaps paid for, so a slow run claims no more than its slots.
+    What a killed run had claimed counts as perhaps paid for, so a slow run claims few more than it has slots.
     """
 
     MOST = 256
     _SOON_S = 0.25
+    _RECENT_S = 1.0
 
-    def __init__(self, slots: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._least = min(max(slots, 8), self.MOST)
-        self._size = self._least
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._asked_at: float | None = None
+        self._since = clock()
+        self._settled = 0
 
-    def next(self) -> int:
-        """The size of the next claim, by how long the last one lasted."""
-        now = self._clock()
-        if self._asked_at is not None:
-            lasted_s = now - self._asked_at
-            if lasted_s < self._SOON_S:
-                self._size = min(2 * self._size, self.MOST)
-            elif lasted_s > 4 * self._SOON_S:
-                self._size = max(self._size // 2, self._least)
-        self._asked_at = now
-        return self._size
+    def next(self, *, slots: int, settled: int) -> int:
+        """What is settled soon at the speed of late, or a part of the slots if that is more.
+
+        Args:
+            slots: Items that may be in flight at once.
+            settled: Items that have been settled so far.
+        """
+        passed_s = max(self._SOON_S, self._clock() - self._since)
+        soon = int((settled - self._settled) * self._SOON_S / passed_s)
+        if passed_s > self._RECENT_S:
+            self._since, self._settled = self._clock(), settled
+        return min(max(soon, slots // 4, 8), self.MOST)
