@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -453,6 +454,16 @@ async def test_a_pilot_asks_rows_that_share_an_answer_once_and_counts_them_so(tm
         finished = await run(pilot=20, budget=BudgetConfig(requests=40))
     assert (stopped.exit_code, finished.exit_code, len(provider.requests)) == (4, 0, 40)
     assert finished.summary["succeeded"] == 1000
+
+
+async def test_where_rows_share_answers_what_is_left_is_said_to_be_no_more_than_that(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {n // 5}"} for n in range(1000)]
+    async with serving() as provider:
+        run = experiment(tmp_path, provider.url, dedupe=Dedupe.always)
+        stopped = await run(rows, budget=BudgetConfig(requests=10), limits=LimitsConfig(concurrency=4))
+
+    assert stopped.message is not None
+    assert re.search(r"at most \d+ rows are left", stopped.message)
 
 
 async def test_answers_to_rows_that_are_gone_make_a_pilots_rest_no_smaller(tmp_path: Path) -> None:

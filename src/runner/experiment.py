@@ -245,7 +245,7 @@ async def _left(run: Run, store: Store, config: RunnerConfig) -> Forecast | None
     """What is left to do, where it is known."""
     rows = await run.left()
     prices = {label: price_for(deployment, config.simulator) for label, deployment in replicas(config).items()}
-    return None if rows is None else await forecast(store, rows, prices)
+    return None if rows is None else await forecast(store, rows, prices, is_most=run.sharing > 0)
 
 
 async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) -> Report:

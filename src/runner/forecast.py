@@ -75,9 +75,10 @@ class Forecast:
     rows: int
     tokens: Interval | None  # None: there is no answer to go by
     usd: Interval | None  # None: likewise, or no price is known
+    is_most: bool = False  # some of the rows may come to share an answer
 
     def __str__(self) -> str:
-        said = [f"{self.rows:,} rows are left"]
+        said = [f"{'at most ' if self.is_most else ''}{self.rows:,} rows are left"]
         if self.usd is not None:
             said.append(self.usd.shown("usd"))
         if self.tokens is not None:
@@ -85,11 +86,14 @@ class Forecast:
         return ": ".join([said[0], " and ".join(said[1:])]) if said[1:] else said[0]
 
 
-async def forecast(store: Store, rows: int, prices: Mapping[str, TokenPrice | None]) -> Forecast:
+async def forecast(
+    store: Store, rows: int, prices: Mapping[str, TokenPrice | None], *, is_most: bool = False
+) -> Forecast:
     """What ``rows`` rows will take, if they are like those that were answered.
 
     Args:
         prices: What each deployment charges now, whatever it did when it answered. None: unknown.
+        is_most: Some of the rows may come to share an answer.
     """
     answers = [row async for row in store.query(_ANSWERS, (SAMPLE,))]
     tokens = [row["total_tokens"] for row in answers if row["total_tokens"] is not None]
@@ -98,6 +102,7 @@ async def forecast(store: Store, rows: int, prices: Mapping[str, TokenPrice | No
         rows=rows,
         tokens=total_of(rows, tokens) if tokens else None,
         usd=total_of(rows, costs) if costs else None,
+        is_most=is_most,
     )
 
 
