@@ -185,6 +185,8 @@ async def test_rows_that_share_an_answer_are_measured_once_and_no_evidence_of_th
     assert accuracy.interval.high == pytest.approx(expected.interval.high)
     assert [of(shared, name).pairs for name in ("score accuracy", "failed")] == [200, 200]
     assert [of(shared, name).pairs for name in ("latency_s", "prompt_tokens", "cost_usd")] == [40, 40, 40]
+    assert alone.note == ""
+    assert shared.note == "latency, tokens and cost are those of answers: rows that share one count once"
 
 
 async def test_time_and_cost_of_an_answer_of_another_run_are_not_compared(tmp_path: Path) -> None:
@@ -195,6 +197,7 @@ async def test_time_and_cost_of_an_answer_of_another_run_are_not_compared(tmp_pa
 
     assert {each.figure for each in comparison.differences}.isdisjoint({"latency_s", "cost_usd"})
     assert of(comparison, "completion_tokens").pairs == 5
+    assert comparison.note == "latency and cost of answers that were taken over do not count"
 
 
 async def test_a_run_without_answers_is_refused(tmp_path: Path) -> None:
@@ -287,7 +290,7 @@ def test_figures_have_units_and_three_digits() -> None:
 
 def test_differences_are_shown_with_their_interval() -> None:
     comparisons = [
-        Comparison(first="model=a", second="model=b", differences=[drawn(1, 2000)], same_prompts=False),
+        Comparison(first="model=a", second="model=b", differences=[drawn(1, 2000)], same_prompts=False, note="but."),
         Comparison(first="model=a", second="model=\x1b[31mc", refusal="their rows differ"),
     ]
     stream = io.StringIO()
@@ -296,6 +299,7 @@ def test_differences_are_shown_with_their_interval() -> None:
 
     assert "with other prompts\nfirst   model=a\nsecond  model=b\n" in shown
     assert " pp, " in shown
+    assert shown.count("\nbut.\n") == 1
     assert r"not compared: model=a and model=\x1b[31mc: their rows differ" in shown
 
 

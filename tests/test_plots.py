@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.charts import Bar, Bars, Lines, Series
+from runner.charts import LONGEST_LABEL, Bar, Bars, Lines, Series, labels_apart
 from runner.report.plots import draw
 
 NUMBERS = st.floats(min_value=-1e12, max_value=1e12, allow_nan=False)
@@ -61,3 +61,45 @@ def test_one_point_is_drawn_although_it_makes_no_line() -> None:
     figure = drawn(draw(Lines(title="t", note="", x="x", y="y", series=series)))
 
     assert [dot.attrib["class"] for dot in figure.iter("circle")] == ["dot c0"]
+
+
+@given(st.lists(st.text("ab =", max_size=200), max_size=20), st.text("ab =", max_size=200))
+def test_names_that_differ_have_short_labels_that_do(ends: list[str], beginning: str) -> None:
+    names = [beginning + end for end in ends]
+    labels = labels_apart(names)
+
+    assert all(len(label) <= LONGEST_LABEL for label in labels)
+    assert len(set(zip(names, labels, strict=True))) == len(set(labels)) == len(set(names))
+
+
+def test_names_that_begin_alike_show_where_they_part() -> None:
+    names = [
+        f'model={model} prompt="You are a careful support agent. Label the ticket delivery, billing or {last}"'
+        for model in ("gpt-4.1-mini", "gpt-4.1-nano")
+        for last in ("other", "technical")
+    ]
+
+    assert labels_apart(names) == [
+        'model=gpt-4.1-mini prompt="You are a careful supp…other"',
+        'model=gpt-4.1-mini prompt="You are a careful supp…technical"',
+        'model=gpt-4.1-nano prompt="You are a careful supp…other"',
+        'model=gpt-4.1-nano prompt="You are a careful supp…technical"',
+    ]
+    assert labels_apart(["a", names[0]]) == ["a", f"{names[0][: LONGEST_LABEL - 1]}…"]
+
+
+def test_names_that_no_cut_tells_apart_are_numbered() -> None:
+    labels = labels_apart(["a" * length for length in range(61, 130)])
+
+    assert labels[0].startswith("#0 aaa")
+    assert labels[-1].startswith("#68 aaa")
+
+
+def test_bars_and_lines_of_names_that_begin_alike_have_labels_of_their_own() -> None:
+    names = [f"{'the same ' * 10}{end}" for end in ("left", "right")]
+    columns = drawn(draw(bars([Bar(name=name, value=1.0, text="1") for name in names])))
+    curves = draw(Lines(title="t", note="", x="x", y="y", series=[Series(name=n, points=[(1, 1)]) for n in names]))
+
+    shown = [text.text or "" for text in columns.iter("text") if text.attrib["class"] == "name"]
+    assert [label.rpartition("…")[2] for label in shown] == ["left", "right"]
+    assert all(f"{label}</span>" in curves for label in shown)

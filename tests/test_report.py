@@ -6,9 +6,11 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -16,7 +18,7 @@ from aiohttp import web
 from harness import Asked, Command, Experiment, progress_of, read_summary, refusal, serving, shout
 from runner.charts import Bars
 from runner.cli import main as run
-from runner.config import DeploymentConfig, LimitsConfig
+from runner.config import Dedupe, DeploymentConfig, LimitsConfig, ScorerConfig
 from runner.report import RunFacts, charts_of, read_runs, render
 from runner.report.__main__ import main
 
@@ -145,9 +147,38 @@ async def test_a_run_that_goes_on_is_read_as_far_as_it_is(command: Command) -> N
         await progress_of(process)
         [facts] = await read_runs([command.run()])
 
+    shown = f"{facts.summary['rows']} so far"
     assert facts.state == "running or killed"
     assert 0 < facts.summary["succeeded"] < 400
+    assert facts.summary["rows"] < 400
     assert "running or killed" in render([facts], title="now")
+    assert f"<b>{shown}</b>" in render([facts], title="now")
+    assert f"<td>{shown}</td>" in render([facts, facts], title="now")
+
+
+@pytest.mark.parametrize("scorer", [ScorerConfig(target="label"), ScorerConfig(kind="test_report:overlap")])
+async def test_the_interval_of_a_score_is_that_of_the_answers_that_rows_share(here: Path, scorer: ScorerConfig) -> None:
+    rows = [{"prompt": f"n{number}", "label": f"echo: n{number % 5}"} for number in range(8)]
+    settings = {"model": "simulated/echo", "scorers": {"right": scorer}}
+    alone, shared = (Experiment(here / name, **settings) for name in ("alone", "shared"))
+    for each in (alone, shared):
+        each.folder.parent.mkdir()
+    await alone(rows)
+    await shared(rows * 20, dedupe=Dedupe.always)
+    [once], [often] = [await read_runs([each.folder]) for each in (alone, shared)]
+    expected, score = once.scores["right"], often.scores["right"]
+
+    assert score.n == 160
+    assert score.mean == pytest.approx(expected.mean)
+    assert score.high - score.low == pytest.approx(expected.high - expected.low, rel=0.1)
+    await shared(dedupe=Dedupe.never)
+    [apart] = await read_runs([shared.folder])
+    assert apart.scores["right"].high - apart.scores["right"].low < (expected.high - expected.low) / 2
+
+
+def overlap(output_text: str, row: Mapping[str, Any]) -> float:
+    """A score with grades."""
+    return int(str(row["prompt"])[1:]) / 8
 
 
 async def test_the_servers_of_a_run_are_shown_and_the_one_that_went_away(here: Path) -> None:
@@ -195,6 +226,30 @@ def test_the_servers_of_shards_are_those_of_the_whole(here: Path) -> None:
     assert sum(told["answered"] for told in facts.summary["deployments"].values()) == 12
     assert facts.last_answers_s.keys() == {"left", "right"}
     assert written(sweep).count("<tr><td>left</td>") == 1
+
+
+def test_the_rows_of_a_run_that_saw_them_all_are_its_rows_however_it_ended(here: Path) -> None:
+    folder = run_evil(here)
+    with closing(sqlite3.connect(folder / "results.sqlite")) as store, store:
+        store.execute("UPDATE sessions SET ended_at = NULL")
+
+    page = written(folder)
+
+    assert "running or killed" in page
+    assert "<span>rows</span><b>3</b>" in page
+
+
+def test_the_rows_of_shards_are_known_when_all_of_them_are(here: Path) -> None:
+    sweep = run_sweep(here, "dataset.shard.index=0,1", "dataset.shard.count=2")
+    finished = written(sweep)
+    note = sweep / "cells" / "1.json"
+    cell = json.loads(note.read_text())
+    note.write_text(json.dumps(cell | {"exit_code": None, "summary": {}}))
+    with closing(sqlite3.connect(Path(cell["folder"]) / "results.sqlite")) as store, store:
+        store.execute("UPDATE meta SET value = '' WHERE name = 'rows'")
+
+    assert "<span>rows</span><b>12</b>" in finished
+    assert "<span>rows</span><b>12 so far</b>" in written(sweep)
 
 
 def test_a_server_alone_needs_no_table(here: Path) -> None:
@@ -282,6 +337,12 @@ def test_a_sweep_s_page_shows_the_differences_of_its_cells(here: Path) -> None:
     assert "<h2>Differences" in page
     assert "score accuracy" in page
     assert "higher" in page
+
+
+def test_a_table_of_differences_says_why_some_are_of_fewer_rows(here: Path) -> None:
+    page = written(run_sweep(here, "model=simulated/a,simulated/b", "prompt=Same."))
+
+    assert "Latency, tokens and cost are those of answers: rows that share one count once." in page
 
 
 def test_benchmarks_of_a_sweep_are_one_table_for_each_model(here: Path) -> None:

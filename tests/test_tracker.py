@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
+from runner.charts import Bar, Bars, Lines, Series
 from runner.config import TrackerConfig, TrackerKind, TrackerMode
 from runner.tracker import PENDING_POINTS, TABLE_TEXT, Ending, Identity, Tracker, open_tracker
 from wandb_fake import FakeRun, FakeWandb
@@ -264,6 +265,20 @@ async def test_the_sample_table_shows_rows_with_their_texts_cut(folder: Path) ->
     )
     assert cut["output_text"] == "x" * TABLE_TEXT + "…"
     assert cut["metadata"] == '{"id": 9}'
+
+
+async def test_lines_and_bars_of_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    names = [f"{'the same ' * 10}{end} {CANARY}" for end in ("left", "right")]
+    lines = Lines(title="l", note="", x="x", y="y", series=[Series(name=name, points=[(1.0, 1.0)]) for name in names])
+    bars = Bars(title="b", note="", x="x", values=[Bar(name=name, value=1.0, text="1") for name in names])
+    tracker = track(tmp_path, settings={"api_key": CANARY})
+    await tracker.finish(Ending(summary={}, charts=[lines, bars], exit_code=0))
+
+    [run] = offline_runs(tmp_path)
+    of_lines = [row[1] for row in run.tables["charts/l_table"]["data"]]
+    of_bars = [row[0] for row in run.tables["charts/b_table"]["data"]]
+    assert of_lines == of_bars
+    assert [label.rpartition("…")[2] for label in of_lines] == ["left ***", "right ***"]
 
 
 async def test_two_runs_in_one_process_stay_apart(tmp_path: Path) -> None:

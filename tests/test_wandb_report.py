@@ -56,6 +56,17 @@ def test_the_servers_of_a_run_are_in_the_report(tmp_path: Path, monkeypatch: pyt
     assert "### Servers of n" in Path("report.wandb.json").read_text()
 
 
+def test_differences_say_why_some_are_of_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install -e '.[report]'")
+    monkeypatch.chdir(tmp_path)
+    same = ("dataset.limit=4", "prompt=Same.", "simulator.latency_s=0", "tracker=none")
+    run(["-m", "+experiment=quickstart", "model=simulated/a,simulated/b", *same])
+
+    assert main([*map(str, tmp_path.glob("runs/quickstart/sweep-*")), "--wandb"]) == 0
+
+    assert "rows that share one count once" in Path("report.wandb.json").read_text()
+
+
 def sorted_cells(sweep: Path) -> list[Path]:
     """The folders of the cells, in their order, each with a file in it."""
     notes = [json.loads(path.read_text()) for path in (sweep / "cells").glob("*.json")]

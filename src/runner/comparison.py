@@ -21,7 +21,7 @@ import orjson
 
 from runner import figures
 from runner.database import RUN_DATABASE
-from runner.intervals import Interval, mean_interval, paired_shares_interval
+from runner.intervals import Interval, effective_size, mean_interval, paired_shares_interval
 from runner.progress import printable, say, show_table, write
 from runner.results import samples_of
 from runner.store import Store
@@ -85,6 +85,7 @@ class Comparison:
     second: str
     differences: Sequence[Difference] = ()
     same_prompts: bool = True  # False: what was asked about the rows differs, so that it is prompts that are compared
+    note: str = ""  # why latency, tokens and cost are of fewer rows than the rest, where they are
     refusal: str | None = None  # why they cannot be compared
 
 
@@ -119,15 +120,23 @@ async def _compare(first: tuple[str, Path], second: tuple[str, Path]) -> Compari
         if not known and any(each.get("whole_rows") != "true" for each in facts):
             return replace(names, refusal="whether their rows are the same is known when both have seen all of them")
         tally = Pairs()
+        is_shared = is_taken_over = False
         async with aclosing(_pairs(one, two)) as pairs:
             async for index, here, there in pairs:
                 if not known and here.metadata != there.metadata:
                     return replace(names, refusal=f"their rows differ, for example row {index}")
                 tally.add(here.values, there.values, alike=max(here.alike, there.alike))
+                is_shared |= here.is_shared or there.is_shared
+                is_taken_over |= here.is_taken_over or there.is_taken_over
         if not tally.count:
             return replace(names, refusal="no row has been asked in both")
     same_prompts = not known or facts[0]["inputs"] == facts[1]["inputs"]
-    return replace(names, differences=tally.differences(), same_prompts=same_prompts)
+    note = "; ".join([_SHARED] * is_shared + [_TAKEN_OVER] * is_taken_over)
+    return replace(names, differences=tally.differences(), same_prompts=same_prompts, note=note)
+
+
+_SHARED = "latency, tokens and cost are those of answers: rows that share one count once"
+_TAKEN_OVER = "latency and cost of answers that were taken over do not count"
 
 
 async def _open(folder: Path) -> Store:
@@ -140,12 +149,16 @@ class _Row:
 
     metadata: str | None
     alike: int = 1  # rows that share its answer, itself included
+    is_shared: bool = False  # whether an answer of its stands with another row already
+    is_taken_over: bool = False  # whether an answer of its is another run's
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, record: Any) -> None:
         self._put(FAILED, float(record["error_type"] is not None))
         if record["error_type"] is not None:
             return
+        self.is_shared |= not record["is_first"]
+        self.is_taken_over |= record["reused_from"] is not None
         for name in _COLUMNS if record["is_first"] else ():
             self._put(name, record[name])
         for name, score in orjson.loads(record["scores"] or b"{}").items():
@@ -197,7 +210,7 @@ _COLUMNS = {
 """Figures of an answer, and where they are."""
 
 _SETTLED_ROWS = f"""
-    SELECT rows.position, rows.metadata, rows.scores, error_type,
+    SELECT rows.position, rows.metadata, rows.scores, error_type, reused_from,
         {", ".join(f"{column} AS {name}" for name, column in _COLUMNS.items())}
 """
 
@@ -283,8 +296,7 @@ class _Sums:
         )
 
     def _interval(self) -> Interval | None:
-        # Kish's effective size of a sample in clusters, which these sums give: of k clusters of one size it is k.
-        independent = self._n**2 / self._alike
+        independent = effective_size(self._n, self._alike)
         if self._is_share:
             weight = independent / self._n
             return paired_shares_interval(
@@ -310,6 +322,8 @@ def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> No
         note = "" if each.same_prompts else ", with other prompts"
         say(stream, f"\ndifferences over the same rows{note}\nfirst   {first}\nsecond  {second}")
         show_table(HEADER, [difference_cells(difference) for difference in each.differences], stream=stream)
+        if each.note:
+            say(stream, each.note)
     if len(comparisons) > _MOST_SHOWN:
         write(stream, f"\n{len(comparisons) - _MOST_SHOWN} more: python -m runner.report\n")
 

@@ -62,6 +62,17 @@ def mean_of(values: Sequence[float]) -> tuple[float, Interval | None]:
     return mean, mean_interval(mean, stdev(values), len(values)) if len(values) > 1 else None
 
 
+def effective_size(n: float, alike: float) -> float:
+    """How many independent values tell as much as ``n`` that come in clusters: of k clusters of one size, k.
+
+    Source: Kish's effective sample size, the square of the sum of weights over the sum of their squares.
+
+    Args:
+        alike: The sum, over the values, of how many are in the cluster of each; ``n`` where each stands for itself.
+    """
+    return n**2 / alike
+
+
 def share_interval(successes: float, n: float, *, confidence: float = CONFIDENCE) -> Interval:
     """Where a probability lies, by Wilson's score interval: right for few trials and near 0 and 1 too.
 

@@ -16,7 +16,7 @@ from runner.bench.sweeps import BENCHMARK, Gathered, compare_benchmarks, gather
 from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
-from runner.intervals import mean_interval, share_interval
+from runner.intervals import Interval, effective_size, mean_interval, share_interval
 from runner.recorded import labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
@@ -32,7 +32,7 @@ _BUCKETS = 120
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """The mean of a scorer, with its 95 % interval."""
+    """The mean of a scorer, with its 95 % interval: as wide as that of fewer rows where rows share answers."""
 
     mean: float
     n: int
@@ -58,6 +58,7 @@ class RunFacts:
     folder: Path
     state: str  # finished, running or killed, or why it stopped
     summary: Mapping[str, Any] = field(default_factory=dict)  # as in summary.json
+    knows_rows: bool = True  # False: it has not seen its whole dataset, and its rows are those that it has taken up
     settings: Mapping[str, Any] = field(default_factory=dict)  # the configuration, without secrets
     overrides: Mapping[str, str] = field(default_factory=dict)  # what the command line set
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -156,12 +157,15 @@ async def _read_shards(shards: Shards) -> RunFacts:
     """All of them as the one run that they are."""
     first = Path(shards.cells[0].folder)
     async with opened(shards.stores) as stores:
+        ended = sum(bool(cell.summary) for cell in shards.cells)
+        knows_rows = ended == shards.count or (len(stores) == shards.count and await _saw_all(stores))
         summary = await summarize_shards(shards, stores)
         facts = RunFacts(
             label=shards.name or f"{shards.count} shards",
             folder=shards.folder,
             state=str(summary["stopped"] or "finished"),
             summary=summary,
+            knows_rows=knows_rows,
             settings=settings_of(first),
             overrides={
                 key: value for key, value in overrides_of(first).items() if not key.startswith("dataset.shard.")
@@ -196,14 +200,15 @@ async def _read_run(folder: Path, label: str) -> RunFacts:
         )
     async with await Store.open_readonly(folder / RUN_DATABASE) as store:
         ended = await _ended(store)
-        summary = _last_summary(folder) if ended else None
-        if summary is None:
-            summary = await summarize(store)
+        told = _last_summary(folder) if ended else None
+        knows_rows = told is not None or await _saw_all([store])  # before it is summarized, as it may go on
+        summary = await summarize(store) if told is None else told
         facts = RunFacts(
             label=label,
             folder=folder,
             state=str(summary.get("stopped") or "finished") if ended else "running or killed",
             summary=summary,
+            knows_rows=knows_rows,
             settings=settings_of(folder),
             overrides=overrides_of(folder),
         )
@@ -214,6 +219,11 @@ async def _ended(store: Store) -> bool:
     """Whether the last session came to its end."""
     sql = "SELECT ended_at IS NOT NULL AS ended FROM sessions ORDER BY id DESC LIMIT 1"
     return any([row["ended"] async for row in store.query(sql)])
+
+
+async def _saw_all(stores: Sequence[Store]) -> bool:
+    """Whether the datasets of all of them were seen to their ends."""
+    return all([(await store.meta()).get("rows") for store in stores])
 
 
 def _last_summary(folder: Path) -> dict[str, Any] | None:
@@ -247,34 +257,42 @@ _TABLES = ("tokens", "latency_s", "queue_wait_s", "errors")
 
 async def _scores(stores: Sequence[Store]) -> dict[str, Score]:
     sql = """
+        WITH shared AS (
+            SELECT
+                entry.key AS name,
+                total(entry.value) AS sum,
+                total(entry.value * entry.value) AS squares,
+                count(entry.value) AS n,
+                count(*) FILTER (WHERE entry.value NOT IN (0, 1)) AS graded
+            FROM rows, json_each(rows.scores) AS entry
+            WHERE rows.scores IS NOT NULL AND entry.value IS NOT NULL
+            GROUP BY entry.key, iif((SELECT value FROM meta WHERE name = 'dedupe') = 'true', ticket, position)
+        )
         SELECT
-            entry.key AS name,
-            total(entry.value) AS sum,
-            total(entry.value * entry.value) AS squares,
-            count(entry.value) AS n,
-            count(*) FILTER (WHERE entry.value NOT IN (0, 1)) AS graded
-        FROM rows, json_each(rows.scores) AS entry
-        WHERE rows.scores IS NOT NULL AND entry.value IS NOT NULL
-        GROUP BY entry.key
+            name,
+            sum(sum) AS sum,
+            sum(squares) AS squares,
+            sum(n) AS n,
+            sum(graded) AS graded,
+            sum(n * n) AS alike
+        FROM shared
+        GROUP BY name
     """
     scores = {}
     for name, found in (await sums_by_name(stores, sql)).items():
         n = found["n"]
         mean = found["sum"] / n
-        low, high = _of_mean(mean, found["squares"] / n, n) if found["graded"] else _of_share(mean, n)
-        scores[name] = Score(mean=mean, n=n, low=low, high=high)
+        independent = effective_size(n, found["alike"])
+        if found["graded"]:
+            deviation = math.sqrt(max(0.0, found["squares"] / n - mean**2) * n / (n - 1)) if n > 1 else 0.0
+            interval = mean_interval(mean, deviation, int(independent)) or _UNKNOWN
+        else:
+            interval = share_interval(mean * independent, independent)
+        scores[name] = Score(mean=mean, n=n, low=interval.low, high=interval.high)
     return scores
 
 
-def _of_share(share: float, n: int) -> tuple[float, float]:
-    interval = share_interval(share * n, n)
-    return interval.low, interval.high
-
-
-def _of_mean(mean: float, square: float, n: int) -> tuple[float, float]:
-    deviation = math.sqrt(max(0.0, square - mean**2) * n / (n - 1)) if n > 1 else 0.0
-    interval = mean_interval(mean, deviation, n)
-    return (-math.inf, math.inf) if interval is None else (interval.low, interval.high)
+_UNKNOWN = Interval(low=-math.inf, high=math.inf)
 
 
 async def _latencies(stores: Sequence[Store]) -> list[float]:

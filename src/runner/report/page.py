@@ -49,7 +49,9 @@ def _facts(run: RunFacts) -> Iterator[tuple[str, str]]:
     """What the head of a single run's page shows."""
     summary = run.summary
     yield "state", run.state
-    for key in ("rows", "succeeded", "failed", "reused", "retries"):
+    if summary.get("rows"):
+        yield "rows", _rows(run)
+    for key in ("succeeded", "failed", "reused", "retries"):
         if summary.get(key):
             yield key, f"{summary[key]:,}"
     for name in run.scores:
@@ -135,7 +137,7 @@ def _line(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
     return [
         run.label,
         run.state,
-        _count(summary.get("rows")),
+        _rows(run),
         _count(summary.get("failed")),
         *(_score(run, name) for name in score_names(runs)),
         *(f"{latency}{at_level}" if latency else "" for latency in _latencies(summary)),
@@ -145,6 +147,11 @@ def _line(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
         ),
         figures.closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")) if "cost_usd" in summary else "",
     ]
+
+
+def _rows(run: RunFacts) -> str:
+    rows = _count(run.summary.get("rows"))
+    return rows if run.knows_rows or not rows else f"{rows} so far"
 
 
 def _latencies(told: Mapping[str, Any]) -> list[str]:

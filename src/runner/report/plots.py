@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from runner.charts import Bar, Bars, Chart, Lines
+from runner.charts import Bar, Bars, Chart, Lines, labels_apart
 from runner.figures import short
 
 _WIDTH, _HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 12, 40
 _COLOURS = 6
-_LONGEST_LABEL = 60
 
 
 def draw(chart: Chart) -> Markup:
@@ -59,12 +58,13 @@ def _bars(chart: Bars) -> Markup:
         f'<text class="tick" x="{across.place(tick):.1f}" y="{height - 18}" text-anchor="middle">{_tick(tick)}</text>'
         for tick in across.ticks
     ]
-    for number, value in enumerate(values):
+    labels = labels_apart([value.name for value in values])
+    for number, (value, label) in enumerate(zip(values, labels, strict=True)):
         top = number * row
         end = across.place(value.value)
         start = across.place(0.0)
         parts.append(
-            f'<text class="name" x="8" y="{top + 14}">{escape(_cut(value.name))}</text>'
+            f'<text class="name" x="8" y="{top + 14}">{escape(label)}</text>'
             f'<rect class="bar c{number % _COLOURS}" x="{min(start, end):.1f}" y="{top + 20}"'
             f' width="{abs(end - start):.1f}" height="14" rx="2"/>'
             f'<text class="value" x="{_right_of(value, across):.1f}" y="{top + 31}">{escape(value.text)}</text>'
@@ -155,11 +155,7 @@ def _legend(names: Sequence[str]) -> Markup:
     if len(names) < 2:
         return Markup("")
     entries = (
-        f'<span class="entry"><i class="key c{number % _COLOURS}"></i>{escape(_cut(name))}</span>'
-        for number, name in enumerate(names)
+        f'<span class="entry"><i class="key c{number % _COLOURS}"></i>{escape(label)}</span>'
+        for number, label in enumerate(labels_apart(names))
     )
     return Markup(f'<p class="legend">{"".join(entries)}</p>')
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"

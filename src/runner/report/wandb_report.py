@@ -148,7 +148,7 @@ class _Draft:
         for each in self._comparisons:
             heading = f"### {self._text(f'{each.first} → {each.second}')}"
             found = each.refusal or self._table(HEADER, [difference_cells(one) for one in each.differences])
-            yield f"{heading}\n\n{found}"
+            yield "\n\n".join([heading, found, *([each.note] if each.note else [])])
 
     def _panels(self) -> list[Any]:
         import wandb_workspaces.reports.v2 as wr

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from runner.charts import Chart, Lines
+from runner.charts import Chart, Lines, labels_apart
 from runner.tracker.records import Table
 
 TABLE_TEXT = 2_000
@@ -54,11 +54,12 @@ def shown(piece: Table | Chart, hide: Callable[[Any], Any]) -> Any:
         return wandb.plot.line_series(
             xs=[[x for x, _ in series.points] for series in piece.series],
             ys=[[y for _, y in series.points] for series in piece.series],
-            keys=[hide(series.name) or piece.y for series in piece.series],
+            keys=labels_apart([hide(series.name) or piece.y for series in piece.series]),
             title=f"{piece.title} ({piece.y})",
             xname=piece.x,
         )
-    rows = [[hide(bar.name), bar.value, bar.low, bar.high] for bar in piece.values]
+    labels = labels_apart([hide(bar.name) for bar in piece.values])
+    rows = [[label, bar.value, bar.low, bar.high] for label, bar in zip(labels, piece.values, strict=True)]
     return wandb.plot.bar(_table(["name", piece.x, "low", "high"], rows), "name", piece.x, title=piece.title)
 
 
