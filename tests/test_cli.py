@@ -489,7 +489,7 @@ async def test_a_key_is_used_and_written_nowhere(command: Command) -> None:
         "defaults:\n  - override /dataset: jsonl\n  - override /deployments: fleet\n"
         "name: mine\nprompt: '{{ q }} at ${oc.env:SERVER_NAME}'\ndataset:\n  path: rows.jsonl\n",
     )
-    command.write_rows("rows.jsonl", [{"q": f"question {index}"} for index in range(20)])
+    command.write_rows("rows.jsonl", [{"q": f"question {index}"} for index in range(60)])
 
     def answer(asked: Asked) -> web.Response:
         key = asked.headers["authorization"]
@@ -509,7 +509,7 @@ async def test_a_key_is_used_and_written_nowhere(command: Command) -> None:
     files = [path for path in command.run().rglob("*") if path.is_file()]
     [wandb_folder] = command.run().glob("wandb/offline-run-*")
     tracked = read_offline_run(wandb_folder)
-    assert (tracked.exit_code, tracked.name, tracked.summary["succeeded"]) == (3, "mine", 19)
+    assert (tracked.exit_code, tracked.name, tracked.summary["succeeded"]) == (3, "mine", 59)
     assert [path.name for path in files if CANARY.encode() in path.read_bytes()] == []
     assert CANARY not in done.out + done.err
     assert CANARY not in repr(tracked)
