@@ -476,18 +476,22 @@ def unknown_keys(node: Mapping[str, Any], schema: type = RunnerConfig, prefix: s
 
 
 def nearest_key(path: str) -> str | None:
-    """The key that ``path`` was most likely meant to be."""
+    """The key that ``path`` was most likely meant to be: the right name in the wrong place, or nearly the right one."""
+    if path in _PARAMETERS:
+        return f"request.{path}"
     sections = dict(_sections(path))
     known = [_joined(section, name) for section, kind in sections.items() for name in _names(kind)]
     place = _joined(_innermost(path, sections), "")  # what is right of the path would make all below it look alike
+    places: dict[str, str] = {}
+    for candidate in sorted(known, key=lambda each: (not each.startswith(place), each.count("."))):
+        places.setdefault(candidate.rpartition(".")[2], candidate)
+    if path in places:
+        return places[path]
     below = [each.removeprefix(place) for each in known if each.startswith(place)]
     if near := difflib.get_close_matches(path.removeprefix(place), below, n=1, cutoff=0.6):
         return place + near[0]
-    tails: dict[str, str] = {}  # the right name in the wrong place: rpm for limits.rpm
-    for candidate in sorted(known, key=lambda each: (not each.startswith(place), each.count("."))):
-        tails.setdefault(candidate.rpartition(".")[2], candidate)
-    near = difflib.get_close_matches(path.rpartition(".")[2], tails, n=1, cutoff=0.75)
-    return tails[near[0]] if near else None
+    near = difflib.get_close_matches(path.rpartition(".")[2], places, n=1, cutoff=0.75)
+    return places[near[0]] if near else None
 
 
 def unknown_key_message(path: str) -> str:
