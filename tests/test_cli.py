@@ -751,6 +751,21 @@ async def test_the_cells_of_a_sweep_keep_their_limits_together(command: Command)
     assert arrivals[-1] - arrivals[0] > 1.9  # ten of 300 a minute at once, and the others at their pace
 
 
+async def test_a_sweep_that_goes_on_counts_what_its_cells_sent_against_a_day(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(20)])
+    async with serving() as provider:
+        arguments = (
+            *("-m", "model=openai_like/a", f"api_base={provider.url}", 'prompt="Say {{ n }}","Tell {{ n }}"'),
+            *("dataset=jsonl", "dataset.path=rows.jsonl", "tracker=none", "limits.rpd=25", "limits.concurrency=4"),
+        )
+        first = await command(*arguments)
+        again = await command(*arguments)
+
+    assert (first.exit_code, again.exit_code) == (1, 1)
+    assert len(provider.requests) == 25
+    assert "limits.rpd=25 is used up" in again.err
+
+
 def test_the_sweep_table_on_a_terminal_shows_every_cell() -> None:
     terminal = Terminal()
     summary = {"rows": 8, "failed": 1, "scores": {"exact": {"mean": 0.5, "n": 8}}, "cost_usd": 1.5, "requests_per_s": 9}

@@ -32,9 +32,11 @@ def ended(ago_s: float, **others: Any) -> dict[str, Any]:
     return {"settled_at": time.time() - ago_s, **values, **others}
 
 
-async def sent(path: Path, *outcomes: dict[str, Any], window_s: float = 60.0, lost: int = 0) -> list[Sent]:
+async def sent(
+    path: Path, *outcomes: dict[str, Any], window_s: float = 60.0, lost: int = 0, **options: Any
+) -> list[Sent]:
     async with await filled(path, *outcomes, lost=lost) as store:
-        return await sent_within(store, window_s)
+        return await sent_within(store, window_s, **options)
 
 
 async def test_what_was_sent_within_the_window_is_found_the_oldest_first(tmp_path: Path) -> None:
@@ -62,20 +64,51 @@ async def test_what_was_lost_counts_as_much_as_the_largest_answer(tmp_path: Path
     assert lost.used == Estimate(prompt_tokens=60, completion_tokens=10)
 
 
-async def test_what_never_reached_a_server_is_not_counted(tmp_path: Path) -> None:
-    async with await filled(tmp_path / "s", ended(5, reused_from="other/run"), ended(5, deployment=None)) as store:
-        refused = Attempt(
-            number=1,
-            deployment="a",
-            started_at=time.time(),
-            service_time_s=0.0,
-            error="ConnectError",
-            message="nobody listens",
-            status=None,
-            cost_usd=0.0,
-        )
-        await store.note_attempts([(b"%16d" % 0, 1)], refused)
-        assert await sent_within(store, 60.0) == []
+async def test_what_was_lost_before_there_was_an_answer_counts_as_it_is_told(tmp_path: Path) -> None:
+    [lost] = await sent(tmp_path / "s", lost=3, default_output_tokens=100)
+
+    assert lost.used == Estimate(prompt_tokens=0, completion_tokens=300)
+
+
+async def test_rows_that_were_lost_together_are_as_many_requests_as_they_can_have_been(tmp_path: Path) -> None:
+    [lost] = await sent(tmp_path / "s", lost=130, group_size=64)
+
+    assert lost.requests == 3
+
+
+def attempt(error: str, **others: Any) -> Attempt:
+    values = {"number": 1, "deployment": "a", "started_at": time.time(), "service_time_s": 0.0, "message": ""}
+    return Attempt(**{**values, "error": error, "status": None, "cost_usd": 0.0, **others})
+
+
+@pytest.mark.parametrize(
+    ("entry", "requests"),
+    [
+        (attempt("ConnectError"), 0),
+        (attempt("InsufficientQuotaError"), 0),  # the limiter's own
+        (attempt("InsufficientQuotaError", status=429), 1),
+        (attempt("NoDeploymentError"), 0),
+        (attempt("Timeout", cost_usd=None), 1),
+        (attempt("RateLimitError", status=429), 1),
+    ],
+)
+async def test_attempts_count_where_they_reached_a_server(tmp_path: Path, entry: Attempt, requests: int) -> None:
+    async with await filled(tmp_path / "s", ended(5, reused_from="other/run")) as store:
+        await store.note_attempts([(b"%16d" % 0, 1)], entry)
+        assert sum(each.requests for each in await sent_within(store, 60.0)) == requests
+
+
+async def test_answers_that_were_not_asked_for_here_and_rows_that_were_not_sent_are_not_counted(tmp_path: Path) -> None:
+    refused = {"error_type": "ConnectError", "cost_usd": 0.0, "prompt_tokens": None}
+    others = ended(5, reused_from="other/run"), ended(5, deployment=None), ended(5, **refused)
+
+    assert await sent(tmp_path / "s", *others) == []
+
+
+async def test_what_another_clock_wrote_is_not_counted(tmp_path: Path) -> None:
+    found = await sent(tmp_path / "s", ended(-1_000), ended(-10))
+
+    assert [(each.age_s, each.requests) for each in found] == [(0.0, 1)]
 
 
 async def test_texts_that_share_a_request_are_one(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from runner.config import (
     DatasetKind,
     Dedupe,
     LimitsConfig,
+    Resume,
     RetryConfig,
     ScorerConfig,
     SimulatorConfig,
@@ -422,6 +423,16 @@ async def test_a_run_that_goes_on_counts_what_its_earlier_sessions_sent_against_
     assert len(provider.requests) == 10
     assert more.summary["succeeded"] == again.summary["succeeded"] == 10
     assert "limits.rpd=10 is used up; requests can go on at " in str(again.message)
+
+
+async def test_a_run_that_begins_anew_still_counts_what_it_sent(tmp_path: Path) -> None:
+    async with serving() as provider:
+        experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=4, rpd=10))
+        first = await experiment(numbered(7))
+        anew = await experiment(numbered(7), resume=Resume.fresh)
+
+    assert [first.exit_code, anew.exit_code] == [0, 4]
+    assert len(provider.requests) == 10
 
 
 async def test_a_row_nested_beyond_measure_fails_alone(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from runner.intervals import (
     Interval,
+    clustered_mean_interval,
+    effective_size,
     mean_interval,
     mean_of,
     paired_shares_interval,
@@ -83,3 +85,16 @@ def test_a_difference_of_paired_shares_lies_in_its_interval_as_often_as_is_said(
         covered += shares[1] - shares[0] in interval
 
     assert covered / 600 >= 0.925
+
+
+@pytest.mark.parametrize("size", [1, 50])
+def test_the_mean_of_clusters_is_as_certain_as_that_of_one_value_of_each(size: int) -> None:
+    values = [0.1, 0.5, 0.6, 0.9, 0.2]
+    mean, alone = mean_of(values)
+    squares = sum((each - mean) ** 2 for each in values)
+    n = size * len(values)
+    together = clustered_mean_interval(mean, size * squares, n, effective_size(n, n * size))
+
+    assert alone is not None
+    assert together is not None
+    assert [together.low, together.high] == pytest.approx([alone.low, alone.high])

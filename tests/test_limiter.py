@@ -474,14 +474,17 @@ async def test_what_is_recalled_counts_in_the_windows_that_it_was_sent_in_and_ne
 
 
 @virtual_time
-async def test_what_is_recalled_after_a_grant_is_counted_with_it() -> None:
+async def test_what_is_recalled_after_a_grant_counts_in_its_own_window() -> None:
     limiter = RateLimiter(requests_per_minute=10, max_request_burst=10)
     await asyncio.sleep(100)
     for _ in range(4):
         await limiter.acquire()
     limiter.recall(Estimate(), requests=6, age_s=50)
+    limiter.recall(Estimate(), requests=1, age_s=70)
 
-    assert await waits(limiter) == pytest.approx(MINUTE, abs=1)
+    assert await waits(limiter) == pytest.approx(10, abs=1)
+    assert len(await grants_within(limiter, 40)) == 5
+    assert await waits(limiter) == pytest.approx(10, abs=1)
 
 
 # What becomes of a reservation

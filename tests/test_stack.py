@@ -243,17 +243,17 @@ async def test_limiters_that_are_kept_go_on_in_the_next_stack_of_the_same_accoun
 @virtual_time
 async def test_what_was_sent_before_counts_where_it_went_and_where_that_is_not_known_everywhere() -> None:
     own = DeploymentLimitsConfig(rpm=60)
-    for deployment, has_room in (("east", {"west"}), (None, set()), ("gone", set())):
+    for deployment, has_room in (("east", {"west"}), (None, set()), ("gone", {"east", "west"})):
         fleet, limits = {label: at("http://h/v1", limits=own) for label in ("east", "west")}, LimitsConfig(rpm=600)
         limiters = open_limiters(fleet, limits)
         client = stack(fleet, limits=limits, limiters=limiters)
         assert client.memory_s == 60
-        client.recall(Sent(age_s=0.0, deployment=deployment, requests=60, used=Estimate()))
+        client.recall([Sent(age_s=0.0, deployment=deployment, requests=60, used=Estimate())])
 
         assert {label for label, limiter in limiters.of.items() if await grants_soon(limiter)} == has_room
         assert limiters.account is not None
         assert await grants_soon(limiters.account)
-        client.recall(Sent(age_s=0.0, deployment=deployment, requests=600, used=Estimate()))
+        client.recall([Sent(age_s=0.0, deployment=deployment, requests=600, used=Estimate())])
         assert not await grants_soon(limiters.account)
 
 

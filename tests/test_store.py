@@ -94,7 +94,7 @@ async def attempts(store: Store) -> list[tuple[str, str]]:
 # Asking and answering
 
 
-async def test_of_rows_that_are_not_all_settled_no_more_are_claimed_than_wanted(path: Path) -> None:
+async def test_no_more_rows_are_taken_up_than_wanted_and_those_after_them_are_not_claimed(path: Path) -> None:
     async with await Store.open(path) as store:
         first = await store.claim(claims(*"abcdef"), Terms(), most=2)
         rest = await store.claim(claims(*"cdef", first=2), Terms())
@@ -102,10 +102,14 @@ async def test_of_rows_that_are_not_all_settled_no_more_are_claimed_than_wanted(
             await save(store, position, answer(name))
         await store.flush()
         settled = await store.claim(claims(*"abcdef"), Terms(), most=2)
+        longer = await store.claim(claims(*"abcdefghi"), Terms(), most=2)
+        few = await store.claim(claims(*"ijklmn", first=8), Terms(wanted={12}.__contains__), most=1)
 
     assert [each.answered for each in first] == [False, False]
     assert len(rest) == 4
     assert [each.answered for each in settled] == [True] * 6
+    assert [each.answered for each in longer] == [*[True] * 6, False, False]
+    assert [each.answered for each in few] == [*[True] * 4, False, True]
 
 
 async def test_a_session_lasts_until_it_was_flushed_last(path: Path) -> None:

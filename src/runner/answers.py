@@ -164,7 +164,7 @@ _MOVE = f"""
 
 _ENTER_LOST = """
     INSERT INTO attempts (content, started_at, error_type, cost_bound_usd)
-    SELECT rows.content, sessions.last_seen, 'Lost', rows.cost_bound_usd
+    SELECT rows.content, max(rows.asked_at, sessions.last_seen), 'Lost', rows.cost_bound_usd
     FROM rows
     JOIN sessions ON sessions.id = rows.session
     LEFT JOIN answers USING (ticket)

@@ -125,12 +125,17 @@ class Bucket:
     def recall(self, cost: float, at: float) -> None:
         """Charge what was taken before there was this bucket, as far as there is room: the limit was kept then too.
 
-        What was taken earlier is recalled earlier; nothing of it counts as taken before what is charged already.
+        What came before that which is charged already counts in its window, and no more for the pace.
         """
-        if self._spans:
-            at = max(at, self._updated)
-        self.update(at)
-        self.take(min(cost, max(0.0, self.limit - self.charged)), at)
+        if not self._spans or at >= self._updated:
+            self.update(at)
+        cost = min(cost, max(0.0, self.limit - self.charged))
+        if at >= self._updated:
+            self.take(cost, at)
+        elif at > self._updated - self.window_s:
+            span = int(at / self._width_s)
+            self._spans = dict(sorted({**self._spans, span: self._spans.get(span, 0.0) + cost}.items()))
+            self.charged += cost
 
     def give_back(self, cost: float, amount: float, taken_at: float, now: float, *, sent: bool = True) -> None:
         """Take ``amount`` off a charge; below zero it is a debt. What has left the window is too late to be used.

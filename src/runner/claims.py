@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.answers import Key, Outcome, move_to_ledger, put_answers, read_answers
@@ -43,7 +44,9 @@ class Known(NamedTuple):
     shared: bool = False  # it has none, but an earlier row that asks the same is being asked
 
 
-SETTLED = Known(ticket=0, answered=True)
+_NO_TICKET = 0
+
+SETTLED = Known(ticket=_NO_TICKET, answered=True)
 """There is nothing to do about a row."""
 
 Elsewhere: TypeAlias = Callable[[Sequence[Any]], Awaitable[Sequence[Outcome | None]]]
@@ -90,7 +93,9 @@ class Lookup:
 def look_up(
     statements: Statements, claims: Sequence[Claimed], terms: Terms, session: Session, *, most: int | None = None
 ) -> Lookup | None:
-    """Find out what is known of rows, of the first ``most`` of them. None: there is nothing to do about any at all.
+    """Find out what is known of rows. None: there is nothing to do about any of them.
+
+    Looks no further than there are ``most`` of them that may have to be taken up; None: at all.
 
     The stored rows are always the beginning of one dataset. So a row that stands unchanged among them has its ticket;
     from the first one that has changed on, they are forgotten, and the answers that they had are found again by what
@@ -98,21 +103,24 @@ def look_up(
     """
     if _all_settled(statements, claims, terms):
         return None
-    claims = claims[:most]
     if terms.dedupe:
         statements.execute("CREATE INDEX IF NOT EXISTS rows_by_content ON rows (content)")
     stored = statements.fetch(_STORED, (claims[0].position, claims[-1].position))
     same = _unchanged(claims, stored)
-    changed_from = stored[same]["position"] if same < len(stored) else None
-    session.pool.go_on(claims[-1].position + 1, changed_from=changed_from)
     tickets = [row["ticket"] for row in stored[:same]]
     errors = {row["ticket"]: row["error_type"] for row in stored[:same] if row["answered"]}
 
     def is_open(n: int) -> bool:
-        is_failed = errors.get(tickets[n]) is not None
-        is_settled = tickets[n] in errors and not (is_failed and terms.retry_failed)
+        ticket = tickets[n] if n < len(tickets) else _NO_TICKET
+        is_failed = errors.get(ticket) is not None
+        is_settled = ticket in errors and not (is_failed and terms.retry_failed)
         return not is_settled and (terms.wanted is None or terms.wanted(claims[n].position))
 
+    if most is not None:
+        beyond = next(islice(filter(is_open, range(len(claims))), most, None), len(claims))
+        claims, stored, tickets, same = claims[:beyond], stored[:beyond], tickets[:beyond], min(same, beyond)
+    changed_from = stored[same]["position"] if same < len(stored) else None
+    session.pool.go_on(claims[-1].position + 1, changed_from=changed_from)
     moved: Mapping[int, int] = {}
     if not terms.dedupe:
         held = [n for n in range(same) if is_open(n)]

@@ -21,7 +21,7 @@ import orjson
 
 from runner import figures
 from runner.database import RUN_DATABASE
-from runner.intervals import Interval, effective_size, mean_interval, paired_shares_interval
+from runner.intervals import Interval, clustered_mean_interval, effective_size, paired_shares_interval
 from runner.progress import printable, say, show_table, write
 from runner.results import samples_of
 from runner.store import Store
@@ -306,10 +306,7 @@ class _Sums:
                 neither=weight * self._outcomes[0.0, 0.0],
                 confidence=CONFIDENCE,
             )
-        if self._n < 2:
-            return None
-        deviation = math.sqrt(max(0.0, self._squares) / (self._n - 1))
-        return mean_interval(self._mean, deviation, int(independent), confidence=CONFIDENCE)
+        return clustered_mean_interval(self._mean, self._squares, self._n, independent, confidence=CONFIDENCE)
 
 
 def show_comparisons(comparisons: Sequence[Comparison], *, stream: TextIO) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 from runner.bucket import DAY_S, MINUTE_S, SPANS
 from runner.estimate import Estimate
 from runner.store import Store
+
+_AHEAD_S = 60.0
+"""What was sent so far in the future was sent under another clock, and nobody knows when."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,42 +24,64 @@ class Sent:
     used: Estimate  # tokens of all of them
 
 
-async def sent_within(store: Store, window_s: float) -> list[Sent]:
+async def sent_within(
+    store: Store, window_s: float, *, group_size: int = 1, default_output_tokens: int = 0
+) -> list[Sent]:
     """What was sent in the last ``window_s`` seconds, the oldest first.
 
     Attempts of which it is not known what they used, as the process was killed for example, count as much as the
     largest answer.
+
+    Args:
+        group_size: Rows that share a request, of those that were in flight when the process was killed.
+        default_output_tokens: What such an attempt counts before there is an answer.
     """
     now = time.time()
+    parameters = (now - window_s, now - MINUTE_S, now + _AHEAD_S, group_size, default_output_tokens)
     return [
         Sent(
             age_s=max(0.0, now - row["at"]),
             deployment=row["deployment"],
-            requests=row["requests"],
+            requests=math.ceil(row["requests"]),
             used=Estimate(prompt_tokens=row["prompt_tokens"], completion_tokens=row["completion_tokens"]),
         )
-        async for row in store.query(_SENT, (now - window_s, now - MINUTE_S))
+        async for row in store.query(_SENT, parameters)
     ]
 
 
 _SENT = f"""
-    WITH sent (at, deployment, counts, prompt_tokens, completion_tokens, is_unknown) AS MATERIALIZED (
+    WITH attempt (at, deployment, requests, prompt_tokens, completion_tokens, error_type, error_status, cost_usd) AS (
         SELECT
-            settled_at - service_time_s, deployment, NOT shared, prompt_tokens, completion_tokens,
-            prompt_tokens IS NULL AND cost_usd IS NULL
+            settled_at - service_time_s, deployment, NOT shared,
+            prompt_tokens, completion_tokens, error_type, error_status, cost_usd
         FROM answers
-        WHERE settled_at > ?1 AND deployment IS NOT NULL AND reused_from IS NULL
+        WHERE deployment IS NOT NULL AND reused_from IS NULL
         UNION ALL
-        SELECT started_at, deployment, NOT shared, NULL, NULL, cost_usd IS NULL
+        SELECT
+            started_at, deployment, iif(error_type = 'Lost', 1.0 / ?4, NOT shared),
+            NULL, NULL, error_type, error_status, cost_usd
         FROM attempts
-        WHERE started_at > ?1 AND error_type != 'ConnectError'
     ),
-    largest (prompt, completion) AS (SELECT max(prompt_tokens), max(completion_tokens) FROM sent)
+    sent AS (
+        SELECT
+            at, deployment, requests, prompt_tokens, completion_tokens,
+            prompt_tokens IS NULL AND (cost_usd IS NULL OR error_type = 'GivenUp') AS is_unknown
+        FROM attempt
+        WHERE at BETWEEN ?1 AND ?3
+            AND (error_type IS NULL OR error_type = 'GivenUp' OR error_status IS NOT NULL OR cost_usd IS NOT 0)
+    )
     SELECT
-        max(at) AS at, deployment, sum(counts) AS requests,
-        total(iif(is_unknown, largest.prompt, prompt_tokens)) AS prompt_tokens,
-        total(iif(is_unknown, largest.completion, completion_tokens)) AS completion_tokens
-    FROM sent, largest
+        max(at) AS at,
+        deployment,
+        sum(requests) AS requests,
+        total(
+            iif(is_unknown, (SELECT max(prompt_tokens) FROM answers), prompt_tokens)
+        ) AS prompt_tokens,
+        total(
+            iif(is_unknown, (SELECT ifnull(max(completion_tokens), ?5) FROM answers), completion_tokens)
+        ) AS completion_tokens
+    FROM sent
     GROUP BY deployment, at > ?2, CAST(at / iif(at > ?2, {MINUTE_S / SPANS}, {DAY_S / SPANS}) AS INTEGER)
     ORDER BY max(at)
 """
+"""An error without a status that costs nothing for certain is of an attempt that was never sent."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from runner.budget import Budget, price_hint, shown
 from runner.checks import check, without_effect
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
+from runner.database import RUN_DATABASE
 from runner.earlier import sent_within
 from runner.errors import (
     FINISHED,
@@ -37,19 +38,19 @@ from runner.results import replace_file, result_rows, summarize, write_jsonl
 from runner.resume import resuming
 from runner.run import GRACE_S, Run
 from runner.signals import handled_signals
-from runner.stack import stack_of
+from runner.stack import Stack, stack_of
 from runner.store import Store
 from runner.sweep import Sweep
 from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
 from runner.transports.prices import price_for
 from runner.tuner import Tuner
-from runner.types import Client
 from runner.watchdog import Watchdog
 from runner.workload import Workload
 
 _REDRAW_S = 0.2
 _WATCH_S = 1.0
+_BEAT_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,10 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     budget = Budget.of(config, folder)
     client = stack_of(config, window, tuner=Tuner.of(config.limits, window), budget=budget)
     meter = Meter()
-    store = await Store.open(folder / "results.sqlite", on_commit=lambda outcomes: count(meter, outcomes))
-    async with _closing(client, store), resuming(store, config, workload, folder=folder) as resumption:
+    async with (
+        _opened(config, folder, client, meter, group_size=workload.task.group_size) as store,
+        resuming(store, config, workload, folder=folder) as resumption,
+    ):
         run = Run(
             config,
             workload,
@@ -101,14 +104,15 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         settled = await run.settled()
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
-            if client.memory_s:
-                for sent in await sent_within(store, client.memory_s):
-                    client.recall(sent)
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
         notes = [*doubts, *resumption.notes, *_unpriced(config)]
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
-                async with _ending_with_sweep(run, config), _shown(run, config, tracker, settled, notes):
+                async with (
+                    _beside(_stay_alive(store)),
+                    _beside(_end_with_sweep(run, config)),
+                    _shown(run, config, tracker, settled, notes),
+                ):
                     try:
                         async with budget.opened(store, end=run.stop) if budget else nullcontext():
                             await run.until_done(after_pilot=judge_pilot)
@@ -166,18 +170,29 @@ async def _shown(
 
 
 @asynccontextmanager
-async def _ending_with_sweep(run: Run, config: RunnerConfig) -> AsyncIterator[None]:
-    """End the run when its sweep is ended, perhaps on another host."""
-    watch = asyncio.create_task(_watch(run, Sweep(Path(config.sweep.folder)))) if config.sweep.folder else None
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Have ``work`` go on while the block does."""
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
-        if watch is not None:
-            watch.cancel()
-            await asyncio.wait([watch])
+        task.cancel()
+        await asyncio.wait([task])
 
 
-async def _watch(run: Run, sweep: Sweep) -> None:
+async def _stay_alive(store: Store) -> None:
+    """Have the store know when the session was alive last: what a kill finds in flight was sent before."""
+    with suppress(StoreError):  # what follows finds out as well
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            await store.note_alive()
+
+
+async def _end_with_sweep(run: Run, config: RunnerConfig) -> None:
+    """End the run when its sweep is ended, perhaps on another host."""
+    if not config.sweep.folder:
+        return
+    sweep = Sweep(Path(config.sweep.folder))
     while (signum := sweep.stopped_by) is None:  # noqa: ASYNC110 (it is another process that says so)
         await asyncio.sleep(_WATCH_S)
     if run.stop.reason is None:
@@ -284,9 +299,20 @@ async def _first_failure(store: Store) -> str | None:
 
 
 @asynccontextmanager
-async def _closing(client: Client, store: Store) -> AsyncIterator[None]:
+async def _opened(
+    config: RunnerConfig, folder: Path, client: Stack, meter: Meter, *, group_size: int
+) -> AsyncIterator[Store]:
+    """The run's store, whose outcomes ``meter`` counts, with what it says was sent counted by the limits of ``client``.
+
+    Closes both.
+    """
+    store = await Store.open(folder / RUN_DATABASE, on_commit=lambda outcomes: count(meter, outcomes))
     try:
-        yield
+        if client.memory_s:
+            tokens = config.limits.default_output_tokens
+            sent = await sent_within(store, client.memory_s, group_size=group_size, default_output_tokens=tokens)
+            client.recall(sent)
+        yield store
     finally:
         await client.aclose()
         with suppress(StoreError):  # what was to be kept is flushed by now, or its failure is told

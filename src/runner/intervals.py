@@ -73,6 +73,20 @@ def effective_size(n: float, alike: float) -> float:
     return n**2 / alike
 
 
+def clustered_mean_interval(
+    mean: float, squares: float, n: int, independent: float, *, confidence: float = CONFIDENCE
+) -> Interval | None:
+    """As `mean_interval`, of ``n`` values that tell as much as so many ``independent`` ones.
+
+    Args:
+        squares: The sum of the squares of the values' deviations from their mean.
+    """
+    if independent < 4:
+        return None
+    deviation = math.sqrt(max(0.0, squares) / n * independent / (independent - 1))
+    return mean_interval(mean, deviation, int(independent), confidence=confidence)
+
+
 def share_interval(successes: float, n: float, *, confidence: float = CONFIDENCE) -> Interval:
     """Where a probability lies, by Wilson's score interval: right for few trials and near 0 and 1 too.
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice, takewhile
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -39,7 +40,7 @@ from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item, Settled
 from runner.types import Attempt, Client, Request, Response, Trace
-from runner.workload import ChunkSize
+from runner.workload import ChunkSize, Reader
 
 GRACE_S = 10.0
 """How long an interrupted run waits for the answers that are on their way, since they are paid for."""
@@ -245,33 +246,26 @@ class Run:
 
     async def _known(self, terms: Terms) -> AsyncGenerator[tuple[Sequence[Item], Sequence[Known]], None]:
         """The dataset's items in chunks, with what the store knows of them; those that have no answer are claimed."""
-        items = self._workload.items()
+        reader = Reader(self._workload.items(), partial(self._workload.identified, digests=self._digests))
         size = ChunkSize()
 
         def next_size() -> int:
             slots = self._window.limit * self._workload.task.group_size
             return size.next(slots=slots, settled=self._meter.settled)
 
-        ahead: Sequence[Item] | DatasetError | None = await self._read(items, next_size())
-        while ahead:
-            if isinstance(ahead, DatasetError):
-                raise ahead
-            unclaimed, ahead = ahead, None
+        ahead: Sequence[Item] | None = await reader.read(next_size())
+        while unclaimed := ahead:
+            ahead = None
             while unclaimed:
                 claim = self._store.claim(unclaimed, terms, most=next_size())
                 if ahead is None:  # while the store looks up what was read, in its thread, more is read
-                    known, ahead = await asyncio.gather(claim, self._read(items, ChunkSize.MOST))
+                    known, ahead = await asyncio.gather(claim, reader.read(ChunkSize.MOST))
                 else:
                     known = await claim
                 yield unclaimed[: len(known)], known
                 unclaimed = unclaimed[len(known) :]
-
-    async def _read(self, items: Iterator[Item], size: int) -> Sequence[Item] | DatasetError:
-        """The next chunk; the error that ends the dataset is one, as what was read before it comes first."""
-        try:
-            return await self._workload.identified(list(islice(items, size)), self._digests)
-        except DatasetError as error:
-            return error
+        if reader.error is not None:
+            raise reader.error
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""

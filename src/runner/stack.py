@@ -6,7 +6,7 @@ Where the window is found automatically, each transport is an ``Adaptive(Transpo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from runner.account import Account
@@ -68,10 +68,11 @@ class Stack:
         """For how long what is sent counts for a limit; 0 where there is none."""
         return max(limiter.memory_s for limiter in self._limiters)
 
-    def recall(self, sent: Sent) -> None:
-        """Count what was sent before there was this stack, as `RateLimiter.recall` does."""
-        for limiter in self._limiters.over(sent.deployment):
-            limiter.recall(sent.used, requests=sent.requests, age_s=sent.age_s)
+    def recall(self, sent: Sequence[Sent]) -> None:
+        """Count what was sent before there was this stack, the oldest first, as `RateLimiter.recall` does."""
+        for each in sent:
+            for limiter in self._limiters.over(each.deployment):
+                limiter.recall(each.used, requests=each.requests, age_s=each.age_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class Limiters:
     def over(self, label: str | None) -> Iterator[RateLimiter]:
         """Those that a request to this deployment has to pass; None: to any of them."""
         own = self.of.get(label) if label else None
-        return (each for each in self if own is None or each in (own, self.account))
+        return (each for each in self if label is None or each in (own, self.account))
 
 
 def stack_of(

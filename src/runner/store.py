@@ -157,7 +157,7 @@ class Store:
         0 on, one after the other.
 
         Args:
-            most: Where any of them has something to be done about it, only so many of the first are claimed.
+            most: How many are taken up at most; those after them are not claimed. None: all.
 
         Returns:
             One for each that was claimed.
@@ -271,10 +271,15 @@ class Store:
         )
 
     async def flush(self) -> None:
-        """Commit what is pending, and that the session goes on."""
+        """Commit what is pending."""
         await self._commits.flush()
+        await self.note_alive()
+
+    async def note_alive(self) -> None:
+        """Note that the session goes on, as each commit does."""
         if self._session is not None:
-            await self._execute(_SEEN, (self._now(), self._session.id))
+            seen = self._now(), self._session.id
+            await self._transact(lambda statements: statements.execute(_SEEN, seen))
 
     # Facts about the run
 

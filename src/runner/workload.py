@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +13,7 @@ from runner.ceiling import Ceiling
 from runner.config import RunnerConfig, ShardConfig
 from runner.dataset import Row, count_rows, open_dataset
 from runner.digests import Digests
-from runner.errors import ItemError, RowError
+from runner.errors import DatasetError, ItemError, RowError
 from runner.identity import ContentHasher, dump_text
 from runner.prompt import Ask
 from runner.response_format import ResponseFormat
@@ -172,6 +172,41 @@ _NOTHING = Ask(input=None, metadata={})
 def _asked(item: Item) -> Any:
     """What is hashed of an item."""
     return [item.input, [digest.hex() for digest in item.digests]] if item.digests else item.input
+
+
+class Reader:
+    """Reads items a few at a time, on the event loop, and what comes before an error first.
+
+    Args:
+        items: In the dataset's order.
+        identified: `Workload.identified`.
+    """
+
+    _LONG_S = 0.05
+
+    def __init__(
+        self, items: Iterator[Item], identified: Callable[[Sequence[Item]], Awaitable[Sequence[Item]]]
+    ) -> None:
+        self.error: DatasetError | None = None
+        self._items = items
+        self._identified = identified
+
+    async def read(self, most: int) -> Sequence[Item]:
+        """Some items, as many as come quickly. None: the dataset is at its end, or at its ``error``."""
+        taken: list[Item] = []
+        ends_at = time.monotonic() + self._LONG_S
+        try:
+            while self.error is None and len(taken) < most and time.monotonic() < ends_at:
+                if (item := next(self._items, None)) is None:
+                    break
+                taken.append(item)
+        except DatasetError as error:
+            self.error = error
+        try:
+            return await self._identified(taken)
+        except DatasetError as error:
+            self.error = error
+            return []
 
 
 class ChunkSize:

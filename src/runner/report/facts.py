@@ -16,7 +16,7 @@ from runner.bench.sweeps import BENCHMARK, Gathered, compare_benchmarks, gather
 from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
 from runner.errors import ConfigError
-from runner.intervals import Interval, effective_size, mean_interval, share_interval
+from runner.intervals import Interval, clustered_mean_interval, effective_size, share_interval
 from runner.recorded import labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
@@ -284,8 +284,8 @@ async def _scores(stores: Sequence[Store]) -> dict[str, Score]:
         mean = found["sum"] / n
         independent = effective_size(n, found["alike"])
         if found["graded"]:
-            deviation = math.sqrt(max(0.0, found["squares"] / n - mean**2) * n / (n - 1)) if n > 1 else 0.0
-            interval = mean_interval(mean, deviation, int(independent)) or _UNKNOWN
+            squares = found["squares"] - n * mean**2
+            interval = clustered_mean_interval(mean, squares, n, independent) or _UNKNOWN
         else:
             interval = share_interval(mean * independent, independent)
         scores[name] = Score(mean=mean, n=n, low=interval.low, high=interval.high)
