@@ -76,25 +76,32 @@ async def test_rows_that_were_lost_together_are_as_many_requests_as_they_can_hav
     assert lost.requests == 3
 
 
-def attempt(error: str, **others: Any) -> Attempt:
-    values = {"number": 1, "deployment": "a", "started_at": time.time(), "service_time_s": 0.0, "message": ""}
-    return Attempt(**{**values, "error": error, "status": None, "cost_usd": 0.0, **others})
-
-
 @pytest.mark.parametrize(
-    ("entry", "requests"),
+    ("error", "status", "cost_usd", "requests"),
     [
-        (attempt("ConnectError"), 0),
-        (attempt("InsufficientQuotaError"), 0),  # the limiter's own
-        (attempt("InsufficientQuotaError", status=429), 1),
-        (attempt("NoDeploymentError"), 0),
-        (attempt("Timeout", cost_usd=None), 1),
-        (attempt("RateLimitError", status=429), 1),
+        ("ConnectError", None, 0.0, 0),
+        ("InsufficientQuotaError", None, 0.0, 0),  # the limiter's own
+        ("InsufficientQuotaError", 429, 0.0, 1),
+        ("NoDeploymentError", None, 0.0, 0),
+        ("Timeout", None, None, 1),
+        ("RateLimitError", 429, 0.0, 1),
     ],
 )
-async def test_attempts_count_where_they_reached_a_server(tmp_path: Path, entry: Attempt, requests: int) -> None:
+async def test_attempts_count_where_they_reached_a_server(
+    tmp_path: Path, error: str, status: int | None, cost_usd: float | None, requests: int
+) -> None:
+    attempt = Attempt(
+        number=1,
+        deployment="a",
+        started_at=time.time(),
+        service_time_s=0.0,
+        error=error,
+        message="",
+        status=status,
+        cost_usd=cost_usd,
+    )
     async with await filled(tmp_path / "s", ended(5, reused_from="other/run")) as store:
-        await store.note_attempts([(b"%16d" % 0, 1)], entry)
+        await store.note_attempts([(b"%16d" % 0, 1)], attempt)
         assert sum(each.requests for each in await sent_within(store, 60.0)) == requests
 
 
