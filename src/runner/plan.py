@@ -108,7 +108,8 @@ class Plan:
             return f"{self.basis:,} answers of {self.like}; pilot=100 asks a few rows first"
         if self.basis:
             return f"{self.basis:,} answers"
-        return "a guess: no answer yet, so limits.default_output_tokens for each; pilot=100 asks a few rows first"
+        guess = "a guess: no answer yet, so max_tokens or limits.default_output_tokens for each"
+        return f"{guess}; pilot=100 asks a few rows first"
 
 
 async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
