@@ -9,6 +9,7 @@ import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ class Books:
     def __init__(self, **facts: float) -> None:
         unset = dict.fromkeys(("session", "usd", "tokens", "requests", "seconds"), 0.0)
         unknown = dict.fromkeys(("bounds_usd", "unknown", "without_bound", "largest_tokens", "largest_usd"), 0.0)
-        self._facts = {**unset, **unknown, "session": 1, **facts}
+        recent = {f"recent_{name}": facts.get(name, 0.0) for name in ("usd", "tokens", "requests")}
+        self._facts = {**unset, **unknown, **recent, "session": 1, **facts}
 
     async def query(self, sql: str) -> AsyncIterator[dict[str, float]]:
         yield self._facts
@@ -454,6 +456,18 @@ async def test_a_pilot_asks_rows_that_share_an_answer_once_and_counts_them_so(tm
         finished = await run(pilot=20, budget=BudgetConfig(requests=40))
     assert (stopped.exit_code, finished.exit_code, len(provider.requests)) == (4, 0, 40)
     assert finished.summary["succeeded"] == 1000
+
+
+async def test_a_run_that_goes_on_expects_of_a_request_what_the_last_ones_took(tmp_path: Path) -> None:
+    dear = SimulatorConfig(latency_s=0.0, usd_per_million_prompt_tokens=1e5, usd_per_million_completion_tokens=0)
+    cheap = replace(dear, usd_per_million_prompt_tokens=1.0)
+    run = Experiment(tmp_path, model="simulated/m", request={"max_tokens": 16}, limits=LimitsConfig(concurrency=1))
+    await run(numbered(200), simulator=cheap)
+    stopped = await run(numbered(300), simulator=dear, budget=BudgetConfig(usd=4.1))
+    again = await run(numbered(300), simulator=dear, budget=BudgetConfig(usd=4.1))
+
+    assert (stopped.exit_code, again.exit_code) == (4, 4)
+    assert 210 < stopped.summary["succeeded"] == again.summary["succeeded"]
 
 
 async def test_where_rows_share_answers_what_is_left_is_said_to_be_no_more_than_that(tmp_path: Path) -> None:

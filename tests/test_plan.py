@@ -140,7 +140,7 @@ async def test_a_run_that_was_killed_is_planned(tmp_path: Path, command: Command
             assert process.returncode is None
             await asyncio.sleep(0.02)
     done = await command(*arguments, "plan=true")
-    assert (done.exit_code, "not answered yet" in done.out) == (0, True), done.out + done.err
+    assert (done.exit_code, "interrupted earlier" in done.out) == (0, True), done.out + done.err
 
 
 async def test_a_run_of_an_earlier_version_is_planned_and_left_as_it_is(tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ Key: TypeAlias = tuple[bytes, int]
 """What is asked, and the ticket of its answer."""
 
 
+WAS_SENT = "(error_type IS NULL OR error_type = 'GivenUp' OR error_status IS NOT NULL OR cost_usd IS NOT 0)"
+"""Of ``answers`` and ``attempts``, in SQL: an error without a status that costs nothing for certain ended an attempt
+that never reached a server."""
+
+
 class Outcome(NamedTuple):
     """What came of a row: the columns of ``answers``, in their order, as they are inserted. See schema.sql."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import figures
+from runner.answers import WAS_SENT
 from runner.ceiling import TEMPLATE_TOKENS, Ceiling
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 from runner.errors import (
@@ -37,6 +38,9 @@ _POLL_S = 0.2
 
 _REMEMBERED = 100
 """Answers whose mean is expected of a request that has no bound with room for it."""
+
+_LOOKED_AT = 10
+"""Answers of earlier sessions whose mean is expected of the first request: the last ones, as prices change."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +97,9 @@ class Budget:
         )
         if self.is_shared and file_system_of(self._purse.path.parent) in NETWORK_FILE_SYSTEMS:
             logger.warning("the budget is shared on a network file system: cells on several hosts may exceed it")
-        if known.requests:
-            self._recent.append(known.of_one())
+        recent = Amounts(usd=facts["recent_usd"], tokens=facts["recent_tokens"], requests=facts["recent_requests"])
+        if recent.requests:
+            self._recent.append(recent.of_one())
         self._purse.open(facts["session"], known=known, most=known + unknown)
         clock = asyncio.create_task(self._keep_time(end))
         try:
@@ -319,13 +324,23 @@ def shown(name: str, amount: float) -> str:
     return f"{amount:,.0f} {name}"
 
 
-_TAKEN = """
-    WITH attempt (tokens, cost_usd, bound_usd, shared) AS (
+_TAKEN = f"""
+    WITH last (shared, usd, tokens) AS (
+        SELECT shared, cost_usd, total_tokens
+        FROM answers
+        WHERE error_type IS NULL AND reused_from IS NULL
+        ORDER BY ticket DESC
+        LIMIT {_LOOKED_AT}
+    ),
+    recent (requests, usd, tokens) AS (
+        SELECT count(*) FILTER (WHERE NOT shared), total(usd), total(tokens) FROM last
+    ),
+    attempt (tokens, cost_usd, bound_usd, shared) AS (
         SELECT total_tokens, cost_usd, cost_bound_usd, shared
         FROM answers
-        WHERE reused_from IS NULL AND (error_type IS NULL OR deployment IS NOT NULL)
+        WHERE reused_from IS NULL AND (error_type IS NULL OR deployment IS NOT NULL) AND {WAS_SENT}
         UNION ALL
-        SELECT NULL, cost_usd, cost_bound_usd, shared FROM attempts WHERE error_type != 'ConnectError'
+        SELECT NULL, cost_usd, cost_bound_usd, shared FROM attempts WHERE {WAS_SENT}
     )
     SELECT
         (SELECT max(id) FROM sessions) AS session,
@@ -337,6 +352,9 @@ _TAKEN = """
         count(*) FILTER (WHERE cost_usd IS NULL) AS unknown,
         count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL) AS without_bound,
         ifnull(max(tokens), 0) AS largest_tokens,
-        ifnull(max(cost_usd), 0.0) AS largest_usd
+        ifnull(max(cost_usd), 0.0) AS largest_usd,
+        (SELECT requests FROM recent) AS recent_requests,
+        (SELECT usd FROM recent) AS recent_usd,
+        (SELECT tokens FROM recent) AS recent_tokens
     FROM attempt
 """

@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from runner.answers import WAS_SENT
 from runner.bucket import DAY_S, MINUTE_S, SPANS
 from runner.estimate import Estimate
 from runner.store import Store
@@ -67,8 +68,7 @@ _SENT = f"""
             at, deployment, requests, prompt_tokens, completion_tokens,
             prompt_tokens IS NULL AND (cost_usd IS NULL OR error_type = 'GivenUp') AS is_unknown
         FROM attempt
-        WHERE at BETWEEN ?1 AND ?3
-            AND (error_type IS NULL OR error_type = 'GivenUp' OR error_status IS NOT NULL OR cost_usd IS NOT 0)
+        WHERE at BETWEEN ?1 AND ?3 AND {WAS_SENT}
     )
     SELECT
         max(at) AS at,
@@ -84,4 +84,3 @@ _SENT = f"""
     GROUP BY deployment, at > ?2, CAST(at / iif(at > ?2, {MINUTE_S / SPANS}, {DAY_S / SPANS}) AS INTEGER)
     ORDER BY max(at)
 """
-"""An error without a status that costs nothing for certain is of an attempt that was never sent."""

@@ -386,7 +386,7 @@ def _why_sent(fact: Any, item: Item, *, truncated: bool) -> str:
     if fact["before"] == item.content:
         if fact["before_error"] is not None:
             return "failed earlier"
-        return "asked anew" if fact["before_settled"] else "not answered yet"
+        return "asked anew" if fact["before_settled"] else "interrupted earlier"
     return "truncated" if truncated and fact["before_finish"] == "length" else "changed"
 
 

@@ -311,11 +311,13 @@ async def _rate(stores: Sequence[Store]) -> list[tuple[float, float]]:
     first, last = await _span(stores)
     if last - first < 2:
         return []
-    width = max(1.0, (last - first) / _BUCKETS)
-    sql = "SELECT CAST((settled_at - ?) / ? AS INTEGER) AS name, count(*) AS n FROM answers GROUP BY name"
-    counts = {name: found["n"] for name, found in (await sums_by_name(stores, sql, (first, width))).items()}
-    whole = int((last - first) / width)  # the last bucket is cut short
-    return [((bucket + 0.5) * width, counts.get(bucket, 0) / width) for bucket in range(whole)]
+    buckets = min(int(last - first), _BUCKETS)
+    width = (last - first) / buckets
+    sql = "SELECT min(CAST((settled_at - ?) / ? AS INTEGER), ?) AS name, count(*) AS n FROM answers GROUP BY name"
+    found = await sums_by_name(stores, sql, (first, width, buckets - 1))
+    return [
+        ((bucket + 0.5) * width, found[bucket]["n"] / width if bucket in found else 0.0) for bucket in range(buckets)
+    ]
 
 
 async def _last_answers(stores: Sequence[Store]) -> dict[str, float]:
