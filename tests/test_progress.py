@@ -581,6 +581,16 @@ def test_a_long_wait_for_a_limit_or_a_pause_is_shown(held_up_s: float, said: boo
     assert ("next request in 54s" in stream.getvalue()) is said
 
 
+def test_the_summary_says_why_requests_were_sent_again() -> None:
+    alone = {"answered": 60, "failed": 0, "share": 1.0, "latency_s": {}, "retries": 12}
+    stream = io.StringIO()
+    summary_table(
+        {**SUMMARY, "retries": 12, "deployments": {"a": {**alone, "retries_by_error": {"RateLimitError": 12}}}},
+        stream=stream,
+    )
+    assert re.search(r"^retries +12 \(12 RateLimitError\)$", stream.getvalue(), re.M)
+
+
 def test_several_deployments_are_counted_and_those_that_are_out_named() -> None:
     stream = io.StringIO()
     fleet = {"a": deployment("up"), "b": deployment("out"), "c": deployment("probing")}

@@ -21,6 +21,7 @@ from runner.cli import main as run
 from runner.config import Dedupe, DeploymentConfig, LimitsConfig, ScorerConfig
 from runner.report import RunFacts, charts_of, read_runs, render
 from runner.report.__main__ import main
+from runner.store import Claim, Outcome, Store, Terms
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TWO_SERVERS = "deployments={left: {model: simulated/echo}, right: {model: simulated/echo}}"
@@ -38,6 +39,17 @@ def run_evil(here: Path) -> Path:
     (here / "evil.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     run(["name=evil", "dataset=jsonl", "dataset.path=evil.jsonl", "prompt={{ text }}", "tracker=none"])
     return Command(here).run()
+
+
+async def settled_at(path: Path, *times: float) -> None:
+    """A run with an answer at each of these times."""
+    claims = [Claim(position=n, content=b"%16d" % n, metadata="{}") for n in range(len(times))]
+    async with await Store.open(path / "results.sqlite") as store:
+        known = await store.claim(claims, Terms())
+        await store.save_all(
+            (n, Outcome(ticket=known[n].ticket, content=claims[n].content, settled_at=at), None)
+            for n, at in enumerate(times)
+        )
 
 
 def run_sweep(here: Path, *arguments: str) -> Path:
@@ -308,6 +320,15 @@ def test_a_benchmark_s_page_shows_its_levels_and_what_follows(here: Path) -> Non
     assert "Throughput over load" in page
     assert "Latency over load" in page
     assert "<h2>Rows" not in page
+
+
+async def test_the_speed_over_time_counts_every_answer_to_the_last(tmp_path: Path) -> None:
+    await settled_at(tmp_path / "run", *(1_000 + n for n in range(100)), *(1_450.2 + n / 100 for n in range(76)))
+    [facts] = await read_runs([tmp_path / "run"])
+
+    (first, _), (second, _), *_ = facts.rate
+    assert sum(rate for _, rate in facts.rate) * (second - first) == pytest.approx(176)
+    assert facts.rate[-1][1] > 1
 
 
 def test_rates_and_latencies_of_a_benchmark_say_their_level(here: Path) -> None:

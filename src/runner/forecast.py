@@ -35,6 +35,14 @@ class Interval:
     def __mul__(self, factor: float) -> Interval:
         return Interval(expected=self.expected * factor, low=self.low * factor, high=self.high * factor)
 
+    def beyond(self, amount: float) -> Interval:
+        """What is more than ``amount``."""
+        return Interval(
+            expected=max(0.0, self.expected - amount),
+            low=max(0.0, self.low - amount),
+            high=max(0.0, self.high - amount),
+        )
+
     def shown(self, name: str) -> str:
         """For people, as an amount of the budget's limit of that name."""
         return f"{shown(name, self.expected)} ({shown(name, self.low)} to {shown(name, self.high)})"

@@ -165,6 +165,7 @@ class RateLimiter:
         self._waiting: deque[_Waiter] = deque()
         self._paused_until = -math.inf
         self._pause_reason = ""
+        self._was_paused = False  # and somebody was told
         self._trouble = ""
         self._last_grants = -math.inf
         self._timer: _Timer | None = None
@@ -463,7 +464,8 @@ class RateLimiter:
     def _pause(self, seconds: float, reason: str, now: float) -> None:
         if now + seconds > self._paused_until:
             if now >= self._paused_until and seconds > _LONG_PAUSE_S:
-                level = logging.WARNING if seconds > _LONGEST_SLEEP_S else logging.INFO
+                level = logging.INFO if self._was_paused and seconds <= _LONGEST_SLEEP_S else logging.WARNING
+                self._was_paused = True
                 _log.log(level, "no request goes out for %.0f s%s", seconds, f" ({reason})" if reason else "")
             self._paused_until = now + seconds
             self._pause_reason = reason

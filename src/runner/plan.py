@@ -19,6 +19,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from runner.bucket import Bucket
 from runner.budget import shown, taken_so_far
 from runner.checks import check
 from runner.config import RunnerConfig, TaskKind, replicas
@@ -27,6 +28,7 @@ from runner.digests import Digests
 from runner.errors import StoreError
 from runner.estimate import Estimate, Estimator
 from runner.forecast import SAMPLE, ZERO, Interval, total_of
+from runner.limiter import limits_of
 from runner.purse import NOTHING, Amounts
 from runner.resume import resuming
 from runner.reuse import PATIENCE_S, latest_runs, run_name
@@ -293,10 +295,12 @@ class _Draft:
     def _seconds(self, tokens: Interval, usual: _Usual) -> Interval | None:
         """By the slots and by the limits, whichever holds it up more."""
         limits, rows = self._config.limits, self._guessed.rows
-        times = [(limits.rpm, Interval(expected=rows, low=rows, high=rows)), (limits.tpm, tokens)]
-        lasting = [of * (60 / limit) for limit, of in times if limit]
+        group = self._config.task.micro_batch_size if self._config.task.kind is TaskKind.embed else 1
+        requests = math.ceil(rows / group)
+        amounts = {"rpm": Interval(expected=requests, low=requests, high=requests), "tpm": tokens}
+        buckets = [Bucket(limit) for limit in limits_of(limits) if limit.name in amounts]
+        lasting = [amounts[each.name].beyond(each.burst) * (1 / each.rate) for each in buckets]
         if usual.service_times_s and isinstance(limits.concurrency, int):
-            group = self._config.task.micro_batch_size if self._config.task.kind is TaskKind.embed else 1
             lasting.append(total_of(rows, usual.service_times_s) * (1 / (limits.concurrency * group)))
         if not lasting:
             return None if rows else ZERO

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -495,9 +496,10 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
     if summary.get("unparsed"):
         yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
-    if summary.get("retries") is not None:
-        yield _Fact("retries", f"{summary['retries']:,}")
     deployments: Mapping[str, Any] = summary.get("deployments") or {}
+    if summary.get("retries") is not None:
+        retried = sum((Counter(each.get("retries_by_error", {})) for each in deployments.values()), Counter())
+        yield _Fact("retries", printable(figures.by_name(f"{summary['retries']:,}", dict(retried.most_common()))))
     if len(deployments) > 1:
         for label, deployment in deployments.items():
             yield _Fact(f"  {printable(label)}", _deployment(deployment))
