@@ -425,6 +425,18 @@ async def test_a_run_that_goes_on_counts_what_its_earlier_sessions_sent_against_
     assert "limits.rpd=10 is used up; requests can go on at " in str(again.message)
 
 
+async def test_what_answers_cost_that_no_row_has_any_more_is_told_apart(tmp_path: Path) -> None:
+    priced = SimulatorConfig(latency_s=0.0, usd_per_million_prompt_tokens=1e6, usd_per_million_completion_tokens=0.0)
+    experiment = Experiment(tmp_path, model="simulated/m", simulator=priced)
+    first = await experiment(numbered(10))
+    edited = await experiment([*numbered(5), *({"prompt": f"changed {n}"} for n in range(5))])
+    anew = await experiment(resume=Resume.fresh)
+
+    assert first.summary["cost_usd_former"] == 0
+    assert edited.summary["cost_usd_former"] == pytest.approx(first.summary["cost_usd"] / 2)
+    assert anew.summary["cost_usd_former"] == pytest.approx(edited.summary["cost_usd"])
+
+
 async def test_a_run_that_begins_anew_still_counts_what_it_sent(tmp_path: Path) -> None:
     async with serving() as provider:
         experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=4, rpd=10))

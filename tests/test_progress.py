@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runner.metrics import DeploymentSnapshot, Snapshot
-from runner.progress import open_progress, printable, say, show_table, summary_table
+from runner.progress import open_progress, printable, say, show_table, summary_table, sweep_table
 
 HALF_WAY = Snapshot(
     total=240,
@@ -579,6 +579,25 @@ def test_a_long_wait_for_a_limit_or_a_pause_is_shown(held_up_s: float, said: boo
     stream = io.StringIO()
     open_progress("x", stream=stream).update(replace(HALF_WAY, held_up_s=held_up_s))
     assert ("next request in 54s" in stream.getvalue()) is said
+
+
+def test_the_summary_says_what_was_paid_for_rows_as_they_were_before() -> None:
+    stream = io.StringIO()
+    summary_table({**SUMMARY, "cost_usd": 0.034, "cost_usd_former": 0.0161}, stream=stream)
+    assert "$0.0340; $0.0161 of it for answers that no row has any more" in stream.getvalue()
+
+
+def test_a_cell_that_did_not_begin_was_not_killed() -> None:
+    stream = io.StringIO()
+    cells = [
+        {"number": 0, "name": "a=1", "exit_code": None, "summary": {}, "message": "not begun this time"},
+        {"number": 1, "name": "a=2", "exit_code": None, "summary": {}},
+    ]
+    sweep_table(cells, stream=stream)
+    _, _, first, second, *remarks = stream.getvalue().splitlines()
+    assert first.strip() == "a=1"
+    assert second.split() == ["a=2", "killed"]
+    assert remarks == ["a=1: not begun this time"]
 
 
 def test_the_summary_says_why_requests_were_sent_again() -> None:

@@ -223,7 +223,7 @@ async def test_the_servers_of_a_run_are_shown_and_the_one_that_went_away(here: P
 
 
 def test_the_servers_of_each_run_are_shown_where_there_are_several_runs(here: Path) -> None:
-    page = written(run_sweep(here, TWO_SERVERS, "request.temperature=0,1"))
+    page = written(run_sweep(here, TWO_SERVERS, "routing.strategy=least-busy", "request.temperature=0,1"))
 
     assert page.count("<tr><td>left</td>") == page.count("<tr><td>right</td>") == 2
     for name in ("request.temperature=0", "request.temperature=1"):
@@ -231,7 +231,9 @@ def test_the_servers_of_each_run_are_shown_where_there_are_several_runs(here: Pa
 
 
 def test_the_servers_of_shards_are_those_of_the_whole(here: Path) -> None:
-    sweep = run_sweep(here, TWO_SERVERS, "dataset.shard.index=0,1", "dataset.shard.count=2")
+    sweep = run_sweep(
+        here, TWO_SERVERS, "routing.strategy=least-busy", "dataset.shard.index=0,1", "dataset.shard.count=2"
+    )
 
     [facts] = asyncio.run(read_runs([sweep]))
 
@@ -363,7 +365,7 @@ def test_a_sweep_s_page_shows_the_differences_of_its_cells(here: Path) -> None:
 def test_a_table_of_differences_says_why_some_are_of_fewer_rows(here: Path) -> None:
     page = written(run_sweep(here, "model=simulated/a,simulated/b", "prompt=Same."))
 
-    assert "Latency, tokens and cost are those of answers: rows that share one count once." in page
+    assert "Rows that share an answer count once in latency, tokens and cost, and widen the other intervals" in page
 
 
 def test_benchmarks_of_a_sweep_are_one_table_for_each_model(here: Path) -> None:

@@ -340,6 +340,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "tokens": {"prompt": 0, "completion": 0, "total": 0, "cached": 0, "reasoning": 0},
         "cost_usd": 0.0,
         "cost_usd_upper_bound": 0.0,
+        "cost_usd_former": 0.0,
         "attempts_of_unknown_cost": 0,
         "attempts_without_bound": 0,
         "deduplicated": 0,

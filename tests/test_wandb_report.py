@@ -49,7 +49,7 @@ def test_the_servers_of_a_run_are_in_the_report(tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("wandb_workspaces", reason="the extra is not installed: pip install -e '.[report]'")
     monkeypatch.chdir(tmp_path)
     servers = "deployments={left: {model: simulated/echo}, right: {model: simulated/echo}}"
-    run(["prompt=hi", "samples=8", "name=n", servers, "tracker=none"])
+    run(["prompt=hi", "samples=60", "name=n", servers, "tracker=none"])
 
     assert main([*map(str, tmp_path.glob("runs/n/*")), "--wandb"]) == 0
 
@@ -64,7 +64,7 @@ def test_differences_say_why_some_are_of_fewer_rows(tmp_path: Path, monkeypatch:
 
     assert main([*map(str, tmp_path.glob("runs/quickstart/sweep-*")), "--wandb"]) == 0
 
-    assert "rows that share one count once" in Path("report.wandb.json").read_text()
+    assert "rows that share an answer count once" in Path("report.wandb.json").read_text()
 
 
 def sorted_cells(sweep: Path) -> list[Path]:

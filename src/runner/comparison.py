@@ -85,7 +85,7 @@ class Comparison:
     second: str
     differences: Sequence[Difference] = ()
     same_prompts: bool = True  # False: what was asked about the rows differs, so that it is prompts that are compared
-    note: str = ""  # why latency, tokens and cost are of fewer rows than the rest, where they are
+    note: str = ""  # what becomes of rows that share answers, and of answers taken over, where there are some
     refusal: str | None = None  # why they cannot be compared
 
 
@@ -135,7 +135,7 @@ async def _compare(first: tuple[str, Path], second: tuple[str, Path]) -> Compari
     return replace(names, differences=tally.differences(), same_prompts=same_prompts, note=note)
 
 
-_SHARED = "latency, tokens and cost are those of answers: rows that share one count once"
+_SHARED = "rows that share an answer count once in latency, tokens and cost, and widen the other intervals"
 _TAKEN_OVER = "latency and cost of answers that were taken over do not count"
 
 

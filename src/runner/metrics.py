@@ -49,7 +49,7 @@ class Snapshot:
     failed: int  # of them
     reused: int  # of them: answers that were there already
     deduplicated: int = 0  # of them: the answers of other rows, which are being asked
-    in_flight: int  # requests
+    in_flight: int  # requests on their way, without those that wait to be sent
     window: int  # how many may be in flight now
     window_why: str = ""  # why that last changed; empty: it is as it was set
     held_up_s: float = 0.0  # how much longer no request goes out, for a pause or a limit

@@ -104,14 +104,15 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
 
     Args:
         cells: Each with its ``number``, its ``name``, what sets it apart (empty: nothing), its ``exit_code`` (None:
-            killed), the ``summary`` of its run, and the ``message`` that says why it failed.
+            killed, or not begun, as its message says), the ``summary`` of its run, and the ``message`` that says why it
+            failed.
         stream: Where to; ``sys.stdout`` by default.
     """
     stream = sys.stdout if stream is None else stream
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
     header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
     lines = [_cell_line(cell, scores) for cell in cells]
-    styles = {"0": "", "3": "yellow"}
+    styles = {"0": "", "3": "yellow", "": ""}
     show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
     for remark in remarks_of([[line[0], _why(cell)] for line, cell in zip(lines, cells, strict=True)]):
         say(stream, remark)
@@ -210,12 +211,18 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     rate = summary.get("requests_per_s")
     return [
         printable(cell["name"]) or f"#{cell['number']}",
-        "killed" if cell["exit_code"] is None else str(cell["exit_code"]),
+        _ending(cell),
         *counts,
         *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,
         f"{figures.short(rate)}/s" if rate else "",
     ]
+
+
+def _ending(cell: Mapping[str, Any]) -> str:
+    if cell["exit_code"] is None:
+        return "" if cell.get("message") else "killed"
+    return str(cell["exit_code"])
 
 
 def _why(cell: Mapping[str, Any]) -> str:
@@ -524,7 +531,10 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
         yield _Fact("tokens", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     if "cost_usd" in summary:
         bounds = summary.get("cost_usd_upper_bound"), summary.get("attempts_without_bound", 0)
-        yield _Fact("cost", figures.closing_cost(summary["cost_usd"], bounds[0], without_bound=bounds[1]))
+        cost = figures.closing_cost(summary["cost_usd"], bounds[0], without_bound=bounds[1])
+        if former := summary.get("cost_usd_former"):
+            cost += f"; {figures.dollars(former)} of it for answers that no row has any more"
+        yield _Fact("cost", cost)
 
 
 def _deployment(deployment: Mapping[str, Any]) -> str:

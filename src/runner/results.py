@@ -149,9 +149,11 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     last session, or have their answer from elsewhere, as ``taken_over`` ones have that of another run;
     ``deduplicated`` ones share the answer of another row.
 
-    What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown cost (it timed out,
-    or the process was killed) is bounded by what it can have cost. Where that is not to be known for some, they are
-    ``attempts_without_bound``, and there is no upper bound. Attempts and retries that rows shared count once.
+    ``cost_usd_former`` is the part of the cost that was for answers which no row has any more: the rows have changed,
+    or were asked anew. What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown
+    cost (it timed out, or the process was killed) is bounded by what it can have cost. Where that is not to be known
+    for some, they are ``attempts_without_bound``, and there is no upper bound. Attempts and retries that rows shared
+    count once.
     """
     deduping = [store for store in stores if (await store.meta()).get("dedupe") == "true"]
     totals = await sums(stores, _TOTALS)
@@ -176,6 +178,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         },
         "cost_usd": spent["cost_usd"] if spent["priced"] or not spent["answers"] or is_bounded else None,
         "cost_usd_upper_bound": spent["cost_usd"] + spent["bounds_usd"] if is_bounded else None,
+        "cost_usd_former": former if (former := spent["cost_usd"] - used["cost_usd"]) > _ROUNDING_USD else 0.0,
         "attempts_of_unknown_cost": spent["unknown_costs"],
         "attempts_without_bound": spent["without_bound"],
         "deduplicated": (await sums(deduping, _DEDUPLICATED))["n"],
@@ -212,7 +215,8 @@ _USED = """
         coalesce(sum(total_tokens), 0) AS total,
         coalesce(sum(cached_tokens), 0) AS cached,
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
-        coalesce(sum(retries) FILTER (WHERE NOT shared), 0) AS retries
+        coalesce(sum(retries) FILTER (WHERE NOT shared), 0) AS retries,
+        total(cost_usd) FILTER (WHERE reused_from IS NULL) AS cost_usd
     FROM answers
     WHERE ticket IN (SELECT ticket FROM rows)
 """
@@ -233,6 +237,9 @@ _SPENT = """
         coalesce(sum(bound_usd) FILTER (WHERE cost_usd IS NULL), 0.0) AS bounds_usd
     FROM attempt
 """
+
+_ROUNDING_USD = 1e-12
+"""What sums of the same costs, in another order, may differ by."""
 
 _DEDUPLICATED = "SELECT count(*) - count(DISTINCT ticket) AS n FROM rows"
 

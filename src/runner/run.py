@@ -157,7 +157,7 @@ class Run:
         window = self._window
         return self._meter.snapshot(
             total=self.total,
-            in_flight=window.active,
+            in_flight=sum(trace.on_the_wire for trace in self.in_flight()),
             window=window.limit,
             window_why=window.why,
             held_up_s=self._held_up_s(),
@@ -166,7 +166,7 @@ class Run:
         )
 
     def in_flight(self) -> Iterator[Trace]:
-        """The traces of the requests that were begun and have not ended."""
+        """The traces of the requests that were begun and have not ended, those that wait for a limit included."""
         return (flight.trace for flight in self._flights.values())
 
     def _call_off(self) -> None:

@@ -125,7 +125,7 @@ class Sweep:
         return self.folder / "cells-before"
 
 
-_NOT_BEGUN = "not begun again"
+_NOT_BEGUN = "not begun this time"
 
 
 def _read(folder: Path) -> Iterator[Cell]:

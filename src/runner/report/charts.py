@@ -162,7 +162,7 @@ def _totals(runs: Sequence[RunFacts]) -> Iterator[Chart]:
     costs = [(run.label, cost) for run in runs if (cost := run.summary.get("cost_usd")) is not None]
     yield Bars(
         title="Cost",
-        note="Of all that was asked in a run, answers taken over from others not included.",
+        note="Of all that was ever asked in a run, for rows that have changed since too; not of answers taken over.",
         x="US dollars",
         values=[
             Bar(name=name, value=cost, text=text)
