@@ -131,6 +131,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "tokens": {"prompt": 180, "completion": 120, "total": 300, "cached": 0, "reasoning": 0},
         "cost_usd": None,
         "cost_usd_upper_bound": None,
+        "cost_usd_former": 0.0,
         "attempts_of_unknown_cost": 60,
         "attempts_without_bound": 60,
         "deduplicated": 0,

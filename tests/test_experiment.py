@@ -437,6 +437,12 @@ async def test_what_answers_cost_that_no_row_has_any_more_is_told_apart(tmp_path
     assert anew.summary["cost_usd_former"] == pytest.approx(edited.summary["cost_usd"])
 
 
+async def test_a_limit_of_requests_says_what_it_lets_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = Experiment(tmp_path, model="simulated/m", simulator=SimulatorConfig(latency_s=0.0))
+    await experiment(numbered(3), limits=LimitsConfig(rpm=300))
+    assert "limits.rpm=300: 6 at once, then 5.0 requests a second\n" in capsys.readouterr().err
+
+
 async def test_a_run_that_begins_anew_still_counts_what_it_sent(tmp_path: Path) -> None:
     async with serving() as provider:
         experiment = Experiment(tmp_path, api_base=provider.url, limits=LimitsConfig(concurrency=4, rpd=10))

@@ -15,6 +15,8 @@ from typing import Any
 
 import orjson
 
+from runner import figures
+from runner.bucket import Bucket
 from runner.budget import Budget, price_hint, shown
 from runner.checks import check, without_effect
 from runner.concurrency import Window
@@ -31,6 +33,7 @@ from runner.errors import (
     StoreError,
 )
 from runner.forecast import Forecast, forecast
+from runner.limiter import limits_of
 from runner.metrics import Meter
 from runner.outcomes import count
 from runner.progress import Progress, open_progress
@@ -105,7 +108,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
-        notes = [*doubts, *resumption.notes, *_unpriced(config)]
+        notes = [*doubts, *resumption.notes, *_unpriced(config), *_pace(config)]
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
                 async with (
@@ -236,6 +239,15 @@ def _unpriced(config: RunnerConfig) -> Iterator[str]:
         if price_for(deployment, config.simulator) is None:
             where = f"deployments.{label if config.deployments else 'LABEL'}"
             yield f"no price is known for {deployment.model}, so its cost is not counted: {price_hint(where)}"
+
+
+def _pace(config: RunnerConfig) -> Iterator[str]:
+    """What a limit of requests lets out, as a short run is faster than it for its burst."""
+    for limit in limits_of(config.limits):
+        if limit.name == "rpm":
+            bucket = Bucket(limit)
+            burst, rate = math.floor(bucket.burst), figures.short(bucket.rate)
+            yield f"limits.rpm={limit.amount:g}: {burst} at once, then {rate} requests a second"
 
 
 async def _judge_pilot(run: Run, store: Store, config: RunnerConfig, budget: Budget | None, *, group_size: int) -> None:
