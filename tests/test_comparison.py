@@ -105,6 +105,7 @@ def test_the_rows_that_it_would_take_are_a_whole_number(half: float, wanted: str
     difference = Difference(
         figure="latency_s",
         pairs=10,
+        independent=10,
         first=1.0,
         second=2.0,
         interval=Interval(low=1 - half, high=1 + half),
@@ -112,6 +113,33 @@ def test_the_rows_that_it_would_take_are_a_whole_number(half: float, wanted: str
     )
 
     assert finding(difference) == f"cannot tell: it would take about {wanted} rows"
+
+
+@pytest.mark.parametrize("answers", [2, 3, 4])
+def test_rows_that_share_answers_and_cannot_tell_say_what_they_count_as(answers: int) -> None:
+    pairs = Pairs()
+    for row in range(600):
+        pairs.add({"score right": [1.0]}, {"score right": [float(row % answers == 0)]}, alike=600 // answers)
+    [difference] = pairs.differences()
+
+    assert (difference.pairs_wanted or 0) > answers
+    assert finding(difference).endswith(f" rows; these share answers and count as {answers}")
+
+
+def test_rows_that_share_too_few_answers_say_so() -> None:
+    pairs = Pairs()
+    for row in range(100):
+        pairs.add({"score words": [row % 2]}, {"score words": [3.5 + row % 2]}, alike=50)
+    [difference] = pairs.differences()
+
+    assert finding(difference) == "too few rows; these share answers and count as 2"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_that_cannot_tell_want_more_rows_than_there_are(seed: int) -> None:
+    for rows in (4, 8, 15):
+        difference = drawn(seed, rows)
+        assert difference.pairs_wanted is None or difference.pairs_wanted > rows
 
 
 async def test_a_model_is_no_different_from_itself(tmp_path: Path) -> None:
@@ -266,6 +294,7 @@ def test_what_adding_up_leaves_is_no_difference() -> None:
     difference = Difference(
         figure="cost_usd",
         pairs=4,
+        independent=4,
         first=1.44e-05,
         second=1.44e-05 + 1.7e-21,
         interval=Interval(low=-1.4e-06, high=1.4e-06),

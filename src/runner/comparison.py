@@ -54,6 +54,7 @@ class Difference:
 
     figure: str  # `SCORE` and a scorer's name, `FAILED`, latency_s, ttft_s, prompt_tokens, completion_tokens, cost_usd
     pairs: int
+    independent: float  # how many pairs that share no answer would tell as much
     first: float  # mean
     second: float
     interval: Interval | None  # of second - first; None: too few pairs for one
@@ -70,11 +71,14 @@ class Difference:
 
     @property
     def pairs_wanted(self) -> int | None:
-        """Rows that would tell a difference of this size, four times in five; None: it is told, or there is none."""
+        """Rows with answers of their own that would tell a difference of this size, four times in five.
+
+        More than there are; None: it is told, or there is none.
+        """
         if self.interval is None or self.is_told or self.value == 0:
             return None
-        half = (self.interval.high - self.interval.low) / 2
-        return math.ceil(self.pairs * _POWER * (half / self.value) ** 2)
+        reach = self.value - (self.interval.low if self.value > 0 else self.interval.high)  # to zero and beyond
+        return math.ceil(self.independent * _POWER * (reach / self.value) ** 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,17 +290,18 @@ class _Sums:
             self._outcomes[here, there] += 1
 
     def difference(self, name: str) -> Difference:
+        independent = effective_size(self._n, self._alike)
         return Difference(
             figure=name,
             pairs=self._n,
+            independent=independent,
             first=self._first / self._n,
             second=self._second / self._n,
-            interval=self._interval(),
+            interval=self._interval(independent),
             is_share=self._is_share,
         )
 
-    def _interval(self) -> Interval | None:
-        independent = effective_size(self._n, self._alike)
+    def _interval(self, independent: float) -> Interval | None:
         if self._is_share:
             weight = independent / self._n
             return paired_shares_interval(
@@ -346,8 +351,10 @@ def difference_cells(difference: Difference) -> list[str]:
 
 def finding(difference: Difference) -> str:
     """What the interval says, in words."""
+    count = round(difference.independent)
+    shared = f"; these share answers and count as {_rough(count)}" if count < difference.pairs else ""
     if difference.interval is None:
-        return "too few rows"
+        return f"too few rows{shared}"
     if difference.is_told:
         return "higher" if difference.value > 0 else "lower"
     if difference.interval.low == difference.interval.high:
@@ -355,7 +362,11 @@ def finding(difference: Difference) -> str:
     wanted = difference.pairs_wanted
     if wanted is None or wanted > _UNTHINKABLE:
         return "cannot tell: no difference in these rows"
-    return f"cannot tell: it would take about {wanted if wanted < 1000 else figures.short(wanted)} rows"
+    return f"cannot tell: it would take about {_rough(wanted)} rows{shared}"
+
+
+def _rough(count: int) -> str:
+    return str(count) if count < 1000 else figures.short(count)
 
 
 def _percent(value: float) -> str:
