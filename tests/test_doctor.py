@@ -115,6 +115,18 @@ async def test_a_server_without_a_list_of_models_is_noted_only() -> None:
     assert any("list of models" in finding.text for finding in found)
 
 
+@pytest.mark.parametrize("path", ["", "/v1/chat/completions"])
+async def test_an_address_that_is_not_the_api_s_is_a_fault_that_names_the_one_which_is(path: str) -> None:
+    def answer(asked: Asked) -> web.Response:
+        return listing("llama") if asked.path == "/v1/models" else web.Response(status=404)
+
+    async with serving(answer) as server:
+        base = server.url.removesuffix("/v1")
+        found = await findings(experiment(f"{base}{path}"))
+
+    assert faults(found) == [f"there is no API at {base}{path}, but there is one at {base}/v1: set api_base={base}/v1"]
+
+
 async def test_a_request_on_consent_compares_the_limits_with_the_provider_s_headers() -> None:
     def answer(asked: Asked) -> web.Response:
         if asked.path == "/v1/models":

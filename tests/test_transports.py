@@ -801,10 +801,12 @@ async def test_an_unknown_path_is_not_found(connect: Connect, simulator: Simulat
     assert error.status == 404
 
 
-async def test_an_address_without_its_version_is_shown_with_one(serve: Serve) -> None:
+async def test_an_address_that_ends_too_early_or_too_late_is_shown_as_it_is_probably_meant(serve: Serve) -> None:
     url = (await serve(answering({"detail": "Not Found"}, status=404))).removesuffix("/v1")
-    for base, hint in ((f"{url}/", f"; perhaps it is api_base={url}/v1"), (f"{url}/v1", ""), (f"{url}/v1beta/ai", "")):
-        client = direct(base)
+    right = f"; perhaps it is api_base={url}/v1"
+    hints = {"": right, "/": right, "/v1": "", "/v1beta/ai": "", "/v1/chat/completions": right, "/completions/": right}
+    for path, hint in hints.items():
+        client = direct(f"{url}{path}")
         assert str(await failure(client)) == f"HTTP 404: Not Found{hint}"
         await client.aclose()
 

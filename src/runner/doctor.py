@@ -28,7 +28,7 @@ from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind,
 from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
 from runner.progress import printable, say, write
 from runner.quota import readings
-from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport
+from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport, wire
 from runner.transports.models import listed_models, missing_keys
 from runner.types import EmbeddingRequest, Endpoint, GenerationRequest, Request, Response
 from runner.workload import Workload
@@ -217,6 +217,9 @@ async def _look_at_server(
     except RequestError as error:
         if error.systemic and error.status in (401, 403):
             return _fault(label, f"the server refuses the key: {error}")
+        if error.status == 404 and (meant := wire.meant_base(base)) and await _has_list(meant, key):
+            where, right = wire.address(base), wire.address(meant)
+            return _fault(label, f"there is no API at {where}, but there is one at {right}: set api_base={right}")
         return _note(label, f"the server is there, but its list of models is not: {error}")
     if listed and model not in listed:
         some = ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")
@@ -225,6 +228,14 @@ async def _look_at_server(
             return _note(label, f"{unlisted}: the request that follows says whether it knows the name")
         return _fault(label, f"{unlisted}: correct the model's name")
     return _ok(label, f"{base} lists the model")
+
+
+async def _has_list(base: str, key: str | None) -> bool:
+    try:
+        await listed_models(base, key)
+    except RequestError:
+        return False
+    return True
 
 
 def _look_at_limits(

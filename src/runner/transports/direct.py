@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -24,9 +23,6 @@ from runner.types import GenerationRequest, Request, Response
 _READ_BUFFER = 2**20  # aiohttp's default of 64 KiB halves the speed of long answers
 _LARGE_BODY = 2**20  # what aiohttp writes in pieces, if it is given a file
 _LINGER_S = 0.2  # how long an answer that is over may take to end, for the sake of its connection
-
-_VERSION = re.compile(r"/v\d")
-"""What the address of an OpenAI-compatible server ends with, or has in it."""
 
 _NO_TIMEOUT = aiohttp.ClientTimeout()  # `Deadlines` is cheaper
 
@@ -102,10 +98,11 @@ class DirectTransport:
             await self._session.close()
 
     def _with_hint(self, error: errors.RequestError) -> errors.RequestError:
-        """The error, and what it most often means: an address that ends before its version."""
-        if not isinstance(error, errors.NotFoundError) or error.status != 404 or _VERSION.search(self._where):
+        """The error, and what it most often means: an address that ends too early or too late."""
+        meant = wire.meant_base(self._where)
+        if not isinstance(error, errors.NotFoundError) or error.status != 404 or meant is None:
             return error
-        message = f"{error.message.rstrip('.')}; perhaps it is api_base={self._where}/v1"
+        message = f"{error.message.rstrip('.')}; perhaps it is api_base={meant}"
         return errors.NotFoundError(message, status=error.status, headers=error.headers)
 
     def _headers_of(self, call: wire.Call, params: Mapping[str, Any]) -> Mapping[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import binascii
 import json
 import math
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,11 @@ PATHS = {
     Endpoint.text_completion: "/completions",
     Endpoint.responses: "/responses",
 }
+
+_ENDPOINTS = (*PATHS.values(), "/embeddings", "/audio/transcriptions", "/models")
+
+_VERSION = re.compile(r"/v\d")
+"""What the address of an OpenAI-compatible server ends with, or has in it."""
 
 NOT_IN_BODY = frozenset(
     {
@@ -298,6 +304,17 @@ def address(url: str) -> str:
     except ValueError:
         return ""
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def meant_base(base: str) -> str | None:
+    """The ``api_base`` that was probably meant, where nothing is found at this one; None where it looks right.
+
+    It ends with its version: ``http://host:8000`` lacks that, ``…/v1/chat/completions`` goes on after it.
+    """
+    base = base.rstrip("/")
+    shorter = next((base.removesuffix(path) for path in _ENDPOINTS if base.endswith(path)), base)
+    meant = shorter if _VERSION.search(shorter) else f"{shorter}/v1"
+    return None if meant == base else meant
 
 
 def usage_from(usage: Any) -> TokenUsage | None:
