@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from harness import Asked, Command, Experiment, progress_of, read_summary, refusal, serving, shout
-from runner.charts import Bars
+from runner.charts import Bars, Lines
 from runner.cli import main as run
 from runner.config import Dedupe, DeploymentConfig, LimitsConfig, ScorerConfig
 from runner.report import RunFacts, charts_of, read_runs, render
@@ -407,6 +407,21 @@ def test_a_folder_of_several_sweeps_calls_all_cells_by_their_names(here: Path) -
     assert {each.label for each in runs} == {
         *("request.temperature=0", "request.temperature=1", "model=simulated/a", "model=simulated/b")
     }
+
+
+def test_a_run_without_a_line_keeps_its_place_and_so_the_others_their_colours() -> None:
+    runs = [
+        RunFacts(label="quick", folder=Path("a"), state="finished", latencies_s=[0.1, 0.2]),
+        RunFacts(label="empty", folder=Path("c"), state="finished"),
+        RunFacts(label="slow", folder=Path("b"), state="finished", latencies_s=[0.1, 0.2], rate=[(0, 1), (1, 1)]),
+    ]
+
+    latency, speed = charts_of(runs)
+
+    assert isinstance(latency, Lines)
+    assert isinstance(speed, Lines)
+    assert [series.name for series in latency.series] == ["quick", "slow"]
+    assert [series.name for series in speed.series] == ["too short for a line: quick", "slow"]
 
 
 def test_bars_that_differ_have_labels_that_do() -> None:

@@ -142,20 +142,26 @@ def _scores(runs: Sequence[RunFacts]) -> Iterator[Chart]:
 
 
 def _over_time(runs: Sequence[RunFacts]) -> Iterator[Chart]:
+    """Each run has its place in both charts, and so its colour, whether it has a line there or not."""
+    shown = [run for run in runs if run.latencies_s or run.rate][:_SERIES]
     yield Lines(
         title="Latency",
         note="Service time of answered requests: which share of them took so long at most.",
         x="seconds",
         y="share of the requests",
-        series=[Series(name=run.label, points=_shares(run.latencies_s)) for run in runs if run.latencies_s][:_SERIES],
+        series=[_named(run.label, _shares(run.latencies_s), "no answer") for run in shown],
     )
     yield Lines(
         title="Speed",
         note="Answers per second over the time of the run, its pauses included.",
         x="seconds since the first answer",
         y="answers per second",
-        series=[Series(name=run.label, points=run.rate) for run in runs if run.rate][:_SERIES],
+        series=[_named(run.label, run.rate, "too short for a line") for run in shown],
     )
+
+
+def _named(name: str, points: Sequence[tuple[float, float]], why_none: str) -> Series:
+    return Series(name=name if points else f"{why_none}: {name}", points=points)
 
 
 def _totals(runs: Sequence[RunFacts]) -> Iterator[Chart]:
