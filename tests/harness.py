@@ -20,6 +20,7 @@ from aiohttp import ClientSession, web
 from runner.config import DatasetConfig, DatasetKind, RetryConfig, RunnerConfig, TrackerConfig, TrackerKind
 from runner.database import APPLICATION_ID
 from runner.experiment import Report, run_experiment
+from runner.plan import Plan, make_plan
 from runner.simulator.body import read_form
 from runner.store import Key, Outcome, Store
 
@@ -107,6 +108,12 @@ class Experiment:
         self._settings = settings
 
     async def __call__(self, rows: list[Json] | None = None, **changes: Any) -> Report:
+        return await run_experiment(self._configured(rows, changes), self.folder)
+
+    async def plan(self, rows: list[Json] | None = None, **changes: Any) -> Plan:
+        return await make_plan(self._configured(rows, changes), self.folder)
+
+    def _configured(self, rows: list[Json] | None, changes: Mapping[str, Any]) -> RunnerConfig:
         if rows is not None:
             self._rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         settings: dict[str, Any] = {
@@ -115,7 +122,7 @@ class Experiment:
             "tracker": TrackerConfig(kind=TrackerKind.none),
             "retry": RetryConfig(base_s=0.01),
         }
-        return await run_experiment(RunnerConfig(**{**settings, **self._settings, **changes}), self.folder)
+        return RunnerConfig(**{**settings, **self._settings, **changes})
 
     def texts(self) -> list[str | None]:
         return [row["output_text"] for row in read_rows(self.folder)]

@@ -470,7 +470,41 @@ async def test_a_run_that_goes_on_expects_of_a_request_what_the_last_ones_took(t
     assert 210 < stopped.summary["succeeded"] == again.summary["succeeded"]
 
 
-async def test_where_rows_share_answers_what_is_left_is_said_to_be_no_more_than_that(tmp_path: Path) -> None:
+async def test_where_rows_share_answers_what_is_left_is_what_is_to_be_asked_and_a_plan_says_the_same(
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": f"row {n // 5}"} for n in range(1000)] + [{"prompt": "row 0"}] * 7
+    async with serving() as provider:
+        run = experiment(tmp_path, provider.url, dedupe=Dedupe.always)
+        stopped = await run(rows, budget=BudgetConfig(requests=10), limits=LimitsConfig(concurrency=4))
+        plan = await run.plan(rows)
+
+    summary = stopped.summary
+    assert (stopped.exit_code, summary["succeeded"]) == (4, 57)
+    assert stopped.message is not None
+    assert "190 rows are left to ask, whose answers 760 more share" in stopped.message
+    assert summary["rows"] - summary["succeeded"] == 190 + 760
+    assert (plan.send, plan.keep) == ({"new": 190}, {"answered": 57, "sharing the answer of another row": 760})
+
+
+async def test_the_last_line_of_progress_counts_what_the_summary_does(tmp_path: Path, command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"prompt": f"row {n // 5}"} for n in range(200)] + [{"prompt": "row 0"}] * 7)
+    arguments = ["dataset=jsonl", "dataset.path=rows.jsonl", "name=t", "tracker=none", "dedupe=always"]
+    stopped = await command(*arguments, "budget.requests=10")
+    again = await command(*arguments, "budget.requests=15")
+
+    for done, rows in ((stopped, 57), (again, 82)):
+        assert done.exit_code == 4
+        counts = [int(count) for count in re.findall(r" (\d+)/207 ", done.err)]
+        assert counts[-1] == rows == max(counts)
+        assert re.search(rf"succeeded +{rows}\n", done.out)
+        assert re.search(rf"not asked yet +{207 - rows}\n", done.out)
+
+
+async def test_where_there_is_no_time_to_read_on_what_is_left_is_said_to_be_no_more_than_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.run.GRACE_S", -1.0)
     rows = [{"prompt": f"row {n // 5}"} for n in range(1000)]
     async with serving() as provider:
         run = experiment(tmp_path, provider.url, dedupe=Dedupe.always)

@@ -260,3 +260,14 @@ def test_deployments_have_a_series_each(meter: Meter) -> None:
         "ts/deployment/east/latency_p50_s": 0.1,
         "ts/deployment/east/failed": 2,
     }
+
+
+def test_rows_that_a_stopped_run_did_not_reach_count_where_they_have_their_answers() -> None:
+    meter = Meter()
+    meter.answered(None, cost_usd=None, latency_s=0.1, queue_wait_s=0.0)
+    meter.reused(3)
+    meter.deduplicated(4)
+    meter.stands_at(11)
+    snapshot = meter.snapshot()
+
+    assert (snapshot.done, snapshot.reused, snapshot.deduplicated, snapshot.asked) == (11, 6, 4, 1)

@@ -253,14 +253,14 @@ def _pace(config: RunnerConfig) -> Iterator[str]:
 async def _judge_pilot(run: Run, store: Store, config: RunnerConfig, budget: Budget | None, *, group_size: int) -> None:
     """Say what the rest will take, and stop where the budget has no room for it."""
     await store.flush()
-    left = await _left(run, store, config)
-    if left is None:
+    rest = await _rest(run, store, config)
+    if rest is None:
         logger.warning("the pilot is done; how many rows are left is not known")
         return
-    logger.warning("the pilot is done: %s", left)
-    forecasts = {"usd": left.usd, "tokens": left.tokens}
+    logger.warning("the pilot is done: %s", rest)
+    forecasts = {"usd": rest.usd, "tokens": rest.tokens}
     needed: dict[str, float] = {name: each.high for name, each in forecasts.items() if each is not None}
-    needed["requests"] = math.ceil(left.rows / group_size)
+    needed["requests"] = math.ceil(rest.left.asked / group_size)
     for name, room in budget.left().items() if budget is not None else ():
         amount = needed.get(name, 0.0)
         if amount > room:
@@ -268,11 +268,11 @@ async def _judge_pilot(run: Run, store: Store, config: RunnerConfig, budget: Bud
             run.stop(BudgetExhausted(said))
 
 
-async def _left(run: Run, store: Store, config: RunnerConfig) -> Forecast | None:
-    """What is left to do, where it is known."""
-    rows = await run.left()
+async def _rest(run: Run, store: Store, config: RunnerConfig) -> Forecast | None:
+    """What is left to do and what it takes, where it is known."""
+    left = await run.left()
     prices = {label: price_for(deployment, config.simulator) for label, deployment in replicas(config).items()}
-    return None if rows is None else await forecast(store, rows, prices, is_most=run.sharing > 0)
+    return None if left is None else await forecast(store, left, prices)
 
 
 async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) -> Report:
@@ -297,8 +297,8 @@ async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) 
     else:
         exit_code = SOME_FAILED if summary["failed"] else FINISHED
     message = str(reason) if reason else await _first_failure(store)
-    if isinstance(reason, BudgetExhausted) and (left := await _left(run, store, config)) is not None:
-        message = f"{reason}. {left}"
+    if isinstance(reason, BudgetExhausted) and (rest := await _rest(run, store, config)) is not None:
+        message = f"{reason}. {rest}"
     return Report(exit_code=exit_code, summary=summary, message=message)
 
 

@@ -77,16 +77,30 @@ def total_of(rows: int, sample: Sequence[float], guesses: Sequence[float] = (), 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """Rows that have no answer yet."""
+
+    asked: int  # to be asked
+    sharing: int = 0  # that come to have the answers of these
+    is_most: bool = False  # whether some of ``asked`` may turn out to share an answer
+
+    def __str__(self) -> str:
+        most = "at most " if self.is_most else ""
+        if not self.sharing:
+            return f"{most}{self.asked:,} rows are left"
+        return f"{most}{self.asked:,} rows are left to ask, whose answers {self.sharing:,} more share"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """What is left to do, and what it will take."""
 
-    rows: int
+    left: Left
     tokens: Interval | None  # None: there is no answer to go by
     usd: Interval | None  # None: likewise, or no price is known
-    is_most: bool = False  # some of the rows may come to share an answer
 
     def __str__(self) -> str:
-        said = [f"{'at most ' if self.is_most else ''}{self.rows:,} rows are left"]
+        said = [str(self.left)]
         if self.usd is not None:
             said.append(self.usd.shown("usd"))
         if self.tokens is not None:
@@ -94,23 +108,19 @@ class Forecast:
         return ": ".join([said[0], " and ".join(said[1:])]) if said[1:] else said[0]
 
 
-async def forecast(
-    store: Store, rows: int, prices: Mapping[str, TokenPrice | None], *, is_most: bool = False
-) -> Forecast:
-    """What ``rows`` rows will take, if they are like those that were answered.
+async def forecast(store: Store, left: Left, prices: Mapping[str, TokenPrice | None]) -> Forecast:
+    """What the rows that are left will take, if they are like those that were answered.
 
     Args:
         prices: What each deployment charges now, whatever it did when it answered. None: unknown.
-        is_most: Some of the rows may come to share an answer.
     """
     answers = [row async for row in store.query(_ANSWERS, (SAMPLE,))]
     tokens = [row["total_tokens"] for row in answers if row["total_tokens"] is not None]
     costs = [cost for row in answers if (cost := _cost_usd(row, prices.get(row["deployment"]))) is not None]
     return Forecast(
-        rows=rows,
-        tokens=total_of(rows, tokens) if tokens else None,
-        usd=total_of(rows, costs) if costs else None,
-        is_most=is_most,
+        left=left,
+        tokens=total_of(left.asked, tokens) if tokens else None,
+        usd=total_of(left.asked, costs) if costs else None,
     )
 
 

@@ -48,7 +48,7 @@ class Snapshot:
     done: int  # rows settled: answered, failed, reused or deduplicated
     failed: int  # of them
     reused: int  # of them: answers that were there already
-    deduplicated: int = 0  # of them: the answers of other rows, which are being asked
+    deduplicated: int = 0  # of them: they share the answer of another row
     in_flight: int  # requests on their way, without those that wait to be sent
     window: int  # how many may be in flight now
     window_why: str = ""  # why that last changed; empty: it is as it was set
@@ -205,8 +205,12 @@ class Meter:
         self._reused += n
 
     def deduplicated(self, n: int = 1) -> None:
-        """``n`` rows share the answers of others that are being asked. They count as done, and not for the rates."""
+        """``n`` rows share the answers that others have got. They count as done, and not for the rates."""
         self._deduplicated += n
+
+    def stands_at(self, done: int) -> None:
+        """So many rows are done: those that were not counted had their answers, and were not reached before the end."""
+        self._reused += max(0, done - (self.settled + self._reused + self._deduplicated))
 
     @property
     def settled(self) -> int:

@@ -19,6 +19,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from runner.answers import WAS_SENT
 from runner.bucket import Bucket
 from runner.budget import shown, taken_so_far
 from runner.checks import check
@@ -390,7 +391,9 @@ def _why_sent(fact: Any, item: Item, *, truncated: bool) -> str:
     if fact["before"] == item.content:
         if fact["before_error"] is not None:
             return "failed earlier"
-        return "asked anew" if fact["before_settled"] else "interrupted earlier"
+        if fact["before_settled"]:
+            return "asked anew"
+        return "interrupted earlier" if fact["before_sent"] else "new"
     return "truncated" if truncated and fact["before_finish"] == "length" else "changed"
 
 
@@ -440,20 +443,23 @@ def _note_before(copy: Path) -> None:
         database.executescript(_BEFORE)
 
 
-_BEFORE = """
+_BEFORE = f"""
     CREATE TABLE before (
-        position INTEGER PRIMARY KEY, content BLOB, settled INTEGER, error_type TEXT, finish_reason TEXT
+        position INTEGER PRIMARY KEY, content BLOB, sent INTEGER, settled INTEGER, error_type TEXT, finish_reason TEXT
     );
     INSERT INTO before
-    SELECT rows.position, rows.content, answers.ticket IS NOT NULL, answers.error_type, answers.finish_reason
+    SELECT
+        rows.position, rows.content, rows.content IN (SELECT content FROM attempts WHERE {WAS_SENT}),
+        answers.ticket IS NOT NULL, answers.error_type, answers.finish_reason
     FROM rows
     LEFT JOIN answers USING (ticket);
 """
 
 _FACTS = """
     SELECT
-        rows.position, rows.content, before.content AS before, before.settled AS before_settled,
-        before.error_type AS before_error, before.finish_reason AS before_finish,
+        rows.position, rows.content, before.content AS before,
+        before.sent AS before_sent, before.settled AS before_settled, before.error_type AS before_error,
+        before.finish_reason AS before_finish,
         answers.ticket, answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
         answers.total_tokens, answers.cached_tokens, answers.service_time_s
     FROM rows

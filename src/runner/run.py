@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from runner.advice import way_out
@@ -30,6 +30,7 @@ from runner.errors import (
     StoreError,
     SystemicError,
 )
+from runner.forecast import Left
 from runner.identity import WorkloadHasher, dump_text
 from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
@@ -101,6 +102,7 @@ class Run:
         self._digests = Digests(store, max_bytes=config.task.max_bytes)
         self._flights: dict[int, _Flight] = {}
         self._asked_first: set[int] = set()  # positions, in the pilot
+        self._waiting: dict[int, int] = {}  # by ticket of what is being asked: the rows that wait for its answer too
         self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
@@ -118,12 +120,17 @@ class Run:
             [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
-    async def left(self) -> int | None:
-        """How many rows are still to be asked, those that share an answer counted once; None: it is not known."""
+    async def left(self) -> Left | None:
+        """The rows that have no answer yet; None: it is not known how many they are."""
         if self.total is None:
             return None
         [found] = [row async for row in self._store.query(_LEFT, (self._config.retry_failed,))]
-        return max(0, self.total - int(found["seen"])) + int(found["open"])
+        unread = max(0, self.total - found["seen"])
+        return Left(
+            asked=unread + found["tickets"],
+            sharing=found["open"] - found["tickets"],
+            is_most=self.sharing > 0 and unread > 0,
+        )
 
     async def until_done(self, *, after_pilot: Callable[[], Awaitable[None]] | None = None) -> None:
         """Ask until there is nothing left, or `stop`, `end` or `interrupt` is called.
@@ -133,8 +140,10 @@ class Run:
         """
         try:
             await self._ask_all(after_pilot)
-            if self.sharing and self._workload.scorers:
-                await self._score_sharing()
+            if self.sharing:
+                await self._see_sharing()
+            if self.stop.reason is not None:
+                await self._take_stock()
         except (StoreError, DatasetError) as error:
             self.stop(SystemicError(str(error)))
 
@@ -228,14 +237,16 @@ class Run:
                     if not (fact.answered or fact.shared)
                 ]
                 todo += asked
+                if terms.dedupe:
+                    self._waiting.update((ticket, 0) for _, ticket in asked)
                 if is_pilot:
                     self._asked_first.update(item.position for item, _ in asked)
                 else:
-                    shared = sum(fact.shared for fact in known)
+                    shared = [fact.ticket for fact in known if fact.shared]
                     before = sum(item.position in self._asked_first for item in chunk) if self._asked_first else 0
-                    self.sharing += shared
-                    self._meter.deduplicated(shared)
-                    self._meter.reused(len(chunk) - len(asked) - shared - before)
+                    self.sharing += len(shared)
+                    self._meter.reused(len(chunk) - len(asked) - len(shared) - before)
+                    self._await_answers(shared)
                 whole = len(todo) - len(todo) % group_size
                 yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
                 todo = todo[whole:]
@@ -267,6 +278,19 @@ class Run:
         if reader.error is not None:
             raise reader.error
 
+    def _await_answers(self, tickets: Sequence[int]) -> None:
+        """Count rows that share the answers with these tickets as done, once they are there."""
+        for ticket in tickets:
+            if ticket in self._waiting:
+                self._waiting[ticket] += 1
+            else:
+                self._meter.deduplicated()
+
+    async def _save(self, saved: Sequence[tuple[int, Outcome, str | None]]) -> None:
+        await self._store.save_all(saved)
+        if self._waiting:
+            self._meter.deduplicated(sum(self._waiting.pop(outcome.ticket, 0) for _, outcome, _ in saved))
+
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""
         scores = [
@@ -277,17 +301,34 @@ class Run:
         if scores:
             await self._store.put_scores(scores)
 
-    async def _score_sharing(self) -> None:
-        """Give rows that share an answer their own scores, where it is there; those of a run that is stopped soon."""
+    async def _see_sharing(self) -> None:
+        """Give rows that share an answer their own scores, where it is there; those of a run that is stopped soon.
+
+        Where a budget has stopped it, rows that were not reached are looked at too, so that it is known which of them
+        are to be paid for.
+        """
+        is_spent = isinstance(self.stop.reason, BudgetExhausted)
+        if not (is_spent or self._workload.scorers):
+            return
         await self._store.flush()
-        terms = Terms(retry_failed=False, scored=True, dedupe=True, wanted=lambda position: False)
-        items = takewhile(lambda item: item.position < self._length, self._workload.items())
+        terms = Terms(
+            retry_failed=False, scored=bool(self._workload.scorers), dedupe=True, wanted=lambda position: False
+        )
+        items = self._workload.items()
+        if not is_spent:
+            items = takewhile(lambda item: item.position < self._length, items)
+        reader = Reader(items, partial(self._workload.identified, digests=self._digests))
         ends_at = self._loop.time() + GRACE_S
-        while taken := list(islice(items, ChunkSize.MOST)):
+        while chunk := await reader.read(ChunkSize.MOST):
             if self.stop.reason is not None and self._loop.time() > ends_at:
                 return
-            chunk = await self._workload.identified(taken, self._digests)
             await self._score_known(chunk, await self._store.claim(chunk, terms))
+
+    async def _take_stock(self) -> None:
+        """Have the meter count what the store has, now that nothing more is asked."""
+        await self._store.flush()
+        [done] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (True,))]
+        self._meter.stands_at(done)
 
     # Asking
 
@@ -330,7 +371,7 @@ class Run:
             outcome = success(_key(claimed), trace, response, response_format=layout, shared=place > 0)
             scores = self._score(claimed[0], outcome.output_text or "") if self._workload.scorers else None
             saved.append((claimed[0].position, outcome, scores))
-        await self._store.save_all(saved)
+        await self._save(saved)
         if self._suspects and self.stop.reason is None:
             await self._clear_suspects()
 
@@ -351,9 +392,11 @@ class Run:
             self._give_up(trace, error)
 
     async def _fail(self, asked: Sequence[Claimed], trace: Trace, error: ItemError) -> None:
-        await self._store.save_all(
-            (claimed[0].position, failure(_key(claimed), trace, error, shared=place > 0), None)
-            for place, claimed in enumerate(asked)
+        await self._save(
+            [
+                (claimed[0].position, failure(_key(claimed), trace, error, shared=place > 0), None)
+                for place, claimed in enumerate(asked)
+            ]
         )
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
@@ -465,11 +508,12 @@ _SETTLED = """
     SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
 """
 
-# Rows that are not read yet, and those that are and have no outcome, those that share one counted once.
+# Rows that were read, and those of them that have no outcome, with the tickets that these share.
 _LEFT = """
     SELECT
         (SELECT count(*) FROM rows) AS seen,
-        count(DISTINCT rows.ticket) AS open
+        count(*) AS open,
+        count(DISTINCT rows.ticket) AS tickets
     FROM rows
     LEFT JOIN answers USING (ticket)
     WHERE answers.ticket IS NULL OR (answers.error_type IS NOT NULL AND ?)
