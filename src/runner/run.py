@@ -307,7 +307,7 @@ class Run:
         Where a budget has stopped it, rows that were not reached are looked at too, so that it is known which of them
         are to be paid for.
         """
-        is_spent = isinstance(self.stop.reason, BudgetExhausted)
+        is_spent = isinstance(self.stop.reason, BudgetExhausted) and self.total is not None
         if not (is_spent or self._workload.scorers):
             return
         await self._store.flush()
