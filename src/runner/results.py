@@ -241,7 +241,7 @@ _SPENT = """
 _ROUNDING_USD = 1e-12
 """What sums of the same costs, in another order, may differ by."""
 
-_DEDUPLICATED = "SELECT count(*) - count(DISTINCT ticket) AS n FROM rows"
+_DEDUPLICATED = f"SELECT count(*) - count(DISTINCT ticket) AS n {CURRENT}"
 
 _MEASURED = "WHERE error_type IS NULL AND reused_from IS NULL"
 """The answers of this run, whose times are its own."""
