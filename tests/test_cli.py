@@ -116,7 +116,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
     assert 0 < metrics["service_time_s"] <= metrics["end_to_end_s"] < 10
 
     summary = read_summary(command.run())
-    measured = {key: summary.pop(key) for key in ("elapsed_s", "requests_per_s", "tokens_per_s")}
+    measured = {key: summary.pop(key) for key in ("elapsed_s", "requests_per_s", "rows_per_s", "tokens_per_s")}
     quantiles = {key: summary.pop(key) for key in ("latency_s", "queue_wait_s")}
     assert all(value > 0 for value in measured.values())
     assert all(set(values) == {"p50", "p95", "p99"} for values in quantiles.values())
@@ -769,7 +769,7 @@ async def test_a_sweep_that_goes_on_counts_what_its_cells_sent_against_a_day(com
 
 def test_the_sweep_table_on_a_terminal_shows_every_cell() -> None:
     terminal = Terminal()
-    summary = {"rows": 8, "failed": 1, "scores": {"exact": {"mean": 0.5, "n": 8}}, "cost_usd": 1.5, "requests_per_s": 9}
+    summary = {"rows": 8, "failed": 1, "scores": {"exact": {"mean": 0.5, "n": 8}}, "cost_usd": 1.5, "rows_per_s": 9}
     cells = [
         {"name": "model=a", "exit_code": 3, "summary": summary},
         {"name": "model=\x1b[31m[bold]", "exit_code": 2, "summary": {}},

@@ -158,6 +158,17 @@ def test_reused_rows_do_not_flatter_the_rate(meter: Meter, clock: Clock) -> None
     assert meter.snapshot().requests_per_s == 1
 
 
+def test_rows_that_share_an_answer_count_for_the_rate_of_rows_and_for_the_time_that_is_left(
+    meter: Meter, clock: Clock
+) -> None:
+    clock.now += 2
+    for _ in range(4):
+        answer(meter)
+        meter.deduplicated(9)
+    snapshot = meter.snapshot(total=140)
+    assert (snapshot.requests_per_s, snapshot.rows_per_s, snapshot.eta_s) == (2, 20, 5)
+
+
 def test_the_snapshot_is_of_the_moment_that_is_given(meter: Meter, clock: Clock) -> None:
     answer(meter)
     snapshot = meter.snapshot(clock.now + 2)

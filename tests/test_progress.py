@@ -22,7 +22,8 @@ HALF_WAY = Snapshot(
     in_flight=32,
     window=32,
     elapsed_s=5.2,
-    requests_per_s=23.1,
+    requests_per_s=20.0,
+    rows_per_s=23.1,
     tokens_per_s=1_234.0,
     prompt_tokens=100,
     completion_tokens=50,
@@ -49,7 +50,8 @@ SUMMARY: dict[str, Any] = {
     "cost_usd": 0.0031,
     "cost_usd_upper_bound": 0.0052,
     "elapsed_s": 75.0,
-    "requests_per_s": 21.4,
+    "requests_per_s": 20.0,
+    "rows_per_s": 21.4,
     "tokens_per_s": 1_234.0,
     "latency_s": {"p50": 0.143, "p95": 1.5, "p99": None},
     "queue_wait_s": {"p50": 0.0, "p95": 0.0, "p99": None},
@@ -139,7 +141,7 @@ def test_closing_writes_the_last_snapshot_once_and_ends_the_output(clock: Clock)
 def test_the_closing_line_has_the_rate_of_the_whole_time(clock: Clock) -> None:
     stream = io.StringIO()
     progress = open_progress("quickstart", stream=stream, clock=clock)
-    progress.update(replace(HALF_WAY, done=240, reused=40, elapsed_s=10.0, requests_per_s=3.0))
+    progress.update(replace(HALF_WAY, done=240, reused=40, elapsed_s=10.0, rows_per_s=3.0))
     progress.close()
     last = stream.getvalue().splitlines()[-1]
     assert "20.0 rows/s" in last
@@ -206,7 +208,7 @@ def test_the_time_left_is_readable_at_every_scale(clock: Clock, eta_s: float | N
 )
 def test_rates_are_short(clock: Clock, rate: float, shown: str) -> None:
     stream = io.StringIO()
-    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, requests_per_s=rate))
+    open_progress("x", stream=stream, clock=clock).update(replace(HALF_WAY, rows_per_s=rate))
     assert f"  {shown} rows/s  " in stream.getvalue()
 
 

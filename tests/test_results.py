@@ -347,6 +347,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "taken_over": 0,
         "elapsed_s": 0,
         "requests_per_s": None,
+        "rows_per_s": None,
         "tokens_per_s": None,
         "latency_s": {"p50": None, "p95": None, "p99": None},
         "queue_wait_s": {"p50": None, "p95": None, "p99": None},
@@ -483,6 +484,7 @@ async def test_an_answer_that_rows_share_counts_once(store: Store) -> None:
     await store.flush()
     summary = await summarize(store)
     assert (summary["rows"], summary["succeeded"], summary["deduplicated"]) == (3, 3, 2)
+    assert summary["rows_per_s"] == pytest.approx(3 * summary["requests_per_s"])
     assert (summary["tokens"]["total"], summary["retries"]) == (5, 1)
 
 

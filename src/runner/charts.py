@@ -16,6 +16,7 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
+    note: str = ""  # shown after the name: why there is no line, for example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,12 @@ def labels_apart(names: Sequence[str]) -> list[str]:
         if all(len(label) <= LONGEST_LABEL for label in cut.values()):
             return [cut.get(name, name) for name in names]
     return [_cut(f"#{number} {name}", LONGEST_LABEL - 1) for number, name in enumerate(names)]
+
+
+def series_labels(series: Sequence[Series]) -> list[str]:
+    """What a legend says of lines: their `labels_apart`, and their notes."""
+    labels = labels_apart([each.name for each in series])
+    return [f"{label} ({each.note})" if each.note else label for label, each in zip(labels, series, strict=True)]
 
 
 def _cut_apart(names: Iterable[str], width: int) -> Iterator[tuple[str, str]]:

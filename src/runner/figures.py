@@ -20,6 +20,12 @@ def score(value: float | Mapping[str, Any] | None) -> str:
     return text if count is None else f"{text} (n = {count:,})"
 
 
+def rows_per_s(summary: Mapping[str, Any]) -> float | None:
+    """The rate that a ``summary.json`` tells; of a benchmark, which has no rows that share answers, its requests."""
+    rate: float | None = summary.get("rows_per_s", summary.get("requests_per_s"))
+    return rate
+
+
 def closing_cost(known: float | None, upper_bound: float | None, *, without_bound: int = 0) -> str:
     """A cost, and what it may be at most where attempts of unknown cost were made, or how many have no bound."""
     if known is None:

@@ -56,6 +56,7 @@ class Snapshot:
     loop_lag_s: float | None = None  # how late the event loop was at the worst, of late; None: nobody looked
     elapsed_s: float
     requests_per_s: float  # answered or failed, over the last RECENT_S
+    rows_per_s: float  # likewise, with the rows that share an answer
     tokens_per_s: float  # prompt and completion, over the last RECENT_S
     prompt_tokens: int
     completion_tokens: int  # reasoning included
@@ -205,8 +206,9 @@ class Meter:
         self._reused += n
 
     def deduplicated(self, n: int = 1) -> None:
-        """``n`` rows share the answers that others have got. They count as done, and not for the rates."""
+        """``n`` rows share the answers that others have got. They count as done, for the rates as rows only."""
         self._deduplicated += n
+        self._current_tick().shared += n
 
     def stands_at(self, done: int) -> None:
         """So many rows are done: those that were not counted had their answers, and were not reached before the end."""
@@ -245,7 +247,7 @@ class Meter:
         Costs a sort of the recent latencies: call it about once a second.
         """
         elapsed_s = max(0.0, (self._clock() if now is None else now) - self._started)
-        requests_per_s, tokens_per_s = self._recent_rates(elapsed_s)
+        requests_per_s, rows_per_s, tokens_per_s = self._recent_rates(elapsed_s)
         done = self.settled + self._reused + self._deduplicated
         latencies = sorted(self._latencies)
         return Snapshot(
@@ -261,6 +263,7 @@ class Meter:
             loop_lag_s=loop_lag_s,
             elapsed_s=elapsed_s,
             requests_per_s=requests_per_s,
+            rows_per_s=rows_per_s,
             tokens_per_s=tokens_per_s,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
@@ -274,36 +277,40 @@ class Meter:
             queue_wait_p95_s=percentile(sorted(self._queue_waits), 95),
             retries=self._retries,
             errors=dict(self._errors),
-            eta_s=None if total is None else self._eta_s(max(0, total - done), requests_per_s, elapsed_s),
+            eta_s=None if total is None else self._eta_s(max(0, total - done), rows_per_s, elapsed_s),
             scores={name: mean.total / mean.count for name, mean in self._scores.items()},
             deployments=deployments or {},
         )
 
     def _settled(self, tokens: int) -> None:
-        number = int((self._clock() - self._started) / _TICK_S)
-        tick = self._tick
-        if tick.number != number:
-            tick = self._tick = _Tick(number)
-            self._ticks.append(tick)
-        tick.rows += 1
+        tick = self._current_tick()
+        tick.asked += 1
         tick.tokens += tokens
 
-    def _recent_rates(self, elapsed_s: float) -> tuple[float, float]:
-        """Rows and tokens per second, over whole ticks and the one that has begun: the span is exact."""
+    def _current_tick(self) -> _Tick:
+        number = int((self._clock() - self._started) / _TICK_S)
+        if self._tick.number != number:
+            self._tick = _Tick(number)
+            self._ticks.append(self._tick)
+        return self._tick
+
+    def _recent_rates(self, elapsed_s: float) -> tuple[float, float, float]:
+        """Requests, rows and tokens per second, over whole ticks and the one that has begun: the span is exact."""
         first = max(0, int(elapsed_s / _TICK_S) - _TICKS)
         span_s = elapsed_s - first * _TICK_S
         if span_s <= 0:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         recent = [tick for tick in self._ticks if tick.number >= first]
-        return sum(tick.rows for tick in recent) / span_s, sum(tick.tokens for tick in recent) / span_s
+        asked, shared = sum(tick.asked for tick in recent), sum(tick.shared for tick in recent)
+        return asked / span_s, (asked + shared) / span_s, sum(tick.tokens for tick in recent) / span_s
 
     def _eta_s(self, remaining: int, recent_rate: float, elapsed_s: float) -> float | None:
         if remaining == 0:
             return 0.0
         if recent_rate > 0:
             return remaining / recent_rate
-        asked = self._answered + self._failed  # requests slower than RECENT_S: only the whole run tells
-        return remaining * elapsed_s / asked if asked else None
+        worked = self.settled + self._deduplicated  # requests slower than RECENT_S: only the whole run tells
+        return remaining * elapsed_s / worked if worked else None
 
 
 def percentile(sorted_values: Sequence[float], q: float) -> float | None:
@@ -330,7 +337,8 @@ class _Tick:
     """What settled in one slice of time."""
 
     number: int = 0  # since the start
-    rows: int = 0
+    asked: int = 0  # rows
+    shared: int = 0  # rows that share an answer
     tokens: int = 0
 
 

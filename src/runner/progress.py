@@ -208,7 +208,7 @@ def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     means: Mapping[str, Any] = summary.get("scores") or {}
     counts = [f"{summary[key]:,}" if key in summary else "" for key in ("rows", "failed")]
     cost = figures.closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
-    rate = summary.get("requests_per_s")
+    rate = figures.rows_per_s(summary)
     return [
         printable(cell["name"]) or f"#{cell['number']}",
         _ending(cell),
@@ -436,7 +436,7 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
     if closing:
         columns.append(_Column(f"{figures.short(_mean_rate(snapshot))} rows/s", 6))
     else:
-        columns.append(_Column(f"{figures.short(snapshot.requests_per_s)} rows/s", 6))
+        columns.append(_Column(f"{figures.short(snapshot.rows_per_s)} rows/s", 6))
         columns.append(_Column(f"{figures.short(snapshot.tokens_per_s)} tok/s", 4))
     columns += [
         _Column(_cost(snapshot), 5),
@@ -460,7 +460,7 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
 
 def _mean_rate(snapshot: Snapshot) -> float:
     """Rows per second over the whole time, without those that were there before."""
-    return snapshot.asked / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
+    return (snapshot.asked + snapshot.deduplicated) / snapshot.elapsed_s if snapshot.elapsed_s else 0.0
 
 
 def _rows(snapshot: Snapshot) -> str:
@@ -516,9 +516,9 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     if summary.get("elapsed_s") is not None:
         yield _Fact("elapsed", figures.duration(summary["elapsed_s"]))
     rates = [
-        f"{figures.short(summary[key])} {unit}"
-        for key, unit in (("requests_per_s", "rows/s"), ("tokens_per_s", "tokens/s"))
-        if summary.get(key) is not None
+        f"{figures.short(rate)} {unit}"
+        for rate, unit in ((figures.rows_per_s(summary), "rows/s"), (summary.get("tokens_per_s"), "tokens/s"))
+        if rate is not None
     ]
     if rates:
         yield _Fact("rate", ", ".join(rates))

@@ -143,11 +143,11 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     """The figures of ``summary.json``, from the store alone; or from those of a dataset's shards, as of one run.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
-    is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers and
-    tokens per second at work, over all sessions; where several overlap, the time counts once. Cost and rates count all
-    that was ever answered in this run, the rest what the dataset holds now. ``reused`` rows were settled before the
-    last session, or have their answer from elsewhere, as ``taken_over`` ones have that of another run;
-    ``deduplicated`` ones share the answer of another row.
+    is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers,
+    rows (with those that share an answer) and tokens per second at work, over all sessions; where several overlap, the
+    time counts once. Cost and rates count all that was ever answered in this run, the rest what the dataset holds now.
+    ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
+    have that of another run; ``deduplicated`` ones share the answer of another row.
 
     ``cost_usd_former`` is the part of the cost that was for answers which no row has any more: the rows have changed,
     or were asked anew. What was paid lies between ``cost_usd`` and ``cost_usd_upper_bound``: each attempt of unknown
@@ -160,6 +160,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     used = await sums(stores, _USED)
     spent = await sums(stores, _SPENT)
     rows = await sums(stores, "SELECT count(*) AS n FROM rows")
+    deduplicated = (await sums(deduping, _DEDUPLICATED))["n"]
     deployments = await sums_by_name(stores, _DEPLOYMENTS)
     measured = sum(each["measured"] for each in deployments.values())
     elapsed_s = await _elapsed_s(stores)
@@ -181,10 +182,11 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "cost_usd_former": former if (former := spent["cost_usd"] - used["cost_usd"]) > _ROUNDING_USD else 0.0,
         "attempts_of_unknown_cost": spent["unknown_costs"],
         "attempts_without_bound": spent["without_bound"],
-        "deduplicated": (await sums(deduping, _DEDUPLICATED))["n"],
+        "deduplicated": deduplicated,
         "taken_over": totals["taken_over"],
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
+        "rows_per_s": (spent["answers"] + deduplicated) / elapsed_s if elapsed_s else None,
         "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
         "latency_s": await _quantiles(stores, "service_time_s", _MEASURED, count=measured),
         "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED, count=measured),

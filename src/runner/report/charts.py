@@ -149,19 +149,20 @@ def _over_time(runs: Sequence[RunFacts]) -> Iterator[Chart]:
         note="Service time of answered requests: which share of them took so long at most.",
         x="seconds",
         y="share of the requests",
-        series=[_named(run.label, _shares(run.latencies_s), "no answer") for run in shown],
+        series=[
+            Series(name=run.label, points=_shares(run.latencies_s), note="" if run.latencies_s else "no answer")
+            for run in shown
+        ],
     )
     yield Lines(
         title="Speed",
         note="Answers per second over the time of the run, its pauses included.",
         x="seconds since the first answer",
         y="answers per second",
-        series=[_named(run.label, run.rate, "too short for a line") for run in shown],
+        series=[
+            Series(name=run.label, points=run.rate, note="" if run.rate else "too short for a line") for run in shown
+        ],
     )
-
-
-def _named(name: str, points: Sequence[tuple[float, float]], why_none: str) -> Series:
-    return Series(name=name if points else f"{why_none}: {name}", points=points)
 
 
 def _totals(runs: Sequence[RunFacts]) -> Iterator[Chart]:

@@ -58,9 +58,9 @@ def _facts(run: RunFacts) -> Iterator[tuple[str, str]]:
         yield f"{name} [95 % interval]", _score(run, name)
     if summary.get("elapsed_s"):
         yield "elapsed", figures.duration(summary["elapsed_s"])
-    for key, label in (("requests_per_s", "rows/s"), ("tokens_per_s", "total tokens/s")):
-        if summary.get(key):
-            yield f"{label}{_at_level(summary)}", figures.short(summary[key])
+    for rate, label in ((figures.rows_per_s(summary), "rows/s"), (summary.get("tokens_per_s"), "total tokens/s")):
+        if rate:
+            yield f"{label}{_at_level(summary)}", figures.short(rate)
     for key, label in (("latency_s", "latency"), ("queue_wait_s", "queue wait")):
         for name, value in (summary.get(key) or {}).items():
             if value is not None:
@@ -142,8 +142,8 @@ def _line(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
         *(_score(run, name) for name in score_names(runs)),
         *(f"{latency}{at_level}" if latency else "" for latency in _latencies(summary)),
         *(
-            f"{figures.short(summary[key])}{at_level}" if summary.get(key) else ""
-            for key in ("requests_per_s", "tokens_per_s")
+            f"{figures.short(rate)}{at_level}" if rate else ""
+            for rate in (figures.rows_per_s(summary), summary.get("tokens_per_s"))
         ),
         figures.closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")) if "cost_usd" in summary else "",
     ]

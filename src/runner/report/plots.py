@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from runner.charts import Bar, Bars, Chart, Lines, labels_apart
+from runner.charts import Bar, Bars, Chart, Lines, Series, labels_apart, series_labels
 from runner.figures import short
 
 _WIDTH, _HEIGHT = 480, 250
@@ -41,7 +41,7 @@ def _lines(chart: Lines) -> Markup:
                 f"<title>{escape(each.name)}: {px:g}, {short(py)}</title></circle>"
                 for px, py in each.points
             ]
-    return _figure(parts, _HEIGHT, f"{chart.y} over {chart.x}") + _legend([each.name for each in series])
+    return _figure(parts, _HEIGHT, f"{chart.y} over {chart.x}") + _legend(series)
 
 
 def _bars(chart: Bars) -> Markup:
@@ -151,11 +151,11 @@ def _figure(parts: Sequence[str], height: int, title: str) -> Markup:
     )
 
 
-def _legend(names: Sequence[str]) -> Markup:
-    if len(names) < 2:
+def _legend(series: Sequence[Series]) -> Markup:
+    if len(series) < 2:
         return Markup("")
     entries = (
         f'<span class="entry"><i class="key c{number % _COLOURS}"></i>{escape(label)}</span>'
-        for number, label in enumerate(labels_apart(names))
+        for number, label in enumerate(series_labels(series))
     )
     return Markup(f'<p class="legend">{"".join(entries)}</p>')

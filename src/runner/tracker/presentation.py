@@ -51,10 +51,11 @@ def shown(piece: Table | Chart, hide: Callable[[Any], Any]) -> Any:
     import wandb
 
     if isinstance(piece, Lines):
+        lines = [series for series in piece.series if series.points]
         return wandb.plot.line_series(
-            xs=[[x for x, _ in series.points] for series in piece.series],
-            ys=[[y for _, y in series.points] for series in piece.series],
-            keys=labels_apart([hide(series.name) or piece.y for series in piece.series]),
+            xs=[[x for x, _ in line.points] for line in lines],
+            ys=[[y for _, y in line.points] for line in lines],
+            keys=labels_apart([hide(line.name) or piece.y for line in lines]),
             title=f"{piece.title} ({piece.y})",
             xname=piece.x,
         )
