@@ -501,6 +501,18 @@ async def test_the_last_line_of_progress_counts_what_the_summary_does(tmp_path: 
         assert re.search(rf"not asked yet +{207 - rows}\n", done.out)
 
 
+async def test_the_last_line_of_progress_tells_shared_answers_from_those_that_were_there(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"prompt": f"row {n % 100}"} for n in range(600)])
+    arguments = ["dataset=jsonl", "dataset.path=rows.jsonl", "name=t", "tracker=none", "dedupe=always"]
+    stopped = await command(*arguments, "budget.requests=50")
+    done = await command(*arguments)
+
+    last = [[line for line in each.err.splitlines() if "rows/s" in line][-1] for each in (stopped, done)]
+    assert "300/600 (50%)  failed 0  deduplicated 250 " in last[0]
+    assert "600/600 (100%)  failed 0  reused 300  deduplicated 250 " in last[1]
+    assert re.search(r"reused +300\ndeduplicated +500\n", done.out)
+
+
 async def test_where_there_is_no_time_to_read_on_what_is_left_is_said_to_be_no_more_than_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,12 +273,11 @@ def test_deployments_have_a_series_each(meter: Meter) -> None:
     }
 
 
-def test_rows_that_a_stopped_run_did_not_reach_count_where_they_have_their_answers() -> None:
-    meter = Meter()
-    meter.answered(None, cost_usd=None, latency_s=0.1, queue_wait_s=0.0)
+def test_at_the_end_rows_that_were_neither_asked_nor_there_are_shared(meter: Meter) -> None:
+    answer(meter)
     meter.reused(3)
     meter.deduplicated(4)
-    meter.stands_at(11)
+    meter.stands_at(11, reused=4)
     snapshot = meter.snapshot()
 
-    assert (snapshot.done, snapshot.reused, snapshot.deduplicated, snapshot.asked) == (11, 6, 4, 1)
+    assert (snapshot.done, snapshot.reused, snapshot.deduplicated, snapshot.asked) == (11, 4, 6, 1)

@@ -210,9 +210,10 @@ class Meter:
         self._deduplicated += n
         self._current_tick().shared += n
 
-    def stands_at(self, done: int) -> None:
-        """So many rows are done: those that were not counted had their answers, and were not reached before the end."""
-        self._reused += max(0, done - (self.settled + self._reused + self._deduplicated))
+    def stands_at(self, done: int, *, reused: int) -> None:
+        """So many rows are done, and so many of them were before: what neither was asked nor was there is shared."""
+        self._reused = reused
+        self._deduplicated = max(0, done - self.settled - reused)
 
     @property
     def settled(self) -> int:

@@ -31,6 +31,9 @@ CURRENT = """
 """
 """The rows that the dataset holds now, each with what came of it, as the end of a SELECT."""
 
+WAS_THERE = "(reused_from IS NOT NULL OR settled_at < (SELECT max(started_at) FROM sessions))"
+"""Of an answer, in SQL: the last session did not ask for it."""
+
 
 def result_rows(
     *stores: Store, limit: int | None = None, failed: bool | None = None
@@ -202,9 +205,7 @@ _TOTALS = f"""
     SELECT
         count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
         count(error_type) AS failed,
-        count(*) FILTER (
-            WHERE reused_from IS NOT NULL OR settled_at < (SELECT max(started_at) FROM sessions)
-        ) AS reused,
+        count(*) FILTER (WHERE {WAS_THERE}) AS reused,
         count(reused_from) AS taken_over,
         count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
     {CURRENT}

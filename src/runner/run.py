@@ -35,6 +35,7 @@ from runner.identity import WorkloadHasher, dump_text
 from runner.metrics import DeploymentSnapshot, Meter, Snapshot
 from runner.outcomes import failure, success
 from runner.response_format import ResponseFormat
+from runner.results import CURRENT, WAS_THERE
 from runner.retry import failed_attempt
 from runner.scoring import Scorers
 from runner.signals import ECHO_S
@@ -142,7 +143,7 @@ class Run:
             await self._ask_all(after_pilot)
             if self.sharing:
                 await self._see_sharing()
-            if self.stop.reason is not None:
+            if self.stop.reason is not None or self.sharing:
                 await self._take_stock()
         except (StoreError, DatasetError) as error:
             self.stop(SystemicError(str(error)))
@@ -242,10 +243,12 @@ class Run:
                 if is_pilot:
                     self._asked_first.update(item.position for item, _ in asked)
                 else:
-                    shared = [fact.ticket for fact in known if fact.shared]
-                    before = sum(item.position in self._asked_first for item in chunk) if self._asked_first else 0
+                    others = [
+                        fact for item, fact in zip(chunk, known, strict=True) if item.position not in self._asked_first
+                    ]
+                    shared = [fact.ticket for fact in others if fact.shared or self._is_shared(fact, terms)]
                     self.sharing += len(shared)
-                    self._meter.reused(len(chunk) - len(asked) - len(shared) - before)
+                    self._meter.reused(len(others) - len(asked) - len(shared))
                     self._await_answers(shared)
                 whole = len(todo) - len(todo) % group_size
                 yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
@@ -277,6 +280,10 @@ class Run:
                 unclaimed = unclaimed[len(known) :]
         if reader.error is not None:
             raise reader.error
+
+    def _is_shared(self, fact: Known, terms: Terms) -> bool:
+        """Whether a row has its answer because another one was asked in this session."""
+        return terms.dedupe and fact.answered and self._store.is_new(fact.ticket)
 
     def _await_answers(self, tickets: Sequence[int]) -> None:
         """Count rows that share the answers with these tickets as done, once they are there."""
@@ -327,8 +334,8 @@ class Run:
     async def _take_stock(self) -> None:
         """Have the meter count what the store has, now that nothing more is asked."""
         await self._store.flush()
-        [done] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (True,))]
-        self._meter.stands_at(done)
+        [found] = [row async for row in self._store.query(_STOCK)]
+        self._meter.stands_at(found["done"], reused=found["reused"])
 
     # Asking
 
@@ -525,6 +532,9 @@ _SETTLED_ROWS = """
     JOIN answers USING (ticket)
     WHERE answers.error_type IS NULL OR ?
 """
+
+
+_STOCK = f"SELECT count(*) AS done, count(*) FILTER (WHERE {WAS_THERE}) AS reused {CURRENT}"
 
 
 def _spread(size: int, total: int | None) -> Set[int]:

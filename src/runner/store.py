@@ -180,6 +180,10 @@ class Store:
         found = await self._found(todo, terms.elsewhere, session, dedupe=terms.dedupe)
         return await self._transact(lambda statements: take(statements, lookup, found))
 
+    def is_new(self, ticket: int) -> bool:
+        """Whether a ticket is of this session: nobody had asked for its answer before."""
+        return self._session is not None and ticket >> _TICKET_BITS == self._session.id
+
     async def _found(
         self, claims: Sequence[Claimed], elsewhere: Elsewhere, session: Session, *, dedupe: bool
     ) -> Sequence[Outcome | None]:
