@@ -38,6 +38,7 @@ from runner.response_format import ResponseFormat
 from runner.results import CURRENT, WAS_THERE
 from runner.retry import failed_attempt
 from runner.scoring import Scorers
+from runner.sharers import Sharers
 from runner.signals import ECHO_S
 from runner.store import Key, Known, Outcome, Store, Terms
 from runner.task import Asking, Item, Settled
@@ -88,7 +89,6 @@ class Run:
         held_up_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.stop = Stop()
-        self.sharing = 0  # rows that wait for the answer of another one that asks the same
         self._length = 0  # of the dataset, as far as its rows were claimed
         self._config = config
         self._workload = workload
@@ -101,9 +101,9 @@ class Run:
         self._terms = terms or Terms(retry_failed=config.retry_failed, scored=bool(workload.scorers))
         self._soft_start = SoftStart(window)
         self._digests = Digests(store, max_bytes=config.task.max_bytes)
+        self._sharers = Sharers(meter)
         self._flights: dict[int, _Flight] = {}
         self._asked_first: set[int] = set()  # positions, in the pilot
-        self._waiting: dict[int, int] = {}  # by ticket of what is being asked: the rows that wait for its answer too
         self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
         self._interrupted_at: float | None = None
@@ -130,7 +130,7 @@ class Run:
         return Left(
             asked=unread + found["tickets"],
             sharing=found["open"] - found["tickets"],
-            is_most=self.sharing > 0 and unread > 0,
+            is_most=self._sharers.count > 0 and unread > 0,
         )
 
     async def until_done(self, *, after_pilot: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -141,9 +141,9 @@ class Run:
         """
         try:
             await self._ask_all(after_pilot)
-            if self.sharing:
+            if self._sharers.count:
                 await self._see_sharing()
-            if self.stop.reason is not None or self.sharing:
+            if self.stop.reason is not None or self._sharers.count:
                 await self._take_stock()
         except (StoreError, DatasetError) as error:
             self.stop(SystemicError(str(error)))
@@ -239,17 +239,11 @@ class Run:
                 ]
                 todo += asked
                 if terms.dedupe:
-                    self._waiting.update((ticket, 0) for _, ticket in asked)
+                    self._sharers.expect(ticket for _, ticket in asked)
                 if is_pilot:
                     self._asked_first.update(item.position for item, _ in asked)
                 else:
-                    others = [
-                        fact for item, fact in zip(chunk, known, strict=True) if item.position not in self._asked_first
-                    ]
-                    shared = [fact.ticket for fact in others if fact.shared or self._is_shared(fact, terms)]
-                    self.sharing += len(shared)
-                    self._meter.reused(len(others) - len(asked) - len(shared))
-                    self._await_answers(shared)
+                    self._count_known(chunk, known, asked=len(asked), dedupe=terms.dedupe)
                 whole = len(todo) - len(todo) % group_size
                 yield [todo[start : start + group_size] for start in range(0, whole, group_size)]
                 todo = todo[whole:]
@@ -281,22 +275,20 @@ class Run:
         if reader.error is not None:
             raise reader.error
 
-    def _is_shared(self, fact: Known, terms: Terms) -> bool:
-        """Whether a row has its answer because another one was asked in this session."""
-        return terms.dedupe and fact.answered and self._store.is_new(fact.ticket)
-
-    def _await_answers(self, tickets: Sequence[int]) -> None:
-        """Count rows that share the answers with these tickets as done, once they are there."""
-        for ticket in tickets:
-            if ticket in self._waiting:
-                self._waiting[ticket] += 1
-            else:
-                self._meter.deduplicated()
+    def _count_known(self, chunk: Sequence[Item], known: Sequence[Known], *, asked: int, dedupe: bool) -> None:
+        """Count the rows that are not asked, save those of the pilot."""
+        if self._asked_first:
+            known = [fact for item, fact in zip(chunk, known, strict=True) if item.position not in self._asked_first]
+        shared: Sequence[int] = ()
+        if dedupe:
+            is_new = self._store.is_new
+            shared = [fact.ticket for fact in known if fact.shared or (fact.answered and is_new(fact.ticket))]
+            self._sharers.join(shared)
+        self._meter.reused(len(known) - asked - len(shared))
 
     async def _save(self, saved: Sequence[tuple[int, Outcome, str | None]]) -> None:
         await self._store.save_all(saved)
-        if self._waiting:
-            self._meter.deduplicated(sum(self._waiting.pop(outcome.ticket, 0) for _, outcome, _ in saved))
+        self._sharers.settle(outcome.ticket for _, outcome, _ in saved)
 
     async def _score_known(self, chunk: Sequence[Item], known: Sequence[Known]) -> None:
         """Score the answers that are there and have none."""
