@@ -130,7 +130,7 @@ class Run:
         return Left(
             asked=unread + found["tickets"],
             sharing=found["open"] - found["tickets"],
-            is_most=self._sharers.count > 0 and unread > 0,
+            is_most=self._terms.dedupe and unread > 0,
         )
 
     async def until_done(self, *, after_pilot: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -141,7 +141,7 @@ class Run:
         """
         try:
             await self._ask_all(after_pilot)
-            if self._sharers.count:
+            if self._terms.dedupe:
                 await self._see_sharing()
             if self.stop.reason is not None or self._sharers.count:
                 await self._take_stock()
@@ -307,7 +307,7 @@ class Run:
         are to be paid for.
         """
         is_spent = isinstance(self.stop.reason, BudgetExhausted) and self.total is not None
-        if not (is_spent or self._workload.scorers):
+        if not (is_spent or (self._sharers.count and self._workload.scorers)):
             return
         await self._store.flush()
         terms = Terms(
