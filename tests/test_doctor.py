@@ -122,9 +122,17 @@ async def test_an_address_that_is_not_the_api_s_is_a_fault_that_names_the_one_wh
 
     async with serving(answer) as server:
         base = server.url.removesuffix("/v1")
-        found = await findings(experiment(f"{base}{path}"))
+        alone = await findings(experiment(f"{base}{path}"))
+        named = RunnerConfig(
+            deployments={"gpu": DeploymentConfig(model="hosted_vllm/llama", api_base=f"{base}{path}")},
+            prompt="hi",
+            tracker=TrackerConfig(kind=TrackerKind.none),
+        )
+        one_of_several = await findings(named)
 
-    assert faults(found) == [f"there is no API at {base}{path}, but there is one at {base}/v1: set api_base={base}/v1"]
+    fault = f"there is no API at {base}{path}, but there is one at {base}/v1: set"
+    assert faults(alone) == [f"{fault} api_base={base}/v1"]
+    assert faults(one_of_several) == [f"{fault} deployments.gpu.api_base={base}/v1"]
 
 
 async def test_a_request_on_consent_compares_the_limits_with_the_provider_s_headers() -> None:

@@ -803,7 +803,7 @@ async def test_an_unknown_path_is_not_found(connect: Connect, simulator: Simulat
 
 async def test_an_address_that_ends_too_early_or_too_late_is_shown_as_it_is_probably_meant(serve: Serve) -> None:
     url = (await serve(answering({"detail": "Not Found"}, status=404))).removesuffix("/v1")
-    right = f"; perhaps it is api_base={url}/v1"
+    right = f"; perhaps its api_base is {url}/v1"
     hints = {"": right, "/": right, "/v1": "", "/v1beta/ai": "", "/v1/chat/completions": right, "/completions/": right}
     for path, hint in hints.items():
         client = direct(f"{url}{path}")

@@ -219,7 +219,8 @@ async def _look_at_server(
             return _fault(label, f"the server refuses the key: {error}")
         if error.status == 404 and (meant := wire.meant_base(base)) and await _has_list(meant, key):
             where, right = wire.address(base), wire.address(meant)
-            return _fault(label, f"there is no API at {where}, but there is one at {right}: set api_base={right}")
+            setting = "api_base" if label == deployment.model else f"deployments.{label}.api_base"
+            return _fault(label, f"there is no API at {where}, but there is one at {right}: set {setting}={right}")
         return _note(label, f"the server is there, but its list of models is not: {error}")
     if listed and model not in listed:
         some = ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")
@@ -243,17 +244,18 @@ def _look_at_limits(
 ) -> Iterator[Finding]:
     """Compare the limits that the provider's headers tell with those that are configured."""
     limits = deployment.limits or config.limits
+    prefix = f"deployments.{label}.limits" if deployment.limits else "limits"
     for reading in readings(response.headers, now=time.time()):
         key, told = _LIMIT_KEYS.get((reading.kind, reading.is_of_a_day)), reading.limit
         if key is None or told is None:
             continue
         ours = getattr(limits, key)
         if ours is None:
-            yield _note(label, f"the provider allows {told:,.0f}: limits.{key}={told:.0f} would keep to it")
+            yield _note(label, f"the provider allows {told:,.0f}: {prefix}.{key}={told:.0f} would keep to it")
         elif ours > told:
-            yield _note(label, f"limits.{key}={ours:g} is above the provider's {told:,.0f}: it will answer 429")
+            yield _note(label, f"{prefix}.{key}={ours:g} is above the provider's {told:,.0f}: it will answer 429")
         else:
-            yield _ok(label, f"limits.{key}={ours:g} is within the provider's {told:,.0f}")
+            yield _ok(label, f"{prefix}.{key}={ours:g} is within the provider's {told:,.0f}")
 
 
 def _tiny(config: RunnerConfig) -> Request | None:

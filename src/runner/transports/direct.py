@@ -102,7 +102,7 @@ class DirectTransport:
         meant = wire.meant_base(self._where)
         if not isinstance(error, errors.NotFoundError) or error.status != 404 or meant is None:
             return error
-        message = f"{error.message.rstrip('.')}; perhaps it is api_base={meant}"
+        message = f"{error.message.rstrip('.')}; perhaps its api_base is {meant}"
         return errors.NotFoundError(message, status=error.status, headers=error.headers)
 
     def _headers_of(self, call: wire.Call, params: Mapping[str, Any]) -> Mapping[str, str]:
