@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from runner.advice import way_out
 from runner.batch import Stop, run_batch
 from runner.concurrency import SoftStart, Window
-from runner.config import RunnerConfig, replicas
+from runner.config import RunnerConfig, TaskKind, replicas
 from runner.digests import Digests
 from runner.errors import (
     BudgetExhausted,
@@ -304,9 +304,11 @@ class Run:
         """Give rows that share an answer their own scores, where it is there; those of a run that is stopped soon.
 
         Where a budget has stopped it, rows that were not reached are looked at too, so that it is known which of them
-        are to be paid for.
+        are to be paid for; not where files would have to be read for it.
         """
-        is_spent = isinstance(self.stop.reason, BudgetExhausted) and self.total is not None
+        task = self._config.task
+        reads_files = task.kind is TaskKind.transcribe or task.image is not None
+        is_spent = isinstance(self.stop.reason, BudgetExhausted) and self.total is not None and not reads_files
         if not (is_spent or (self._sharers.count and self._workload.scorers)):
             return
         await self._store.flush()
@@ -524,7 +526,6 @@ _SETTLED_ROWS = """
     JOIN answers USING (ticket)
     WHERE answers.error_type IS NULL OR ?
 """
-
 
 _STOCK = f"SELECT count(*) AS done, count(*) FILTER (WHERE {WAS_THERE}) AS reused {CURRENT}"
 
