@@ -79,10 +79,8 @@ async def test_figures_are_compared_row_by_row(tmp_path: Path) -> None:
     assert accuracy.value == pytest.approx(0.3, abs=0.1)
     assert accuracy.is_told
     assert finding(accuracy) == "higher"
-    assert of(comparison, "failed").value == 0
     assert {each.figure for each in comparison.differences} == {
         "score accuracy",
-        "failed",
         "latency_s",
         "prompt_tokens",
         "completion_tokens",
@@ -211,7 +209,7 @@ async def test_rows_that_share_an_answer_are_measured_once_and_no_evidence_of_th
     assert expected.interval is not None
     assert accuracy.interval.low == pytest.approx(expected.interval.low)
     assert accuracy.interval.high == pytest.approx(expected.interval.high)
-    assert [of(shared, name).pairs for name in ("score accuracy", "failed")] == [200, 200]
+    assert accuracy.pairs == 200
     assert [of(shared, name).pairs for name in ("latency_s", "prompt_tokens", "cost_usd")] == [40, 40, 40]
     assert alone.note == ""
     assert shared.note.startswith(
@@ -267,6 +265,14 @@ def drawn(seed: int, rows: int) -> Difference:
         pairs.add({"score a": [float(draw.random() < 0.7)]}, {"score a": [float(draw.random() < 0.75)]})
     [difference] = pairs.differences()
     return difference
+
+
+@pytest.mark.parametrize(("here", "there", "shown"), [(0, 0, []), (1, 0, ["failed"]), (0, 1, ["failed"])])
+def test_failures_are_compared_where_there_were_some(here: float, there: float, shown: list[str]) -> None:
+    pairs = Pairs()
+    pairs.add({"failed": [here]}, {"failed": [there]})
+
+    assert [difference.figure for difference in pairs.differences()] == shown
 
 
 def test_a_constant_difference_is_told() -> None:

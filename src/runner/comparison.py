@@ -257,7 +257,8 @@ class Pairs:
     def differences(self) -> list[Difference]:
         """Scores first, then failures, then what it took. What neither run ever has is left out."""
         order = [*(name for name in self._sums if name.startswith(SCORE)), FAILED, *_COLUMNS, "itl_s"]
-        return [self._sums[name].difference(name) for name in order if name in self._sums]
+        found = [self._sums[name].difference(name) for name in order if name in self._sums]
+        return [each for each in found if each.figure != FAILED or each.first or each.second]
 
 
 def _may_be_share(name: str) -> bool:

@@ -95,7 +95,7 @@ def run_header(runs: Sequence[RunFacts]) -> list[str]:
         "state",
         "rows",
         "failed",
-        *score_names(runs),
+        *(f"{name} [95 %]" for name in score_names(runs)),
         "p50",
         "p95",
         "rows/s",
