@@ -168,6 +168,23 @@ async def test_with_a_bound_on_the_answers_a_budget_is_never_exceeded(tmp_path: 
     assert provider.most_at_once > 250
 
 
+@pytest.mark.parametrize(
+    ("taken", "said"), [(0.0, "=1 has room for 9"), (0.2, "=1, $0.2000 of it taken, has room for 7")]
+)
+def test_requests_that_wait_for_room_are_told_of_with_what_one_may_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, taken: float, said: str
+) -> None:
+    @virtual_time
+    async def run() -> None:
+        budget = Budget(priced(budget=BudgetConfig(usd=1.0)), tmp_path / "run")
+        async with opened(budget, usd=taken):
+            await ask_until_the_end(budget, Provider(0), at_once=50)
+
+    run()
+    [warning] = [record.getMessage() for record in caplog.records if "at once" in record.getMessage()]
+    assert f"budget.usd{said} requests at once, as one may take $0.1003 (" in warning
+
+
 @virtual_time
 async def test_what_has_no_bound_is_sent_one_at_a_time(tmp_path: Path) -> None:
     provider = Provider(0)

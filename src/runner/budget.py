@@ -191,16 +191,16 @@ class Budget:
         if name not in ("usd", "tokens") or getattr(taken - held, name) > self._purse.limits[name] / 2:
             return  # towards the end it is as it should be
         self._is_warned = True
-        size = getattr(most, name)
+        limit, spent, size = self._purse.limits[name], getattr(taken - held, name), getattr(most, name)
         bound = f"{shown(name, size)} (a token a byte of its prompt, {TEMPLATE_TOKENS} around it, the longest answer)"
-        most_of_one = "any amount" if math.isinf(size) else bound
         logger.warning(
-            "budget.%s=%g has room for %d requests at once, as one may take %s: a larger budget, or a smaller"
+            "budget.%s=%g%s has room for %d requests at once, as one may take %s: a larger budget, or a smaller"
             " request.max_tokens, makes it more",
             name,
-            self._purse.limits[name],
-            held.requests,
-            most_of_one,
+            limit,
+            f", {shown(name, spent)} of it taken," if spent else "",
+            max(1, (limit - spent) // size),
+            "any amount" if math.isinf(size) else bound,
         )
 
 
