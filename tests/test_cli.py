@@ -127,6 +127,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "succeeded": 60,
         "failed": 0,
         "reused": 0,
+        "sessions": 1,
         "concurrency": {"window": 64, "why": None},
         "tokens": {"prompt": 180, "completion": 120, "total": 300, "cached": 0, "reasoning": 0},
         "cost_usd": None,

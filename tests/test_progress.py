@@ -492,6 +492,16 @@ def test_a_stream_of_another_encoding_gets_escapes(terminal: Terminal) -> None:
 # The summary
 
 
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [({"sessions": 1}, "1m 15s"), ({"sessions": 2}, "1m 15s in 2 sessions"), ({"sessions": 2, "shards": {}}, "1m 15s")],
+)
+def test_times_of_several_sessions_are_said_to_be(told: dict[str, Any], shown: str) -> None:
+    stream = io.StringIO()
+    summary_table(SUMMARY | told, results=Path("results.jsonl"), stream=stream)
+    assert f"elapsed      {shown}" in stream.getvalue().splitlines()
+
+
 def test_the_summary_is_aligned_text_in_a_pipe() -> None:
     stream = io.StringIO()
     summary_table(SUMMARY, results=Path("runs/quickstart/abc/results.jsonl"), stream=stream)

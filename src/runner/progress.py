@@ -514,7 +514,9 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     for name, score in scores.items():
         yield _Fact(f"score {printable(name)}", figures.score(score), "bold")
     if summary.get("elapsed_s") is not None:
-        yield _Fact("elapsed", figures.duration(summary["elapsed_s"]))
+        sessions = 1 if "shards" in summary else summary.get("sessions", 1)  # which have sessions each
+        span = f" in {sessions:,} sessions" if sessions > 1 else ""
+        yield _Fact("elapsed", f"{figures.duration(summary['elapsed_s'])}{span}")
     rates = [
         f"{figures.short(rate)} {unit}"
         for rate, unit in ((figures.rows_per_s(summary), "rows/s"), (summary.get("tokens_per_s"), "tokens/s"))

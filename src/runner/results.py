@@ -147,7 +147,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers,
-    rows (with those that share an answer) and tokens per second at work, over all sessions; where several overlap, the
+    rows (with those that share an answer) and tokens per second at work, over all ``sessions``; where some overlap, the
     time counts once. Cost and rates count all that was ever answered in this run, the rest what the dataset holds now.
     ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
@@ -166,7 +166,8 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     deduplicated = (await sums(deduping, _DEDUPLICATED))["n"]
     deployments = await sums_by_name(stores, _DEPLOYMENTS)
     measured = sum(each["measured"] for each in deployments.values())
-    elapsed_s = await _elapsed_s(stores)
+    sessions = await _sessions(stores)
+    elapsed_s = _time_in(sessions)
     is_bounded = not spent["without_bound"]
     return {
         "rows": rows["n"],
@@ -187,6 +188,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "attempts_without_bound": spent["without_bound"],
         "deduplicated": deduplicated,
         "taken_over": totals["taken_over"],
+        "sessions": len(sessions),
         "elapsed_s": elapsed_s,
         "requests_per_s": spent["answers"] / elapsed_s if elapsed_s else None,
         "rows_per_s": (spent["answers"] + deduplicated) / elapsed_s if elapsed_s else None,
@@ -364,12 +366,16 @@ async def sums_by_name(
     return dict(found)
 
 
-async def _elapsed_s(stores: Sequence[Store]) -> float:
-    """For how long there was a session, of one store or of several."""
+async def _sessions(stores: Sequence[Store]) -> list[tuple[float, float]]:
+    """When each session began and was last seen, in their order."""
     sql = "SELECT started_at, last_seen FROM sessions"
-    sessions = [(row["started_at"], row["last_seen"]) for store in stores async for row in store.query(sql)]
+    return sorted([(row["started_at"], row["last_seen"]) for store in stores async for row in store.query(sql)])
+
+
+def _time_in(sessions: Sequence[tuple[float, float]]) -> float:
+    """For how long there was a session, of one store or of several."""
     elapsed_s = until = 0.0
-    for began, ended in sorted(sessions):
+    for began, ended in sessions:
         elapsed_s += max(0.0, ended - max(began, until))
         until = max(until, ended)
     return elapsed_s
