@@ -138,6 +138,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "deduplicated": 0,
         "taken_over": 0,
         "retries": 0,
+        "truncated": 0,
         "unparsed": 0,
         "errors": {},
         "scores": {},

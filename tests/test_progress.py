@@ -593,6 +593,12 @@ def test_a_long_wait_for_a_limit_or_a_pause_is_shown(held_up_s: float, said: boo
     assert ("next request in 54s" in stream.getvalue()) is said
 
 
+def test_the_summary_says_how_many_answers_were_cut_off() -> None:
+    stream = io.StringIO()
+    summary_table({**SUMMARY, "truncated": 1_210}, stream=stream)
+    assert re.search(r"^truncated +1,210, cut off at the limit on their length$", stream.getvalue(), re.M)
+
+
 def test_the_summary_says_what_was_paid_for_rows_as_they_were_before() -> None:
     stream = io.StringIO()
     summary_table({**SUMMARY, "cost_usd": 0.034, "cost_usd_former": 0.0161}, stream=stream)

@@ -353,6 +353,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "latency_s": {"p50": None, "p95": None, "p99": None},
         "queue_wait_s": {"p50": None, "p95": None, "p99": None},
         "retries": 0,
+        "truncated": 0,
         "unparsed": 0,
         "errors": {},
         "deployments": {},
@@ -371,6 +372,17 @@ async def test_rows_are_counted_by_what_came_of_them(store: Store) -> None:
     assert (summary["rows"], summary["succeeded"], summary["failed"]) == (6, 2, 3)
     assert summary["retries"] == 5
     assert list(summary["errors"].items()) == [("RowError", 2), ("Timeout", 1)]
+
+
+async def test_answers_that_were_cut_off_are_counted_whichever_choice_it_was(store: Store) -> None:
+    choices = {"choices": [{"text": "a", "finish_reason": "stop"}, {"text": "b", "finish_reason": "length"}]}
+    quoted = {"reasoning": 'a server may say {"finish_reason":"length"}'}
+    await settle(store, 0, finish_reason="length")
+    await settle(store, 1, finish_reason="stop", details=orjson.dumps(choices).decode())
+    await settle(store, 2, finish_reason="stop", details=orjson.dumps(quoted).decode())
+    await settle(store, 3, finish_reason="stop")
+    await settle(store, 4, **failed("Timeout"))
+    assert (await summarize(store))["truncated"] == 2
 
 
 async def test_tokens_add_up(store: Store) -> None:

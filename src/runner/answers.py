@@ -19,6 +19,11 @@ WAS_SENT = "(error_type IS NULL OR error_type = 'GivenUp' OR error_status IS NOT
 """Of ``answers`` and ``attempts``, in SQL: an error without a status that costs nothing for certain ended an attempt
 that never reached a server."""
 
+_CHOICE_TRUNCATED = '"finish_reason":"length"'
+
+TRUNCATED = f"(answers.finish_reason = 'length' OR instr(answers.details, '{_CHOICE_TRUNCATED}') > 0)"
+"""Of ``answers``, in SQL, what `Outcome.is_truncated` says."""
+
 
 class Outcome(NamedTuple):
     """What came of a row: the columns of ``answers``, in their order, as they are inserted. See schema.sql."""
@@ -50,6 +55,11 @@ class Outcome(NamedTuple):
     embedding: bytes | None = None
     reused_from: str | None = None
     shared: bool = False
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the answer, or one of several choices, was cut off at the limit on its length."""
+        return self.finish_reason == "length" or _CHOICE_TRUNCATED in (self.details or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from runner.answers import WAS_SENT
+from runner.answers import TRUNCATED, WAS_SENT
 from runner.bucket import Bucket
 from runner.budget import shown, taken_so_far
 from runner.checks import check
@@ -394,7 +394,7 @@ def _why_sent(fact: Any, item: Item, *, truncated: bool) -> str:
         if fact["before_settled"]:
             return "asked anew"
         return "interrupted earlier" if fact["before_sent"] else "new"
-    return "truncated" if truncated and fact["before_finish"] == "length" else "changed"
+    return "truncated" if truncated and fact["before_truncated"] else "changed"
 
 
 def _counts(verb: str, reasons: Mapping[str, int]) -> str:
@@ -445,12 +445,12 @@ def _note_before(copy: Path) -> None:
 
 _BEFORE = f"""
     CREATE TABLE before (
-        position INTEGER PRIMARY KEY, content BLOB, sent INTEGER, settled INTEGER, error_type TEXT, finish_reason TEXT
+        position INTEGER PRIMARY KEY, content BLOB, sent INTEGER, settled INTEGER, error_type TEXT, truncated INTEGER
     );
     INSERT INTO before
     SELECT
         rows.position, rows.content, rows.content IN (SELECT content FROM attempts WHERE {WAS_SENT}),
-        answers.ticket IS NOT NULL, answers.error_type, answers.finish_reason
+        answers.ticket IS NOT NULL, answers.error_type, {TRUNCATED}
     FROM rows
     LEFT JOIN answers USING (ticket);
 """
@@ -459,7 +459,7 @@ _FACTS = """
     SELECT
         rows.position, rows.content, before.content AS before,
         before.sent AS before_sent, before.settled AS before_settled, before.error_type AS before_error,
-        before.finish_reason AS before_finish,
+        before.truncated AS before_truncated,
         answers.ticket, answers.error_type, answers.reused_from, answers.prompt_tokens, answers.completion_tokens,
         answers.total_tokens, answers.cached_tokens, answers.service_time_s
     FROM rows

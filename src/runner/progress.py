@@ -501,6 +501,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")
+    if summary.get("truncated"):
+        yield _Fact("truncated", f"{summary['truncated']:,}, cut off at the limit on their length", "yellow")
     if summary.get("unparsed"):
         yield _Fact("unparsed", f"{summary['unparsed']:,}", "yellow")
     deployments: Mapping[str, Any] = summary.get("deployments") or {}

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
+from runner.answers import TRUNCATED
 from runner.config import TaskKind
 from runner.errors import StoreError
 from runner.identity import dump_json
@@ -146,9 +147,10 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     """The figures of ``summary.json``, from the store alone; or from those of a dataset's shards, as of one run.
 
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
-    is ``queue_wait_s``, beside it. ``unparsed`` answers do not fit the run's ``response_format``. Rates are answers,
-    rows (with those that share an answer) and tokens per second at work, over all ``sessions``; where some overlap, the
-    time counts once. Cost and rates count all that was ever answered in this run, the rest what the dataset holds now.
+    is ``queue_wait_s``, beside it. ``truncated`` answers were cut off at the limit on their length, ``unparsed`` ones
+    do not fit the run's ``response_format``. Rates are answers, rows (with those that share an answer) and tokens per
+    second at work, over all ``sessions``; where some overlap, the time counts once. Cost and rates count all that was
+    ever answered in this run, the rest what the dataset holds now.
     ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
 
@@ -196,6 +198,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "latency_s": await _quantiles(stores, "service_time_s", _MEASURED, count=measured),
         "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED, count=measured),
         "retries": used["retries"],
+        "truncated": totals["truncated"],
         "unparsed": totals["unparsed"],
         "errors": await _counts(stores, _ERRORS) if totals["failed"] else {},
         "deployments": await _deployments(stores, deployments, totals["succeeded"]),
@@ -209,7 +212,8 @@ _TOTALS = f"""
         count(error_type) AS failed,
         count(*) FILTER (WHERE {WAS_THERE}) AS reused,
         count(reused_from) AS taken_over,
-        count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed
+        count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed,
+        count(*) FILTER (WHERE {TRUNCATED}) AS truncated
     {CURRENT}
 """
 

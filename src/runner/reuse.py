@@ -117,7 +117,7 @@ class OtherLimits:
             missing = [n for n, answer in enumerate(found) if answer is None]
             answers = await self._store.take([self._workload.content(asked[n], hasher) for n in missing])
             for n, answer in zip(missing, answers, strict=True):
-                if answer is not None and not _was_cut_off(answer) and self._has_room(answer, limit):
+                if answer is not None and not answer.is_truncated and self._has_room(answer, limit):
                     found[n] = _taken_over(answer, self._name)
         return found
 
@@ -160,8 +160,3 @@ def _taken_over(answer: Outcome, source: str) -> Outcome:
 
 def _most(limits: Mapping[str, Any]) -> int | None:
     return max((int(value) for value in limits.values()), default=None)
-
-
-def _was_cut_off(answer: Outcome) -> bool:
-    """Whether an answer, or one of several choices, ended at the limit."""
-    return answer.finish_reason == "length" or '"finish_reason":"length"' in (answer.details or "")

@@ -249,8 +249,9 @@ def _is_deployment(told: Mapping[str, Any]) -> bool:
 
 
 _NUMBERS = (
-    *("rows", "succeeded", "failed", "reused", "retries", "elapsed_s", "requests_per_s", "tokens_per_s"),
-    *("rows_per_s", "cost_usd", "cost_usd_upper_bound", "level"),
+    *("rows", "succeeded", "failed", "reused", "truncated", "unparsed", "retries"),
+    *("elapsed_s", "requests_per_s", "rows_per_s", "tokens_per_s"),
+    *("cost_usd", "cost_usd_upper_bound", "level"),
 )
 _TABLES = ("tokens", "latency_s", "queue_wait_s", "errors")
 

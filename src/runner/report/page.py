@@ -51,7 +51,7 @@ def _facts(run: RunFacts) -> Iterator[tuple[str, str]]:
     yield "state", run.state
     if summary.get("rows"):
         yield "rows", _rows(run)
-    for key in ("succeeded", "failed", "reused", "retries"):
+    for key in ("succeeded", "failed", "reused", "truncated", "unparsed", "retries"):
         if summary.get(key):
             yield key, f"{summary[key]:,}"
     for name in run.scores:
