@@ -169,7 +169,7 @@ async def test_with_a_bound_on_the_answers_a_budget_is_never_exceeded(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("taken", "said"), [(0.0, "=1 has room for 9"), (0.2, "=1, $0.2000 of it taken, has room for 7")]
+    ("taken", "said"), [(0.0, "=1 has room for 9"), (0.2, "=1, $0.2000 of it taken by now, has room for 7")]
 )
 def test_requests_that_wait_for_room_are_told_of_with_what_one_may_take(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, taken: float, said: str
@@ -182,11 +182,26 @@ def test_requests_that_wait_for_room_are_told_of_with_what_one_may_take(
 
     run()
     [warning] = [record.getMessage() for record in caplog.records if "at once" in record.getMessage()]
-    assert f"budget.usd{said} requests at once, as one may take $0.1003 (" in warning
+    assert f"budget.usd{said} requests at once, as one may take $0.1003 ($0.1000 for the longest answer, " in warning
+    assert warning.endswith(": a larger budget, or a smaller request.max_tokens, makes it more")
+
+
+def test_shorter_answers_are_no_advice_where_the_prompts_are_what_takes_the_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @virtual_time
+    async def run() -> None:
+        budget = Budget(priced(budget=BudgetConfig(usd=0.01), request={"max_tokens": 1}), tmp_path / "run")
+        async with opened(budget):
+            await ask_until_the_end(budget, Provider(0, answer=lambda draw: 1), at_once=50, max_tokens=1)
+
+    run()
+    [warning] = [record.getMessage() for record in caplog.records if "at once" in record.getMessage()]
+    assert warning.endswith(": a larger budget makes it more")
 
 
 @virtual_time
-async def test_what_has_no_bound_is_sent_one_at_a_time(tmp_path: Path) -> None:
+async def test_what_has_no_bound_is_sent_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     provider = Provider(0)
     budget = Budget(priced(budget=BudgetConfig(usd=0.05)), tmp_path / "run")
     picture: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}]}]
@@ -197,6 +212,7 @@ async def test_what_has_no_bound_is_sent_one_at_a_time(tmp_path: Path) -> None:
         )
     assert provider.most_at_once == 1
     assert 0.04 <= sum(provider.costs) <= 0.05 + max(provider.costs)
+    assert "requests go one at a time, as what one may take has no bound" in caplog.text
 
 
 @virtual_time

@@ -82,9 +82,11 @@ def test_a_new_meter_shows_zeros_and_unknowns(meter: Meter) -> None:
 
 def test_answered_failed_and_reused_rows_are_done(meter: Meter) -> None:
     answer(meter)
-    meter.failed("Timeout", retries=3)
-    meter.failed("Timeout", retries=3)
+    meter.failed("Timeout")
+    meter.failed("Timeout")
     meter.failed("RowError")
+    meter.retried()
+    meter.retried(5)
     meter.reused()
     meter.reused(5)
     snapshot = meter.snapshot(total=20, in_flight=3, window=8)
@@ -227,7 +229,8 @@ def test_the_series_holds_numbers_under_ts_and_leaves_out_what_is_unknown(meter:
     clock.now += 2
     assert "ts/latency_p50_s" not in meter.snapshot().as_series()
     answer(meter, cost_usd=0.5, latency_s=0.25)
-    meter.failed("Timeout", retries=3)
+    meter.failed("Timeout")
+    meter.retried(3)
     meter.scored({"exact": 1.0})
     series = meter.snapshot(total=9, in_flight=4, window=8).as_series()
     expected = {

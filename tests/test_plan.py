@@ -103,6 +103,23 @@ async def test_answers_that_were_cut_off_are_planned_as_such(tmp_path: Path) -> 
     assert plan.send == {"truncated": 4}
 
 
+async def test_a_plan_says_why_answers_that_are_there_would_be_paid_for_again(tmp_path: Path) -> None:
+    rows = numbered(40)
+    config = configured(
+        tmp_path,
+        rows,
+        request={"max_tokens": 8},
+        simulator=SimulatorConfig(latency_s=0.001),
+        limits=LimitsConfig(concurrency=1),
+        budget=BudgetConfig(requests=4),
+    )
+    assert (await run_experiment(config, tmp_path / "run")).summary["succeeded"] == 4
+    plan = await make_plan(replace(config, request={"max_tokens": 4}, budget=BudgetConfig()), tmp_path / "run")
+    assert plan.send == {"changed": 4, "new": 36}
+    told = "request.max_tokens=4 instead of request.max_tokens=8: the 4 answers that are there do not serve"
+    assert told in str(plan)
+
+
 async def test_rows_that_share_an_answer_are_planned_once(tmp_path: Path) -> None:
     rows = [{"prompt": "the same"}] * 5
     plan = await make_plan(configured(tmp_path, rows, dedupe=Dedupe.always), tmp_path / "run")
@@ -361,6 +378,8 @@ async def test_a_budget_that_has_no_room_for_the_rest_is_told(tmp_path: Path) ->
     tight = await plan(40, usd=ample.taken.usd + ample.usd.high - 1e-9)
     assert "budget" not in str(ample)
     assert f"budget.usd=0.0001, {shown('usd', ample.taken.usd)} of it taken, stops it before the end" in str(short)
+    both = f"budget.usd=0.0001, {shown('usd', 2 * ample.taken.usd)} of it taken by these runs, stops it"
+    assert both in str(together([short, short]))
     assert "may stop it" in str(tight) or ample.usd.low == ample.usd.high
     assert "budget.tokens" not in str(short)
     assert "budget" not in str(await plan(20, usd=0.0001))

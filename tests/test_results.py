@@ -362,16 +362,34 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
 
 
 async def test_rows_are_counted_by_what_came_of_them(store: Store) -> None:
-    await settle(store, 0, retries=2)
+    await settle(store, 0)
     await settle(store, 1)
-    await settle(store, 2, **failed("Timeout", retries=3))
+    await settle(store, 2, **failed("Timeout"))
     await settle(store, 3, **failed("RowError"))
     await settle(store, 4, **failed("RowError"))
     await store.claim([Claim(position=5, content=content(5), metadata=None)], Terms(retry_failed=False))
     summary = await summarize(store)
     assert (summary["rows"], summary["succeeded"], summary["failed"]) == (6, 2, 3)
-    assert summary["retries"] == 5
     assert list(summary["errors"].items()) == [("RowError", 2), ("Timeout", 1)]
+
+
+async def test_retries_are_the_failed_attempts_whether_the_row_has_come_to_its_end_or_not(store: Store) -> None:
+    await settle(store, 0, output_text="x", deployment="east", retries=1)
+    await store.claim([Claim(position=1, content=content(1), metadata="{}")], Terms(retry_failed=False))
+    for position in range(2):
+        await store.note_attempts([await key_of(store, position)], attempt(cost_usd=0.0))
+    await store.note_lost([[await key_of(store, 1)]])
+    await store.flush()
+    summary = await summarize(store)
+    assert summary["retries"] == 2
+    assert summary["deployments"]["east"]["retries_by_error"] == {"Timeout": 2}
+
+
+async def test_an_answer_that_was_given_up_is_no_retry(store: Store) -> None:
+    await settle(store, 0, output_text="x", deployment="east")
+    await settle(store, 1, **failed("Timeout", deployment="east"))
+    await store.start_over()
+    assert (await summarize(store))["deployments"]["east"]["retries_by_error"] == {"Timeout": 1}
 
 
 async def test_answers_that_were_cut_off_are_counted_whichever_choice_it_was(store: Store) -> None:
@@ -493,12 +511,12 @@ async def test_an_answer_that_rows_share_counts_once(store: Store) -> None:
     await store.put_meta({"dedupe": "true"})
     same = [Claim(position=n, content=content(0), metadata=None) for n in range(3)]
     await store.claim(same, Terms(dedupe=True))
-    await save(store, 0, Outcome(ticket=0, content=content(0), settled_at=1.0, total_tokens=5, retries=1))
+    await save(store, 0, Outcome(ticket=0, content=content(0), settled_at=1.0, total_tokens=5))
     await store.flush()
     summary = await summarize(store)
     assert (summary["rows"], summary["succeeded"], summary["deduplicated"]) == (3, 3, 2)
     assert summary["rows_per_s"] == pytest.approx(3 * summary["requests_per_s"])
-    assert (summary["tokens"]["total"], summary["retries"]) == (5, 1)
+    assert summary["tokens"]["total"] == 5
 
 
 async def test_the_files_can_be_read_by_their_owner_only(store: Store, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ class Budget:
         self._recent: deque[Amounts] = deque(maxlen=_REMEMBERED)
         self._ended: BudgetExhausted | None = None
         self._is_warned = False
+        self._ceilings: list[Ceiling] = []
 
     @classmethod
     def of(cls, config: RunnerConfig, folder: Path) -> Budget | None:
@@ -85,7 +86,8 @@ class Budget:
     def around(self, label: str, client: Client) -> Client:
         """``client``, which answers for the deployment ``label``, kept to this budget."""
         alone = replace(self._config, deployments={label: self._deployments[label]})
-        return Budgeted(client, self, ceiling=Ceiling(alone))
+        self._ceilings.append(Ceiling(alone))
+        return Budgeted(client, self, ceiling=self._ceilings[-1])
 
     @asynccontextmanager
     async def opened(self, store: Store, *, end: Callable[[RunStopped], None]) -> AsyncIterator[None]:
@@ -176,11 +178,14 @@ class Budget:
         taken = self._purse.taken
         name = (taken + most).beyond(self._purse.limits) or next(iter(self._purse.limits))
         limit, spent, of_next = self._purse.limits[name], getattr(taken, name), getattr(most, name)
-        whose = " by all cells of the sweep" if self.is_shared else ""
-        so_far = f"budget.{name}={limit:g}: {shown(name, spent)} taken{whose}"
+        so_far = f"budget.{name}={limit:g}: {shown(name, spent)} taken{self._taken_by}"
         if not of_next or spent >= limit:
             return BudgetExhausted(f"{so_far}, the budget is used up")
         return BudgetExhausted(f"{so_far}, what is left has no room for another request")
+
+    @property
+    def _taken_by(self) -> str:
+        return " by all cells of the sweep" if self.is_shared else ""
 
     def _warn(self, most: Amounts) -> None:
         """Say once that requests wait for each other, and why."""
@@ -192,15 +197,23 @@ class Budget:
             return  # towards the end it is as it should be
         self._is_warned = True
         limit, spent, size = self._purse.limits[name], getattr(taken - held, name), getattr(most, name)
-        bound = f"{shown(name, size)} (a token a byte of its prompt, {TEMPLATE_TOKENS} around it, the longest answer)"
+        if math.isinf(size):
+            logger.warning("budget.%s=%g: requests go one at a time, as what one may take has no bound", name, limit)
+            return
+        answer = max(ceiling.of_answer()[name] for ceiling in self._ceilings)
+        parts = (
+            f"{shown(name, answer)} for the longest answer, the rest for its prompt, a token a byte and"
+            f" {TEMPLATE_TOKENS} around it"
+        )
         logger.warning(
-            "budget.%s=%g%s has room for %d requests at once, as one may take %s: a larger budget, or a smaller"
-            " request.max_tokens, makes it more",
+            "budget.%s=%g%s has room for %s at once, as one may take %s (%s): a larger budget%s makes it more",
             name,
             limit,
-            f", {shown(name, spent)} of it taken," if spent else "",
-            max(1, (limit - spent) // size),
-            "any amount" if math.isinf(size) else bound,
+            f", {shown(name, spent)} of it taken by now{self._taken_by}," if spent else "",
+            f"{room:,.0f} requests" if (room := (limit - spent) // size) > 1 else "one request",
+            shown(name, size),
+            parts,
+            ", or a smaller request.max_tokens," if 2 * answer > size else "",
         )
 
 

@@ -59,6 +59,14 @@ class Ceiling:
         prompt_bytes = len(dump_json(asked))
         return max(each.prompt_tokens + prompt_bytes + each.output_tokens for each in self._bounds)
 
+    def of_answer(self) -> Mapping[str, float]:
+        """The part of `usd` and `tokens` that is the longest answer's, by these names, where there is a ceiling."""
+        dollars = [each.output_tokens * each.price.completion for each in self._bounds if each.price is not None]
+        return {
+            "usd": max(dollars, default=0.0),
+            "tokens": float(max((each.output_tokens for each in self._bounds), default=0)),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bound:

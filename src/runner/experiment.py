@@ -109,12 +109,14 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
             await check_addresses(replicas(config))
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
         notes = [*doubts, *resumption.notes, *_unpriced(config), *_pace(config)]
+        if settled and not resumption.is_anew:
+            notes.insert(0, f"going on: {settled:,} answers are there")
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
                 async with (
                     _beside(_stay_alive(store)),
                     _beside(_end_with_sweep(run, config)),
-                    _shown(run, config, tracker, settled, notes),
+                    _shown(run, config, tracker, notes, is_resumed=settled > 0),
                 ):
                     try:
                         async with budget.opened(store, end=run.stop) if budget else nullcontext():
@@ -148,12 +150,10 @@ def check_experiment(config: RunnerConfig) -> None:
 
 @asynccontextmanager
 async def _shown(
-    run: Run, config: RunnerConfig, tracker: Tracker, settled: int, notes: Sequence[str]
+    run: Run, config: RunnerConfig, tracker: Tracker, notes: Sequence[str], *, is_resumed: bool
 ) -> AsyncIterator[None]:
     """Keep progress and the tracker's time series up to date while the run is on."""
-    progress = open_progress(config.name, is_resumed=settled > 0)
-    if settled:
-        progress.note(f"going on: {settled:,} answers are there")
+    progress = open_progress(config.name, is_resumed=is_resumed)
     for note in notes:
         progress.note(note)
     run.stop.listen(lambda: progress.note(_ending_note(run)))

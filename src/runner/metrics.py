@@ -165,7 +165,6 @@ class Meter:
         cost_usd: float | None,
         latency_s: float,
         queue_wait_s: float,
-        retries: int = 0,
     ) -> None:
         """A row was answered.
 
@@ -174,7 +173,6 @@ class Meter:
             cost_usd: None where no price is known.
             latency_s: What the caller of the run waits for: `RequestMetrics.end_to_end_s` or its service time.
             queue_wait_s: How long the request waited in this client.
-            retries: Attempts before the one that was answered.
         """
         tokens = 0
         if usage is not None:
@@ -189,17 +187,19 @@ class Meter:
         else:
             self._cost_usd += cost_usd
         self._answered += 1
-        self._retries += retries
         self._latencies.append(latency_s)
         self._queue_waits.append(queue_wait_s)
         self._settled(tokens)
 
-    def failed(self, error_type: str, *, retries: int = 0) -> None:
+    def failed(self, error_type: str) -> None:
         """A row failed for good, with an error of the class ``error_type``."""
         self._failed += 1
         self._errors[error_type] += 1
-        self._retries += retries
         self._settled(0)
+
+    def retried(self, n: int = 1) -> None:
+        """``n`` attempts have failed and are followed by others."""
+        self._retries += n
 
     def reused(self, n: int = 1) -> None:
         """``n`` rows need not be asked: their answers are known. They count as done, and not for the rates."""

@@ -75,16 +75,14 @@ def failure(key: tuple[bytes, int], trace: Trace, error: ItemError, *, shared: b
 def count(meter: Meter, outcomes: Sequence[Outcome]) -> None:
     """Count what has just become durable."""
     for outcome in outcomes:
-        retries = 0 if outcome.shared else outcome.retries
         if outcome.error_type is not None:
-            meter.failed(outcome.error_type, retries=retries)
+            meter.failed(outcome.error_type)
             continue
         meter.answered(
             None if outcome.total_tokens is None else outcome,
             cost_usd=outcome.cost_usd,
             latency_s=outcome.service_time_s,
             queue_wait_s=outcome.queue_wait_s,
-            retries=retries,
         )
 
 

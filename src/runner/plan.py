@@ -69,6 +69,8 @@ class Plan:
     like: str | None = None  # the run, this one or another, whose answers to other rows are gone by
     budget: Mapping[str, float] = field(default_factory=dict)  # limits by their names; cells with the same share one
     taken: Amounts = NOTHING  # of the budget, earlier
+    taken_by: str = ""  # whom, where it is not the run alone
+    notes: Sequence[str] = ()  # why it does not go on as it might
 
     @property
     def basis(self) -> int:
@@ -80,7 +82,7 @@ class Plan:
         return self.prompt_tokens + self.completion_tokens
 
     def __str__(self) -> str:
-        lines = [_counts("send", self.send), _counts("keep", self.keep)]
+        lines = [_counts("send", self.send), _counts("keep", self.keep), *(f"  note    {each}" for each in self.notes)]
         if not sum(self.send.values()):
             return "\n".join(lines)
         cost = self.usd.shown("usd") if self.usd else "unknown: no price is known, see deployments.LABEL.price"
@@ -102,7 +104,7 @@ class Plan:
             limit, taken = self.budget.get(name, math.inf), getattr(self.taken, name)
             if needed is None or taken + needed.high <= limit:
                 continue
-            earlier = f", {shown(name, taken)} of it taken," if taken else ""
+            earlier = f", {shown(name, taken)} of it taken{self.taken_by}," if taken else ""
             ends = "stops" if taken + needed.low > limit else "may stop"
             yield f"budget.{name}={limit:g}{earlier} {ends} it before the end"
 
@@ -143,7 +145,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
             if looks_back:
                 draft.inserted(*[row["n"] async for row in store.query(_INSERTED)])
             spent = await taken_so_far(store)
-    return replace(draft.finish(usual or await _usual(config, folder)), taken=spent)
+    return replace(draft.finish(usual or await _usual(config, folder)), taken=spent, notes=resumption.notes)
 
 
 def together(plans: Sequence[Plan]) -> Plan:
@@ -160,6 +162,7 @@ def together(plans: Sequence[Plan]) -> Plan:
         evidence=reduce(or_, (plan.evidence for plan in plans)),
         budget=plans[0].budget if all(plan.budget == plans[0].budget for plan in plans) else {},
         taken=sum((plan.taken for plan in plans), NOTHING),
+        taken_by=" by these runs",
     )
 
 
@@ -394,7 +397,9 @@ def _why_sent(fact: Any, item: Item, *, truncated: bool) -> str:
         if fact["before_settled"]:
             return "asked anew"
         return "interrupted earlier" if fact["before_sent"] else "new"
-    return "truncated" if truncated and fact["before_truncated"] else "changed"
+    if truncated and fact["before_truncated"]:
+        return "truncated"
+    return "changed" if fact["before_settled"] or fact["before_sent"] else "new"
 
 
 def _counts(verb: str, reasons: Mapping[str, int]) -> str:
@@ -473,6 +478,7 @@ _INSERTED = """
     FROM rows
     JOIN before ON before.position = rows.position AND before.content != rows.content
     WHERE rows.session = (SELECT max(id) FROM sessions)
+        AND (before.settled OR before.sent)
         AND before.content IN (SELECT content FROM rows)
 """
 

@@ -149,8 +149,9 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``truncated`` answers were cut off at the limit on their length, ``unparsed`` ones
     do not fit the run's ``response_format``. Rates are answers, rows (with those that share an answer) and tokens per
-    second at work, over all ``sessions``; where some overlap, the time counts once. Cost and rates count all that was
-    ever answered in this run, the rest what the dataset holds now.
+    second at work, over all ``sessions``; where some overlap, the time counts once. ``retries`` are attempts that
+    failed and were followed by another, or will be when the run goes on. These, cost and rates count all that was ever
+    asked in this run, the rest what the dataset holds now.
     ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
 
@@ -166,8 +167,9 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     spent = await sums(stores, _SPENT)
     rows = await sums(stores, "SELECT count(*) AS n FROM rows")
     deduplicated = (await sums(deduping, _DEDUPLICATED))["n"]
-    deployments = await sums_by_name(stores, _DEPLOYMENTS)
-    measured = sum(each["measured"] for each in deployments.values())
+    settled = await sums_by_name(stores, _DEPLOYMENTS)
+    measured = sum(each["measured"] for each in settled.values())
+    deployments = await _deployments(stores, settled, totals["succeeded"])
     sessions = await _sessions(stores)
     elapsed_s = _time_in(sessions)
     is_bounded = not spent["without_bound"]
@@ -197,11 +199,11 @@ async def summarize(*stores: Store) -> dict[str, Any]:
         "tokens_per_s": spent["tokens"] / elapsed_s if elapsed_s else None,
         "latency_s": await _quantiles(stores, "service_time_s", _MEASURED, count=measured),
         "queue_wait_s": await _quantiles(stores, "queue_wait_s", _MEASURED, count=measured),
-        "retries": used["retries"],
+        "retries": sum(each["retries"] for each in deployments.values()),
         "truncated": totals["truncated"],
         "unparsed": totals["unparsed"],
         "errors": await _counts(stores, _ERRORS) if totals["failed"] else {},
-        "deployments": await _deployments(stores, deployments, totals["succeeded"]),
+        "deployments": deployments,
         "scores": await _scores(stores),
     }
 
@@ -224,7 +226,6 @@ _USED = """
         coalesce(sum(total_tokens), 0) AS total,
         coalesce(sum(cached_tokens), 0) AS cached,
         coalesce(sum(reasoning_tokens), 0) AS reasoning,
-        coalesce(sum(retries) FILTER (WHERE NOT shared), 0) AS retries,
         total(cost_usd) FILTER (WHERE reused_from IS NULL) AS cost_usd
     FROM answers
     WHERE ticket IN (SELECT ticket FROM rows)
@@ -465,7 +466,7 @@ _DEPLOYMENTS = f"""
 _RETRIES = """
     SELECT deployment, error_type, count(*) AS n
     FROM attempts
-    WHERE NOT shared AND deployment IS NOT NULL
+    WHERE NOT shared AND deployment IS NOT NULL AND error_type NOT IN ('GivenUp', 'Lost')
     GROUP BY deployment, error_type
 """
 

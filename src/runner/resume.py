@@ -25,6 +25,7 @@ class Resumption:
 
     terms: Terms  # on which it takes up rows
     notes: Sequence[str]  # what its user should know
+    is_anew: bool  # the answers that are there do not serve, being given under another limit on their length
 
 
 @asynccontextmanager
@@ -65,11 +66,13 @@ async def resuming(
 
     notes: list[str] = []
     finders: list[Elsewhere] = []
+    [answers] = [row["n"] async for row in store.query("SELECT count(*) AS n FROM answers")]
+    is_anew = answers > 0 and bool(earlier) and workload.asks not in asked and not config.retry_truncated
     async with AsyncExitStack() as stack:
         if config.retry_truncated:
             finders.append(OtherLimits(store, workload, earlier, now, name=run_name(folder)).find)
-        elif earlier and workload.asks not in asked:
-            notes.append(_changed_limits(list(earlier.values())[-1], now))
+        elif is_anew:
+            notes.append(_changed_limits(list(earlier.values())[-1], now, answers))
         if config.reuse:
             place = Path(config.runs_dir)
             others = await stack.enter_async_context(
@@ -84,13 +87,13 @@ async def resuming(
             cost_bound=workload.cost_bound,
             elsewhere=first_of(finders) if finders else None,
         )
-        yield Resumption(terms=terms, notes=notes)
+        yield Resumption(terms=terms, notes=notes, is_anew=is_anew)
 
 
-def _changed_limits(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _changed_limits(before: Mapping[str, Any], now: Mapping[str, Any], answers: int) -> str:
     return (
-        f"{_shown(now)} instead of {_shown(before)}: every row is asked anew. With retry_truncated=true only those are"
-        " that were cut off"
+        f"{_shown(now)} instead of {_shown(before)}: the {answers:,} answers that are there do not serve, and every row"
+        " is asked and paid for anew. With retry_truncated=true all serve that were not cut off"
     )
 
 

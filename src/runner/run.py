@@ -346,10 +346,10 @@ class Run:
             samples=self._config.samples,
             loop=self._loop,
             client=self._client,
-            store=self._store,
             flights=self._flights,
             stop=self.stop,
             settle=self._settle,
+            note=self._note_attempt,
         )
         try:
             await self._workload.task.ask_for([item for item, _ in usable], line)
@@ -411,6 +411,11 @@ class Run:
         for asked, trace, error in suspects:
             await self._fail(asked, trace, error)
 
+    async def _note_attempt(self, keys: Sequence[Key], attempt: Attempt) -> None:
+        """Enter one that failed, and that another follows, now or when the run goes on."""
+        self._meter.retried()
+        await self._store.note_attempts(keys, attempt)
+
     async def _keep_ledger(self) -> None:
         """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
         if self._suspects and self.stop.reason is None and not self._any_answer:
@@ -422,8 +427,7 @@ class Run:
             flights = [flight for flight in self._flights.values() if flight.trace.on_the_wire]
             await self._store.note_lost(flight.keys for flight in flights)
             for asked, trace, error in self._suspects:
-                attempt = failed_attempt(trace, error)
-                await self._store.note_attempts(map(_key, asked), attempt)
+                await self._note_attempt([_key(claimed) for claimed in asked], failed_attempt(trace, error))
 
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)
@@ -452,19 +456,19 @@ class _Line:
         samples: int,
         loop: asyncio.AbstractEventLoop,
         client: Client,
-        store: Store,
         flights: dict[int, _Flight],
         stop: Stop,
         settle: Callable[[Sequence[Claimed], Settled], Awaitable[None]],
+        note: Callable[[Sequence[Key], Attempt], Awaitable[None]],
     ) -> None:
         self._group = group
         self._samples = samples
         self._loop = loop
         self._client = client
-        self._store = store
         self._flights = flights
         self._stop = stop
         self._settle = settle
+        self._note = note
 
     def trace(self, places: Sequence[int]) -> Trace:
         first, _ = self._group[places[0]]
@@ -485,7 +489,7 @@ class _Line:
         flight = self._flights[id(trace)]
         self._land(trace)
         if isinstance(error, RequestError):
-            await self._store.note_attempts(flight.keys, failed_attempt(trace, error))
+            await self._note(flight.keys, failed_attempt(trace, error))
         await self._end_if_stopped(flight)
 
     def _land(self, trace: Trace) -> None:
@@ -494,7 +498,7 @@ class _Line:
         self._flights.pop(id(trace), None)
 
     async def _note_attempt(self, flight: _Flight, attempt: Attempt) -> None:
-        await self._store.note_attempts(flight.keys, attempt)
+        await self._note(flight.keys, attempt)
         if not flight.trace.on_the_wire:  # as it is where it is asked a second time meanwhile
             await self._end_if_stopped(flight)
 

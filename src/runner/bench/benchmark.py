@@ -188,8 +188,9 @@ class Benchmark:
         return sum(1 for _ in self._missing()) * bench.requests
 
     def _note(self, sample: Sample) -> None:
+        self._meter.retried(sample.retries)
         if sample.error is not None:
-            self._meter.failed(sample.error, retries=sample.retries)
+            self._meter.failed(sample.error)
             return
         usage = None
         if sample.completion_tokens is not None:
@@ -205,7 +206,6 @@ class Benchmark:
             cost_usd=sample.cost_usd,
             latency_s=sample.latency_s,
             queue_wait_s=sample.queue_wait_s,
-            retries=sample.retries,
         )
 
 
