@@ -207,6 +207,7 @@ BAD_INPUT = {
     "an unknown key in an own group": (["limits=mine", "prompt=x"], "limits/mine.yaml: unknown key 'limits.rmp'"),
     "an unknown key in an experiment": (["+experiment=misspelt"], "experiment/misspelt.yaml: unknown key 'promt'"),
     "a missing value in an own group": (["dataset=mine", "prompt=x"], "dataset.path must be set"),
+    "a decimal comma": (["budget.usd=2,5", "prompt=x"], "budget.usd=2,5: these are several values to sweep over"),
     "a text for a whole number": (["samples=two", "prompt=x"], "samples=two: a whole number, as in samples=10"),
     "a text for a number": (["limits.rpm=many", "prompt=x"], "limits.rpm=many: a number, as in limits.rpm=10"),
     "a text for a switch": (["routing.hedge=maybe", "prompt=x"], "routing.hedge=maybe: true or false"),

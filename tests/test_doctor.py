@@ -17,6 +17,7 @@ from runner.config import (
     DeploymentConfig,
     LimitsConfig,
     RunnerConfig,
+    ScorerConfig,
     TaskConfig,
     TaskKind,
     TrackerConfig,
@@ -249,11 +250,24 @@ def test_the_command_says_what_is_wrong_and_exits_with_2(capsys: pytest.CaptureF
     assert "Everything is in place." in capsys.readouterr().out
 
 
-async def test_a_budget_that_needs_a_price_is_a_fault_before_the_run_says_so() -> None:
-    async with serving(lambda asked: listing("llama")) as server:
-        [fault] = faults(await findings(experiment(server.url, budget=BudgetConfig(usd=1.0))))
+async def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "label": "b"}\n', encoding="utf-8")
+    wrong = experiment(
+        "http://127.0.0.1:1",
+        budget=BudgetConfig(usd=1.0),
+        dataset=DatasetConfig(kind=DatasetKind.jsonl, path=str(rows)),
+        prompt="Classify {{ txt }}",
+        scorers={"exact": ScorerConfig(kind="exact_match", target="lable")},
+    )
 
-    assert "budget.usd needs a price" in fault
+    price, length, field, target, server = faults(await findings(wrong))
+
+    assert price.startswith("budget.usd needs a price")
+    assert length.startswith("budget.usd must know how long an answer can be")
+    assert "Did you mean 'text'" in field
+    assert "Did you mean 'label'" in target
+    assert "nobody listens" in server
 
 
 async def test_a_name_that_is_not_listed_is_no_fault_where_a_request_for_it_is_answered() -> None:

@@ -303,6 +303,9 @@ def test_a_plot_of_the_speed_takes_two_seconds(here: Path, seconds: float, has_p
 def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(here)]) == 2
     assert "there is no run" in capsys.readouterr().err
+    (here / "runs" / "labels").mkdir(parents=True)
+    assert main([str(here / "runs" / "lables")]) == 2
+    assert f"Did you mean '{here}/runs/labels'?" in capsys.readouterr().err
     (here / "results.sqlite").write_text("not a database at all, but a text")
     assert main([str(here)]) == 2
     assert "Traceback" not in capsys.readouterr().err

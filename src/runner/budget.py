@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -283,16 +283,19 @@ def check_budget(config: RunnerConfig) -> None:
     Raises:
         ConfigError: A price is unknown, or how long an answer may be.
     """
+    if faults := list(_faults(config)):
+        raise ConfigError(*faults)
+
+
+def _faults(config: RunnerConfig) -> Iterator[str]:
     limits = _limits(config)
     for label, deployment in replicas(config).items():
         where = f"deployments.{label if config.deployments else 'LABEL'}"
         if "usd" in limits and price_for(deployment, config.simulator) is None:
-            raise ConfigError(
-                f"budget.usd needs a price, and none is known for {deployment.model}: {price_hint(where)}"
-            )
+            yield f"budget.usd needs a price, and none is known for {deployment.model}: {price_hint(where)}"
         bounded = {"usd", "tokens"} & limits.keys()
         if bounded and config.task.kind is TaskKind.generate and not _is_bounded(config, deployment):
-            raise ConfigError(
+            yield (
                 f"budget.{min(bounded, key=list(limits).index)} must know how long an answer can be:"
                 f" set request.max_tokens=…, or {where}.max_output_tokens=… to what {deployment.model} can write"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -65,6 +65,26 @@ def check(config: RunnerConfig) -> None:
     _at_least("pilot", config.pilot, 1)
     _check_reuse(config)
     _reject_unavailable(config)
+
+
+def check_all(*checks: Callable[[], Sequence[str] | None]) -> list[str]:
+    """Carry out every check, so that all that they find is told together. Returns the doubts that they return.
+
+    Raises:
+        ConfigError: One check's own, or one with the messages of several.
+    """
+    doubts: list[str] = []
+    failed: list[ConfigError] = []
+    for each in checks:
+        try:
+            doubts += each() or ()
+        except ConfigError as error:
+            failed.append(error)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise ConfigError(*(message for error in failed for message in error.args))
+    return doubts
 
 
 def without_effect(config: RunnerConfig) -> Iterator[str]:

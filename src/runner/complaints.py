@@ -56,6 +56,15 @@ def _no_number(found: re.Match[str]) -> str:
     return f"{found[3]}={found[1]}: a {whole}number, as in {found[3]}=10"
 
 
+def _several(found: re.Match[str]) -> str:
+    """``budget.usd=2,5``: values of a sweep that is none."""
+    key, value = found[1], found[2]
+    return (
+        f"{key}={value}: these are several values to sweep over, which takes -m. Or is it a number (2.5), a list"
+        f" ('{key}=[one,two]'), a text with a comma ('{key}=\"one, two\"')?"
+    )
+
+
 def _no_truth(found: re.Match[str]) -> str:
     return f"{found[2]}={found[1]}: true or false"
 
@@ -86,6 +95,7 @@ _EXPLANATIONS = (
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
     (r"Key '[^']+' not in '\w+'\s+full_key: (\S+)", lambda found: unknown_key_message(found[1])),
     (r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)\s+full_key: (\S+)", _no_number),
+    (r"Ambiguous value for argument '([^=]+)=(.*)'", _several),
     (r"Value '(.*)' is not a valid bool \(type \w+\)\s+full_key: (\S+)", _no_truth),
     (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
     (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),

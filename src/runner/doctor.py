@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from runner.budget import check_budget
 from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
-from runner.errors import BAD_CONFIG, FINISHED, ConfigError, DatasetError, RequestError
+from runner.errors import BAD_CONFIG, FINISHED, ConfigError, RequestError
 from runner.progress import printable, say, write
 from runner.quota import readings
 from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport, wire
@@ -106,11 +106,12 @@ async def examine(config: RunnerConfig, *, ask: bool = False) -> AsyncIterator[F
     """
     try:
         check(config)
-        check_budget(config)
         yield _ok("configuration", "every key is known, every value possible")
     except ConfigError as error:
         yield _fault("configuration", str(error))
         return
+    for finding in _look_at_budget(config):
+        yield finding
     for doubt in without_effect(config):
         yield _note("configuration", doubt)
     for finding in _look_at_rows(config):
@@ -151,13 +152,22 @@ def _in_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def _look_at_budget(config: RunnerConfig) -> Iterator[Finding]:
+    try:
+        check_budget(config)
+    except ConfigError as error:
+        for message in error.args:
+            yield _fault("budget", str(message))
+
+
 def _look_at_rows(config: RunnerConfig) -> Iterator[Finding]:
     try:
         workload = Workload(config)
         doubts = workload.check()
         total = workload.count()
-    except (ConfigError, DatasetError) as error:
-        yield _fault("dataset", str(error))
+    except ConfigError as error:
+        for message in error.args:
+            yield _fault("dataset", str(message))
         return
     if total == 0:
         yield _note("dataset", "it has no rows")

@@ -48,7 +48,13 @@ class RunnerError(Exception):
 
 
 class ConfigError(RunnerError):
-    """The configuration or an argument cannot be used. Nothing was sent."""
+    """The configuration or an argument cannot be used. Nothing was sent. Several faults are several arguments."""
+
+    def __str__(self) -> str:
+        text, *others = map(str, self.args or ("",))
+        for other in others:
+            text += f"{'' if text.endswith(('.', '?')) else '.'} Also: {other}"
+        return text
 
 
 class DatasetError(ConfigError):

@@ -17,8 +17,8 @@ import orjson
 
 from runner import figures
 from runner.bucket import Bucket
-from runner.budget import Budget, price_hint, shown
-from runner.checks import check, without_effect
+from runner.budget import Budget, check_budget, price_hint, shown
+from runner.checks import check, check_all, without_effect
 from runner.concurrency import Window
 from runner.config import RunnerConfig, replicas
 from runner.database import RUN_DATABASE
@@ -84,7 +84,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         raise ConfigError("plan=true belongs on the command line, where it keeps the run from beginning")
     check(config)
     workload = Workload(config)
-    doubts = [*without_effect(config), *workload.check()]
+    doubts = check_all(workload.check, lambda: check_budget(config))
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = stack_of(config, window, tuner=Tuner.of(config.limits, window), budget=budget)
@@ -108,7 +108,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         if run.total is None or settled < run.total:
             await check_addresses(replicas(config))
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
-        notes = [*doubts, *resumption.notes, *_unpriced(config), *_pace(config)]
+        notes = [*without_effect(config), *doubts, *resumption.notes, *_unpriced(config), *_pace(config)]
         if settled and not resumption.is_anew:
             notes.insert(0, f"going on: {settled:,} answers are there")
         async with tracking(config, folder, settings) as tracker:
@@ -144,7 +144,7 @@ def check_experiment(config: RunnerConfig) -> None:
         ConfigError: It cannot.
     """
     check(config)
-    Workload(config).check()
+    check_all(Workload(config).check, lambda: check_budget(config))
     stack_of(config, Window.of(config.limits), budget=Budget.of(config, Path()))
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from runner.ceiling import Ceiling
+from runner.checks import check_all
 from runner.config import RunnerConfig, ShardConfig
 from runner.dataset import Row, count_rows, open_dataset
 from runner.digests import Digests
@@ -57,8 +58,8 @@ class Workload:
             ConfigError: A template or a scorer names a field that none of the first rows has.
         """
         rows = list(islice(open_dataset(self._dataset, suffixes=self._suffixes), _PEEK))
-        self.task.check(rows)
-        self.scorers.check({name for row in rows for name in row.fields})
+        fields = {name for row in rows for name in row.fields}
+        check_all(lambda: self.task.check(rows), lambda: self.scorers.check(fields))
         return [*self._skipped(), *self._doubts(rows)]
 
     def count(self) -> int | None:

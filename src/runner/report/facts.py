@@ -15,6 +15,7 @@ import orjson
 from runner.bench.sweeps import BENCHMARK, Gathered, compare_benchmarks, gather
 from runner.comparison import Comparison, compare, is_run
 from runner.database import RUN_DATABASE
+from runner.dataset.paths import suggestion
 from runner.errors import ConfigError
 from runner.intervals import Interval, clustered_mean_interval, effective_size, share_interval
 from runner.recorded import labels_of, overrides_of, settings_of
@@ -87,7 +88,8 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
         names = cell_names(path)
         folders = sorted(_run_folders(path), key=lambda folder: (_place(names, folder), folder))
         if not folders:
-            raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep: name a folder below runs/")
+            way_out = (suggestion(str(path)) if not path.exists() else "") or " Name a folder below runs/"
+            raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep.{way_out}")
         runs += [await _read_run(folder, names.get(folder.name, "")) for folder in folders]
         unnamed += [run.folder for run in runs[-len(folders) :] if not run.label]
     return _labelled(runs, dict(zip(unnamed, labels_of(unnamed), strict=True)))
