@@ -295,11 +295,20 @@ def test_a_session_s_cost_never_stands_without_saying_so(
     assert ("$0.0031" in terminal.lines()[-1]) <= ("this session:" in terminal.lines()[-1])
 
 
+def test_eighty_columns_have_room_for_the_cost_of_a_run_that_goes_on(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = open_progress("labels", stream=terminal, is_resumed=True)
+    progress.update(replace(HALF_WAY, total=500, done=138, reused=60))
+    assert re.search(r"138/500 \(27%\) +this session: +[\d.]+ rows/s +\$0.0031 +left \d+s", terminal.lines()[-1])
+
+
 def test_a_narrow_terminal_gets_counts_and_no_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "59")
-    line = final_line(terminal, HALF_WAY)
+    line = final_line(terminal, replace(HALF_WAY, failed=3))
     assert "━" not in line
-    assert line.startswith("quickstart  120/240 (50%)  failed 0")
+    assert line.startswith("quickstart  120/240 (50%)  failed 3")
 
 
 def test_a_terminal_without_a_total_gets_counts_and_no_bar(terminal: Terminal) -> None:

@@ -423,23 +423,23 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
     """A snapshot in words, in the order they are read. Closing, it speaks of the whole session."""
     columns = [
         _Column(_rows(snapshot), 9),
-        _Column(f"failed {snapshot.failed:,}", 8, "red" if snapshot.failed else ""),
+        _Column(f"failed {snapshot.failed:,}", 8, "red") if snapshot.failed else _Column("failed 0", 4),
     ]
     if snapshot.reused:
         columns.append(_Column(f"reused {snapshot.reused:,}", 2))
     if snapshot.deduplicated:
         columns.append(_Column(f"deduplicated {snapshot.deduplicated:,}", 2))
     if is_resumed:
-        columns.append(_Column("this session:", 6))
+        columns.append(_Column("this session:", 7))
     if snapshot.held_up_s >= _HELD_UP_S and not closing:
         columns.append(_Column(f"next request in {figures.duration(snapshot.held_up_s)}", 8, "yellow"))
     if closing:
-        columns.append(_Column(f"{figures.short(_mean_rate(snapshot))} rows/s", 6))
+        columns.append(_Column(f"{figures.short(_mean_rate(snapshot))} rows/s", 5))
     else:
-        columns.append(_Column(f"{figures.short(snapshot.rows_per_s)} rows/s", 6))
-        columns.append(_Column(f"{figures.short(snapshot.tokens_per_s)} tok/s", 4))
+        columns.append(_Column(f"{figures.short(snapshot.rows_per_s)} rows/s", 5))
+        columns.append(_Column(f"{figures.short(snapshot.tokens_per_s)} tok/s", 3))
     columns += [
-        _Column(_cost(snapshot), 5),
+        _Column(_cost(snapshot), 6),
         _Column(f"in flight {snapshot.in_flight}/{snapshot.window}", 3),
         _Column(f"retries {snapshot.retries:,}", 1, "yellow" if snapshot.retries else ""),
     ]
@@ -452,9 +452,9 @@ def _columns(snapshot: Snapshot, *, closing: bool, is_resumed: bool) -> list[_Co
     if snapshot.window_why:
         columns.append(_Column(f"auto: {snapshot.window_why}", 0))
     if closing:
-        columns.append(_Column(f"in {figures.duration(snapshot.elapsed_s)}", 7))
+        columns.append(_Column(f"in {figures.duration(snapshot.elapsed_s)}", 8))
     elif snapshot.total is not None:
-        columns.append(_Column("left ?" if snapshot.eta_s is None else f"left {figures.duration(snapshot.eta_s)}", 7))
+        columns.append(_Column("left ?" if snapshot.eta_s is None else f"left {figures.duration(snapshot.eta_s)}", 8))
     return columns
 
 
