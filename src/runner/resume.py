@@ -66,13 +66,14 @@ async def resuming(
 
     notes: list[str] = []
     finders: list[Elsewhere] = []
-    [answers] = [row["n"] async for row in store.query("SELECT count(*) AS n FROM answers")]
-    is_anew = answers > 0 and bool(earlier) and workload.asks not in asked and not config.retry_truncated
+    unfit = 0  # answers, given under another limit on their length
+    if earlier and workload.asks not in asked and not config.retry_truncated:
+        [unfit] = [row["n"] async for row in store.query("SELECT count(*) AS n FROM answers")]
     async with AsyncExitStack() as stack:
         if config.retry_truncated:
             finders.append(OtherLimits(store, workload, earlier, now, name=run_name(folder)).find)
-        elif is_anew:
-            notes.append(_changed_limits(list(earlier.values())[-1], now, answers))
+        elif unfit:
+            notes.append(_changed_limits(list(earlier.values())[-1], now, unfit))
         if config.reuse:
             place = Path(config.runs_dir)
             others = await stack.enter_async_context(
@@ -87,7 +88,7 @@ async def resuming(
             cost_bound=workload.cost_bound,
             elsewhere=first_of(finders) if finders else None,
         )
-        yield Resumption(terms=terms, notes=notes, is_anew=is_anew)
+        yield Resumption(terms=terms, notes=notes, is_anew=unfit > 0)
 
 
 def _changed_limits(before: Mapping[str, Any], now: Mapping[str, Any], answers: int) -> str:
