@@ -211,7 +211,7 @@ async def test_rows_that_share_an_answer_are_measured_once_and_no_evidence_of_th
     assert accuracy.interval.high == pytest.approx(expected.interval.high)
     assert accuracy.pairs == 200
     assert [of(shared, name).pairs for name in ("latency_s", "prompt_tokens", "cost_usd")] == [40, 40, 40]
-    assert alone.note == ""
+    assert "share" not in alone.note
     assert shared.note.startswith(
         "rows that share an answer count once in latency, tokens and cost, and widen the other intervals"
     )
@@ -226,6 +226,19 @@ async def test_time_and_cost_of_an_answer_of_another_run_are_not_compared(tmp_pa
     assert {each.figure for each in comparison.differences}.isdisjoint({"latency_s", "cost_usd"})
     assert of(comparison, "completion_tokens").pairs == 5
     assert comparison.note == "latency and cost of answers that were taken over do not count"
+
+
+@pytest.mark.parametrize(("slower_by_s", "spread", "is_told"), [(0.0, 1.0, False), (0.1, 0.0, True)])
+async def test_latencies_that_differ_come_with_what_else_may_be_the_cause(
+    tmp_path: Path, slower_by_s: float, spread: float, is_told: bool
+) -> None:
+    runs = Runs(tmp_path, 12)
+    first = await runs.run("a", simulator=SimulatorConfig(latency_s=0.02, latency_spread=spread))
+    slower = SimulatorConfig(latency_s=0.02 + slower_by_s, latency_spread=spread)
+    second = await runs.run("b", simulator=slower)
+    [comparison] = await compare([first, second])
+    assert of(comparison, "latency_s").is_told is is_told
+    assert ("latency is of the time at which each ran" in comparison.note) is is_told
 
 
 async def test_a_run_without_answers_is_refused(tmp_path: Path) -> None:

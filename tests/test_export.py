@@ -143,6 +143,19 @@ async def test_columns_that_only_some_run_has_are_there() -> None:
     assert [(row["reasoning"], row["choices"]) for row in cells("all.csv")] == [("", ""), ("because", "[1]")]
 
 
+async def test_columns_that_only_some_rows_have_are_there() -> None:
+    await make_run("r")
+    async with await Store.open(Path("r/results.sqlite")) as store:
+        await store.put_meta({"dedupe": "true"})
+        await settle(store, 3, 1, reused_from="other/run")
+        same = Claim(position=4, content=b"%016d" % 1, metadata="{}")
+        await store.claim([same], Terms(dedupe=True))
+    await exported("r", "-o", "r.csv")
+    rows = list(csv.DictReader(Path("r.csv").read_text().splitlines()))
+    assert [row["reused_from"] for row in rows] == ["", "", "", "other/run", ""]
+    assert [row["deduplicated_from"] for row in rows] == ["", "", "", "", "1"]
+
+
 async def test_a_spreadsheet_has_a_column_for_each_field_of_the_rows() -> None:
     await make_run("runs/a/1", 2)
 

@@ -215,7 +215,19 @@ async def test_rows_that_ask_the_same_are_asked_once_where_nothing_is_sampled(
     assert report.summary["deduplicated"] == again.summary["deduplicated"] == rows - requests
     assert (report.summary["rows"], report.summary["succeeded"], report.summary["reused"]) == (rows, rows, 0)
     assert again.summary["reused"] == rows
-    assert [row["output_text"] for row in read_rows(experiment.folder) if not row.get("_sample")] == list("ABAAB")
+    rows_of_first = [row for row in read_rows(experiment.folder) if not row.get("_sample")]
+    assert [row["output_text"] for row in rows_of_first] == list("ABAAB")
+
+
+async def test_a_row_that_shares_an_answer_names_the_first_and_costs_nothing_more(tmp_path: Path) -> None:
+    async with serving() as provider:
+        experiment = priced(tmp_path, provider.url, dedupe=Dedupe.always)
+        report = await experiment(TWINS)
+
+    rows = read_rows(experiment.folder)
+    assert [row.get("deduplicated_from") for row in rows] == [None, None, 0, 0, 1]
+    assert report.summary["cost_usd"] > 0
+    assert sum(row["metrics"]["cost_usd"] for row in rows) == pytest.approx(report.summary["cost_usd"])
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])

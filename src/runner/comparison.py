@@ -89,7 +89,7 @@ class Comparison:
     second: str
     differences: Sequence[Difference] = ()
     same_prompts: bool = True  # False: what was asked about the rows differs, so that it is prompts that are compared
-    note: str = ""  # what becomes of rows that share answers, and of answers taken over, where there are some
+    note: str = ""  # what to know about rows that share answers, answers taken over and times, where there are some
     refusal: str | None = None  # why they cannot be compared
 
 
@@ -135,12 +135,15 @@ async def _compare(first: tuple[str, Path], second: tuple[str, Path]) -> Compari
         if not tally.count:
             return replace(names, refusal="no row has been asked in both")
     same_prompts = not known or facts[0]["inputs"] == facts[1]["inputs"]
-    note = "; ".join([_SHARED] * is_shared + [_TAKEN_OVER] * is_taken_over)
-    return replace(names, differences=tally.differences(), same_prompts=same_prompts, note=note)
+    differences = tally.differences()
+    is_timed = any(each.is_told for each in differences if each.figure in _TIMES)
+    note = "; ".join([_SHARED] * is_shared + [_TAKEN_OVER] * is_taken_over + [_TIMED] * is_timed)
+    return replace(names, differences=differences, same_prompts=same_prompts, note=note)
 
 
 _SHARED = "rows that share an answer count once in latency, tokens and cost, and widen the other intervals"
 _TAKEN_OVER = "latency and cost of answers that were taken over do not count"
+_TIMED = "latency is of the time at which each ran: what else the servers and this machine did then is part of it"
 
 
 async def _open(folder: Path) -> Store:
@@ -212,6 +215,8 @@ _COLUMNS = {
     "cost_usd": "CASE WHEN reused_from IS NULL THEN cost_usd END",
 }
 """Figures of an answer, and where they are."""
+
+_TIMES = ("latency_s", "ttft_s")
 
 _SETTLED_ROWS = f"""
     SELECT rows.position, rows.metadata, rows.scores, error_type, reused_from,

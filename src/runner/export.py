@@ -205,7 +205,12 @@ _KEYS = """
     LIMIT ?
 """
 
-_RARE_FIELDS = "SELECT DISTINCT entry.key AS field FROM answers, json_each(answers.details) AS entry"
+_RARE_FIELDS = """
+    SELECT entry.key AS field FROM answers, json_each(answers.details) AS entry
+    UNION SELECT 'reused_from' FROM answers WHERE reused_from IS NOT NULL
+    UNION SELECT 'deduplicated_from' FROM rows GROUP BY ticket HAVING count(*) > 1
+"""
+"""Fields that only some rows have."""
 
 
 async def _prompt_rows(store: Store) -> AsyncGenerator[dict[str, Any], None]:

@@ -47,6 +47,8 @@ def result_rows(
     What was answered stands under the names of the run's task: ``output_text`` and its like, ``embedding``, or
     ``text``, ``language`` and ``duration_s``.
 
+    A row that shares the answer of another one costs nothing of its own, and says in ``deduplicated_from`` whose it is.
+
     JSON that is stored as such (metadata, scores, details) is an `orjson.Fragment` here: write it with orjson.
 
     Raises:
@@ -70,7 +72,7 @@ async def _merged(
 async def _result_rows(store: Store, *, limit: int | None, failed: bool | None) -> AsyncGenerator[dict[str, Any], None]:
     meta = await store.meta()
     samples, task = samples_of(meta), meta.get("task", TaskKind.generate)
-    sql = f"SELECT {', '.join(_COLUMNS)} {CURRENT}"
+    sql = f"SELECT {', '.join(_COLUMNS)} {CURRENT} {_FIRSTS if meta.get('dedupe') == 'true' else _NO_FIRSTS}"
     if failed is not None:
         sql += f" WHERE error_type IS {'NOT ' if failed else ''}NULL"
     sql += " ORDER BY rows.position"
@@ -265,7 +267,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("output_text", "finish_reason", "request_id", "model_id", "deployment", "reused_from"), (str,)),
     **dict.fromkeys(("error_type", "error_message", "details", "metadata", "scores"), (str,)),
     **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens"), (int,)),
-    **dict.fromkeys(("cached_tokens", "error_status", "retries"), (int,)),
+    **dict.fromkeys(("cached_tokens", "error_status", "retries", "first"), (int,)),
     **dict.fromkeys(("queue_wait_s", "service_time_s", "end_to_end_s", "ttft_s", "cost_usd"), (float, int)),
 }
 """What is in the columns of a row, beside null: SQLite keeps a value of any type in any column."""
@@ -274,6 +276,13 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 _ARE_JSON = "json_valid(ifnull(metadata, '{}')) AND json_valid(ifnull(scores, '{}'))"
 
 _COLUMNS = ("position", "embedding", _ARE_JSON, *_TYPES)
+
+_FIRSTS = """
+    LEFT JOIN (SELECT ticket, min(position) AS first FROM rows GROUP BY ticket HAVING count(*) > 1) USING (ticket)
+"""
+"""The position of the first of the rows that share an answer; null where none do."""
+
+_NO_FIRSTS = "CROSS JOIN (SELECT NULL AS first)"
 
 
 @lru_cache  # as most rows are of the same types
@@ -310,17 +319,20 @@ def _result_row(record: Mapping[str, Any], samples: int, task: str) -> dict[str,
     row["error"] = _error(record)
     row["metadata"] = _fragment(record["metadata"])
     row["scores"] = _fragment(record["scores"])
+    is_first = record["first"] in (None, record["position"])
     row["metrics"] = {
         "queue_wait_s": record["queue_wait_s"],
         "service_time_s": record["service_time_s"],
         "end_to_end_s": record["end_to_end_s"],
         "deployment": record["deployment"],
-        "retries": record["retries"],
-        "cost_usd": record["cost_usd"],
+        "retries": record["retries"] if is_first else 0,
+        "cost_usd": record["cost_usd"] if is_first else 0.0,
         "ttft_s": record["ttft_s"],
     }
     if record["reused_from"]:
         row["reused_from"] = record["reused_from"]
+    if not is_first:
+        row["deduplicated_from"] = record["first"] // samples
     return row
 
 

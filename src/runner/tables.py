@@ -32,6 +32,8 @@ COLUMNS = {
     "cached_tokens": "integer",
     "request_id": "text",
     "model_id": "text",
+    "reused_from": "text",
+    "deduplicated_from": "integer",
     "error_type": "text",
     "error_message": "text",
     "error_status": "integer",
@@ -57,7 +59,12 @@ RECORDS = {
 _PLAIN = (str, int, float, bool)
 """What stands in a cell as it is."""
 
-_RARE = frozenset({"run", "_sample", "embedding", "text", "language", "duration_s", "reasoning", "choices"})
+_RARE = frozenset(
+    {
+        *("run", "_sample", "embedding", "text", "language", "duration_s", "reasoning", "choices"),
+        *("reused_from", "deduplicated_from"),
+    }
+)
 """Columns that a table without rows goes without."""
 
 _ROW_GROUP = 10_000
