@@ -345,7 +345,7 @@ async def test_a_store_without_rows_has_a_summary(store: Store) -> None:
         "attempts_without_bound": 0,
         "deduplicated": 0,
         "taken_over": 0,
-        "sessions": 1,
+        "sessions": 0,
         "elapsed_s": 0,
         "requests_per_s": None,
         "rows_per_s": None,

@@ -114,12 +114,24 @@ async def test_no_more_rows_are_taken_up_than_wanted_and_those_after_them_are_no
 
 async def test_a_session_lasts_until_it_was_flushed_last(path: Path) -> None:
     async with await Store.open(path) as store:
+        await claim(store, "a")
         [(began, seen)] = await table(store, "SELECT started_at, last_seen FROM sessions")
         await asyncio.sleep(0.01)
         await store.flush()
         [(_, flushed)] = await table(store, "SELECT started_at, last_seen FROM sessions")
 
     assert began == seen < flushed
+
+
+async def test_a_session_that_has_nothing_to_ask_takes_no_time(path: Path) -> None:
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await save(store, 0, answer("a"))
+    async with await Store.open(path) as store:
+        await claim(store, "a")
+        await asyncio.sleep(0.01)
+        await store.flush()
+        assert await table(store, "SELECT last_seen > started_at FROM sessions") == [(1,), (0,)]
 
 
 async def test_a_row_is_asked_once_over_sessions(path: Path) -> None:

@@ -6,7 +6,7 @@ CREATE TABLE meta (
     value TEXT NOT NULL
 ) WITHOUT ROWID;
 
--- One row an invocation of the run; last_seen moves with every commit, so it survives a kill.
+-- One row an invocation of the run; last_seen moves with every commit once something is asked, so it survives a kill.
 CREATE TABLE sessions (
     id         INTEGER PRIMARY KEY,
     started_at REAL NOT NULL,

@@ -81,6 +81,7 @@ class Store:
         self._bounds: dict[Key, float | None] = {}  # the most that an attempt costs, of what is at work
         self._listeners: list[Callable[[StoreError], None]] = []
         self._session: Session | None = None
+        self._is_at_work = False  # once it has taken something up
         self._pool = Pool(None)
         self._now = _steady_clock()
 
@@ -171,7 +172,9 @@ class Store:
         def take(statements: Statements, lookup: Lookup | None, found: Sequence[Outcome | None] = ()) -> list[Known]:
             if lookup is None:
                 return [SETTLED] * len(claims)
-            return take_up(statements, lookup, terms, found, session=session, bounds=self._bounds)
+            known = take_up(statements, lookup, terms, found, session=session, bounds=self._bounds)
+            self._is_at_work |= not all(fact.answered or fact.shared for fact in known)
+            return known
 
         if terms.elsewhere is None:
             return await self._transact(lambda statements: take(statements, look(statements)))
@@ -280,8 +283,8 @@ class Store:
         await self.note_alive()
 
     async def note_alive(self) -> None:
-        """Note that the session goes on, as each commit does."""
-        if self._session is not None:
+        """Note that the session goes on, as each commit does; one that has nothing to ask takes no time."""
+        if self._session is not None and self._is_at_work:
             seen = self._now(), self._session.id
             await self._transact(lambda statements: statements.execute(_SEEN, seen))
 
