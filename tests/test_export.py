@@ -135,6 +135,14 @@ async def test_runs_of_one_name_are_called_by_what_differs(command: Command) -> 
     assert sorted(cells) == ["model=simulated/c", "model=simulated/d"]
 
 
+async def test_the_runs_of_a_name_stand_as_in_their_sweep(command: Command) -> None:
+    models = ["d", "a", "c", "b"]
+    swept = ",".join(f"simulated/{model}" for model in models)
+    await command("-m", "name=mine", f"model={swept}", "prompt=hi", "tracker=none")
+    assert await exported("runs/mine", "-o", "all.jsonl") == 0
+    assert [row["run"] for row in lines("all.jsonl")] == [f"model=simulated/{model}" for model in models]
+
+
 async def test_columns_that_only_some_run_has_are_there() -> None:
     await make_run("runs/a/1", 1)
     await make_run("runs/a/2", 1, details='{"reasoning":"because","choices":[1]}')

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ from runner.recorded import labels_of, settings_of
 from runner.results import replacing, result_rows
 from runner.shards import find_shards, opened
 from runner.store import Store
-from runner.sweep import Sweep, cell_names
+from runner.sweep import Sweep, cell_names, place_of
 from runner.tables import Columns, Csv, JsonLines, Parquet, Writer
 
 FORMATS = ("jsonl", "csv", "parquet")
@@ -111,9 +112,11 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
     stores: dict[Path, str] = {}  # what sets each apart in its sweep
     for path in paths:
         sharded, found = _of_sweep(path)
+        if path.is_file():
+            found.setdefault(path, "")
         names = cell_names(path)
-        for store in [path] if path.is_file() else sorted(path.rglob(RUN_DATABASE)):
-            found.setdefault(store, names.get(store.parent.name, ""))
+        for folder in sorted((store.parent for store in path.rglob(RUN_DATABASE)), key=partial(place_of, names)):
+            found.setdefault(folder / RUN_DATABASE, names.get(folder.name, ""))
         if not found and not sharded:
             raise ConfigError(
                 f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's (runs/NAME/sweep-ID), or"

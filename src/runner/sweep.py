@@ -162,6 +162,12 @@ def cell_names(path: Path) -> dict[str, str]:
     return names
 
 
+def place_of(names: Mapping[str, str], folder: Path) -> tuple[int, Path]:
+    """Where a run's folder stands among others: as in the sweeps of `cell_names`, and after these if it is in none."""
+    order = list(names)
+    return order.index(folder.name) if folder.name in names else len(order), folder
+
+
 def sweep_id(arguments: Sequence[str]) -> str:
     """Eight hex digits that name the sweep of a command line: the same for the same cells, wherever they run."""
     asked = sorted(argument for argument in arguments if not argument.startswith(_SAME_CELLS))

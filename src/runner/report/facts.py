@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from runner.recorded import labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
 from runner.store import Store
-from runner.sweep import Cell, Sweep, cell_names
+from runner.sweep import Cell, Sweep, cell_names, place_of
 
 SAMPLES = 20
 """Rows that are shown of those that were answered, and of those that failed."""
@@ -86,7 +87,7 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
             runs += [await _read_cell(cell) for cell in cells if cell.shard is None]
             continue
         names = cell_names(path)
-        folders = sorted(_run_folders(path), key=lambda folder: (_place(names, folder), folder))
+        folders = sorted(_run_folders(path), key=partial(place_of, names))
         if not folders:
             way_out = (suggestion(str(path)) if not path.exists() else "") or " Name a folder below runs/"
             raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep.{way_out}")
@@ -138,12 +139,6 @@ def _run_folders(path: Path) -> Iterator[Path]:
         if found:
             yield from found
             return
-
-
-def _place(names: Mapping[str, str], folder: Path) -> int:
-    """Where a run stands: as in its sweep, and after all of these if it is in none."""
-    order = list(names)
-    return order.index(folder.name) if folder.name in names else len(order)
 
 
 async def _read_cell(cell: Cell) -> RunFacts:
