@@ -50,6 +50,9 @@ _UNBOUNDED = 16
 _OWN_TIME = Interval(expected=4e-4, low=1e-4, high=1e-3)
 """Seconds that a request takes of this program's own."""
 
+_UNUSED = 1.1
+"""How many times the time that a limit takes at least it may take in the end."""
+
 
 Answered: TypeAlias = tuple[str, bytes]
 """The run that asked, and the hash of what it asked: an answer, whichever runs took it over."""
@@ -297,22 +300,28 @@ class _Draft:
         )
 
     def _seconds(self, tokens: Interval, usual: _Usual) -> Interval | None:
-        """By the slots and by the limits, whichever holds it up more."""
+        """By the slots and by the limits, whichever holds it up more; at most by one after the other.
+
+        The last answer comes after all that. A limit is not used to the full, as processes are late and servers slow.
+        """
         limits, rows = self._config.limits, self._guessed.rows
         group = self._config.task.micro_batch_size if self._config.task.kind is TaskKind.embed else 1
         requests = math.ceil(rows / group)
         amounts = {"rpm": Interval(expected=requests, low=requests, high=requests), "tpm": tokens}
         buckets = [Bucket(limit) for limit in limits_of(limits) if limit.name in amounts]
         lasting = [amounts[each.name].beyond(each.burst) * (1 / each.rate) for each in buckets]
+        lasting = [replace(each, high=each.high * _UNUSED) for each in lasting]
         if usual.service_times_s and isinstance(limits.concurrency, int):
             lasting.append(total_of(rows, usual.service_times_s) * (1 / (limits.concurrency * group)))
+        if not rows:
+            return ZERO
         if not lasting:
-            return None if rows else ZERO
+            return None
         lasting.append(_OWN_TIME * rows)
         return Interval(
             expected=max(each.expected for each in lasting),
             low=max(each.low for each in lasting),
-            high=max(each.high for each in lasting),
+            high=sum(each.high for each in lasting) + max(usual.service_times_s, default=0.0),
         )
 
 
