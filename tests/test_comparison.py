@@ -98,10 +98,13 @@ async def test_few_rows_cannot_tell_and_say_how_many_could(tmp_path: Path) -> No
     assert accuracy.value == 0 or (accuracy.pairs_wanted or 0) > 50
 
 
-@pytest.mark.parametrize(("half", "wanted"), [(2.0, "71"), (12.0, "2.5k")])
-def test_the_rows_that_it_would_take_are_a_whole_number(half: float, wanted: str) -> None:
+@pytest.mark.parametrize(
+    ("figure", "half", "wanted"),
+    [("score words", 2.0, "71 rows"), ("score words", 12.0, "2.5k rows"), ("latency_s", 2.0, "71 requests")],
+)
+def test_what_it_would_take_is_a_whole_number(figure: str, half: float, wanted: str) -> None:
     difference = Difference(
-        figure="latency_s",
+        figure=figure,
         pairs=10,
         independent=10,
         first=1.0,
@@ -110,7 +113,7 @@ def test_the_rows_that_it_would_take_are_a_whole_number(half: float, wanted: str
         is_share=False,
     )
 
-    assert finding(difference) == f"cannot tell: it would take about {wanted} rows"
+    assert finding(difference) == f"cannot tell: it would take about {wanted}"
 
 
 @pytest.mark.parametrize("answers", [2, 3, 4])
@@ -332,7 +335,7 @@ def test_figures_have_units_and_three_digits() -> None:
     assert shown == [
         ["mean latency", "51.2 ms", "102 ms", "+51.2 ms"],
         ["mean completion tokens", "1,024", "2,048", "+1,024"],
-        ["mean cost", "$1.44e-05", "$2.88e-05", "+$1.44e-05"],
+        ["mean cost per request", "$1.44e-05", "$2.88e-05", "+$1.44e-05"],
     ]
 
 

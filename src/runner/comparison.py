@@ -256,7 +256,7 @@ class Pairs:
         for name, first in here.items():
             second = there.get(name)
             if second is not None:
-                sums = self._sums.setdefault(name, _Sums(_may_be_share(name)))
+                sums = self._sums.setdefault(name, _Sums(_is_of_rows(name)))
                 sums.add(first, second, alike=1 if name in _COLUMNS else alike)
 
     def differences(self) -> list[Difference]:
@@ -266,8 +266,8 @@ class Pairs:
         return [each for each in found if each.figure != FAILED or each.first or each.second]
 
 
-def _may_be_share(name: str) -> bool:
-    """A score that is always 0 or 1 is a share of the rows; a count that happens to be is none."""
+def _is_of_rows(name: str) -> bool:
+    """Scores and failures are a row's own, and shares of the rows where they are 0 or 1; the rest is a request's."""
     return name == FAILED or name.startswith(SCORE)
 
 
@@ -368,7 +368,8 @@ def finding(difference: Difference) -> str:
     wanted = difference.pairs_wanted
     if wanted is None or wanted > _UNTHINKABLE:
         return "cannot tell: no difference in these rows"
-    return f"cannot tell: it would take about {_rough(wanted)} rows{shared}"
+    unit = "rows" if _is_of_rows(difference.figure) else "requests"
+    return f"cannot tell: it would take about {_rough(wanted)} {unit}{shared}"
 
 
 def _rough(count: int) -> str:
@@ -402,7 +403,7 @@ _NAMES = {
     "itl_s": "mean ITL",
     "prompt_tokens": "mean prompt tokens",
     "completion_tokens": "mean completion tokens",
-    "cost_usd": "mean cost",
+    "cost_usd": "mean cost per request",
 }
 """What figures are called where their unit is shown: means over the rows, beside the percentiles of other tables."""
 
