@@ -300,6 +300,15 @@ def test_a_plot_of_the_speed_takes_two_seconds(here: Path, seconds: float, has_p
     assert ("answers per second" in page) is has_plot
 
 
+def test_rows_that_are_not_on_the_page_are_said_to_be_elsewhere(here: Path) -> None:
+    run(["name=quick", "prompt=Hello.", "samples=25", "tracker=none"])
+
+    page = written(Command(here).run())
+
+    assert "The first 20 rows of a run that were answered" in page
+    assert "results.jsonl holds all of them" in page
+
+
 def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(here)]) == 2
     assert "there is no run" in capsys.readouterr().err

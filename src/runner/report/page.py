@@ -14,7 +14,7 @@ from runner.bench.sweeps import Gathered
 from runner.bench.table import evidence, verdict_line, wanted_columns
 from runner.comparison import HEADER, Comparison, difference_cells
 from runner.report.charts import charts_of
-from runner.report.facts import RunFacts, read_benchmarks, score_names
+from runner.report.facts import SAMPLES, RunFacts, read_benchmarks, score_names
 from runner.report.plots import draw
 
 _LONGEST_TEXT = 2_000
@@ -41,6 +41,7 @@ def render(runs: Sequence[RunFacts], *, title: str, comparisons: Sequence[Compar
         difference_header=HEADER,
         facts_of=_facts,
         answer=_answer,
+        most_samples=SAMPLES,
         settings={run.label: json.dumps(run.settings, indent=2, ensure_ascii=False) for run in runs},
     )
 
