@@ -447,6 +447,25 @@ async def test_rates_are_over_the_time_of_all_sessions(tmp_path: Path) -> None:
     assert summary["tokens_per_s"] == pytest.approx(100 / summary["elapsed_s"])
 
 
+async def test_rates_begin_where_everything_was_asked_anew(tmp_path: Path) -> None:
+    path = tmp_path / "results.sqlite"
+    async with await Store.open(path) as store:
+        await asyncio.sleep(0.03)
+        await settle(store, 0)
+    began = time.time()
+    for position in range(2):
+        async with await Store.open(path) as store:
+            if position == 0:
+                await store.start_over()
+            await settle(store, position)
+    longest_s = time.time() - began
+    async with await Store.open_readonly(path) as store:
+        summary = await summarize(store)
+    assert summary["sessions"] == 2
+    assert 0 < summary["elapsed_s"] <= longest_s
+    assert summary["requests_per_s"] == pytest.approx(2 / summary["elapsed_s"])
+
+
 async def test_a_clock_that_is_set_back_does_not_make_a_session_shorter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,9 +151,10 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     ``latency_s`` is the service time of answered requests, from sending to the last byte; the wait in our own queue
     is ``queue_wait_s``, beside it. ``truncated`` answers were cut off at the limit on their length, ``unparsed`` ones
     do not fit the run's ``response_format``. Rates are answers, rows (with those that share an answer) and tokens per
-    second at work, over all ``sessions`` that asked something; where some overlap, the time counts once. ``retries``
-    are attempts that failed and were followed by another, or will be when the run goes on. These, cost and rates count
-    all that was ever asked in this run, the rest what the dataset holds now.
+    second at work, over all ``sessions`` that asked something; where some overlap, the time counts once. Where
+    ``resume=fresh`` asked everything anew, sessions, time and rates begin there. ``retries`` are attempts that failed
+    and were followed by another, or will be when the run goes on. These, cost and rates count all that was asked in
+    this run, for rows that have changed since too; the rest counts what the dataset holds now.
     ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
 
@@ -384,9 +385,8 @@ async def sums_by_name(
 
 
 async def _sessions(stores: Sequence[Store]) -> list[tuple[float, float]]:
-    """When each session that asked something began and was last seen, in their order."""
-    sql = "SELECT started_at, last_seen FROM sessions WHERE last_seen > started_at"
-    return sorted([(row["started_at"], row["last_seen"]) for store in stores async for row in store.query(sql)])
+    """When each session whose answers count began and was last seen, in their order; of those that asked something."""
+    return sorted([(row["started_at"], row["last_seen"]) for store in stores async for row in store.query(_SESSIONS)])
 
 
 def _time_in(sessions: Sequence[tuple[float, float]]) -> float:
@@ -396,6 +396,14 @@ def _time_in(sessions: Sequence[tuple[float, float]]) -> float:
         elapsed_s += max(0.0, ended - max(began, until))
         until = max(until, ended)
     return elapsed_s
+
+
+_SESSIONS = """
+    SELECT started_at, last_seen
+    FROM sessions
+    WHERE last_seen > started_at
+    AND id >= coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'first_session'), 0)
+"""
 
 
 async def _quantiles(

@@ -226,11 +226,12 @@ class Store:
         await self._execute("DELETE FROM rows WHERE position >= ?", (length,))
 
     async def start_over(self) -> None:
-        """Give up every answer, to ask everything anew. What they cost stays in the ledger."""
+        """Give up every answer, to ask everything anew. What they cost stays in the ledger; the time begins anew."""
 
         def start_over(statements: Statements) -> None:
             move_all_to_ledger(statements)
             statements.execute(_FORGET_SCORES)
+            statements.execute(_FIRST_SESSION)
 
         await self._database.transact(start_over)
 
@@ -387,6 +388,11 @@ class _Settled(NamedTuple):
 
 
 _PUT_SCORES = "UPDATE rows SET scores = ? WHERE position = ?"
+
+_FIRST_SESSION = """
+    INSERT OR REPLACE INTO meta (name, value)
+    SELECT 'first_session', max(id) FROM sessions
+"""
 
 _FORGET_SCORES = "UPDATE rows SET scores = NULL WHERE scores IS NOT NULL"
 
