@@ -262,6 +262,7 @@ class Session:
         self.arguments: list[str] = []
         self.environment: dict[str, str] = {}
         self.befalls: list[tuple[Moment, Callable[[Process], None]]] = []
+        self.doubles: list[Process] = []  # the same command, once more
         self.exits = {0, 3}
         self.held_up_s = 0.0  # for how long requests may have been on their way
         self.may_lose = 0  # answers
@@ -406,13 +407,14 @@ class Episode:
             )
             due = sorted(session.befalls, key=lambda each: each[0].after_s)
             at_work: float | None = None
-            while process.poll() is None:
+            while any(each.poll() is None for each in (process, *session.doubles)):
                 now = time.monotonic()
                 if at_work is None and self._requests() > self._found.requests:
                     at_work = now
                 if now - began > PATIENCE_S:
-                    process.send_signal(signal.SIGABRT)  # which shows where it was
-                    process.wait()
+                    for each in (process, *session.doubles):
+                        each.send_signal(signal.SIGABRT)  # which shows where it was
+                        each.wait()
                     self._blame(f"session {self._found.sessions} did not end")
                 for moment, befall in due:
                     since = at_work if moment.at_work else began
@@ -603,15 +605,25 @@ class Episode:
     def _double(self, session: Session) -> None:
         """The same command is given a second time while it runs."""
 
+        terminal = self._folder / f"double-{self._found.sessions}.txt"
+
         def give(process: Process) -> None:
-            second = subprocess.run(self._command(session), cwd=self._folder, capture_output=True, check=False)
-            if second.returncode not in session.exits and b"in use by another process" not in second.stderr:
-                self._blame(f"the same command in the same folder ended with {second.returncode}")
-            if b"Traceback" in second.stderr:
-                self._blame("the same command in the same folder showed a traceback")
+            with terminal.open("wb") as out:
+                command = self._command(session)
+                double = subprocess.Popen(command, cwd=self._folder, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            session.doubles.append(double)
+
+        def judge() -> None:
+            for double in session.doubles:
+                said = terminal.read_bytes()
+                if double.returncode not in session.exits and b"in use by another process" not in said:
+                    self._blame(f"the same command in the same folder ended with {double.returncode}")
+                if b"Traceback" in said:
+                    self._blame("the same command in the same folder showed a traceback")
 
         session.befalls.append((self._moment(), give))
         session.exits.add(2)  # where the second one was faster
+        session.afterwards.callback(judge)
 
     def _moment(self) -> Moment:
         at_work = self._draw.random() < 0.8

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -94,11 +94,16 @@ class Books:
     def __init__(self, **facts: float) -> None:
         unset = dict.fromkeys(("session", "usd", "tokens", "requests", "seconds"), 0.0)
         unknown = dict.fromkeys(("bounds_usd", "unknown", "without_bound", "largest_tokens", "largest_usd"), 0.0)
-        recent = {f"recent_{name}": facts.get(name, 0.0) for name in ("usd", "tokens", "requests")}
-        self._facts = {**unset, **unknown, **recent, "session": 1, **facts}
+        self._facts = {**unset, **unknown, "session": 1, **facts}
 
-    async def query(self, sql: str) -> AsyncIterator[dict[str, float]]:
-        yield self._facts
+    async def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncIterator[Mapping[str, Any]]:
+        if not parameters:
+            yield self._facts
+        elif requests := self._facts["requests"]:  # for the last answers, of which one may stand for all
+            of_one = {name: self._facts[name] / requests for name in ("usd", "tokens")}
+            counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "cached_tokens"))
+            spent = {"cost_usd": of_one["usd"], "total_tokens": of_one["tokens"]}
+            yield {**counts, **spent, "deployment": "m", "shared": 0}
 
 
 @asynccontextmanager
@@ -430,6 +435,19 @@ async def test_what_is_left_is_forecast_at_the_price_of_now(tmp_path: Path) -> N
     assert report.message.endswith(
         "20 rows are left: $60.00 ($60.00 to $60.00) and 100 tokens (100 tokens to 100 tokens)"
     )
+
+
+async def test_what_a_request_takes_is_expected_at_the_price_of_now(tmp_path: Path) -> None:
+    dear = SimulatorConfig(usd_per_million_prompt_tokens=0, usd_per_million_completion_tokens=1e5)
+    cheap = SimulatorConfig(usd_per_million_prompt_tokens=0, usd_per_million_completion_tokens=1e4)
+    async with serving() as provider:
+        run = experiment(tmp_path, provider.url, limits=LimitsConfig(concurrency=1))
+        first = await run(numbered(30), simulator=dear, budget=BudgetConfig(requests=10))
+        usd = first.summary["cost_usd"]
+        report = await run(simulator=cheap, budget=BudgetConfig(usd=1.05 * usd))
+        dearer = await run(simulator=dear, budget=BudgetConfig(usd=1.06 * usd))
+    assert (report.exit_code, report.summary["succeeded"]) == (4, 15)
+    assert (dearer.exit_code, dearer.summary["succeeded"]) == (4, 15)
 
 
 async def test_retries_count_against_the_budget(tmp_path: Path) -> None:

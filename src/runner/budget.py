@@ -27,10 +27,11 @@ from runner.errors import (
     StoreError,
     SystemicError,
 )
+from runner.precedents import precedents
 from runner.purse import NOTHING, Amounts, Purse, Refusal, Reservation
 from runner.sharing.file import NETWORK_FILE_SYSTEMS, file_system_of
 from runner.store import Store
-from runner.transports.prices import longest_answer_of, price_for
+from runner.transports.prices import longest_answer_of, price_for, prices_for
 from runner.types import OUTPUT_LIMITS, Client, EmbeddingRequest, GenerationRequest, Request, Response
 
 _POLL_S = 0.2
@@ -40,7 +41,7 @@ _REMEMBERED = 100
 """Answers whose mean is expected of a request that has no bound with room for it."""
 
 _LOOKED_AT = 10
-"""Answers of earlier sessions whose mean is expected of the first request: the last ones, as prices change."""
+"""Answers of earlier sessions whose mean, at the prices of now, is expected of the first request."""
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,10 @@ class Budget:
         )
         if self.is_shared and file_system_of(self._purse.path.parent) in NETWORK_FILE_SYSTEMS:
             logger.warning("the budget is shared on a network file system: cells on several hosts may exceed it")
-        recent = Amounts(usd=facts["recent_usd"], tokens=facts["recent_tokens"], requests=facts["recent_requests"])
-        if recent.requests:
-            self._recent.append(recent.of_one())
+        last = await precedents(store, prices_for(self._config), most=_LOOKED_AT)
+        if requests := sum(each.is_counted for each in last):
+            usd, tokens = sum(each.usd or 0.0 for each in last), sum(each.tokens or 0.0 for each in last)
+            self._recent.append(Amounts(usd=usd, tokens=tokens, requests=requests).of_one())
         self._purse.open(facts["session"], known=known, most=known + unknown)
         clock = asyncio.create_task(self._keep_time(end))
         try:
@@ -341,17 +343,7 @@ def shown(name: str, amount: float) -> str:
 
 
 _TAKEN = f"""
-    WITH last (shared, usd, tokens) AS (
-        SELECT shared, cost_usd, total_tokens
-        FROM answers
-        WHERE error_type IS NULL AND reused_from IS NULL
-        ORDER BY ticket DESC
-        LIMIT {_LOOKED_AT}
-    ),
-    recent (requests, usd, tokens) AS (
-        SELECT count(*) FILTER (WHERE NOT shared), total(usd), total(tokens) FROM last
-    ),
-    attempt (tokens, cost_usd, bound_usd, shared) AS (
+    WITH attempt (tokens, cost_usd, bound_usd, shared) AS (
         SELECT total_tokens, cost_usd, cost_bound_usd, shared
         FROM answers
         WHERE reused_from IS NULL AND (error_type IS NULL OR deployment IS NOT NULL) AND {WAS_SENT}
@@ -368,9 +360,6 @@ _TAKEN = f"""
         count(*) FILTER (WHERE cost_usd IS NULL) AS unknown,
         count(*) FILTER (WHERE cost_usd IS NULL AND bound_usd IS NULL) AS without_bound,
         ifnull(max(tokens), 0) AS largest_tokens,
-        ifnull(max(cost_usd), 0.0) AS largest_usd,
-        (SELECT requests FROM recent) AS recent_requests,
-        (SELECT usd FROM recent) AS recent_usd,
-        (SELECT tokens FROM recent) AS recent_tokens
+        ifnull(max(cost_usd), 0.0) AS largest_usd
     FROM attempt
 """

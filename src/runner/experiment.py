@@ -46,7 +46,7 @@ from runner.store import Store
 from runner.sweep import Sweep
 from runner.tracker import Ending, Tracker, tracking
 from runner.transports import check_addresses
-from runner.transports.prices import price_for
+from runner.transports.prices import prices_for
 from runner.tuner import Tuner
 from runner.watchdog import Watchdog
 from runner.workload import Workload
@@ -235,10 +235,11 @@ def _ending_note(run: Run) -> str:
 
 def _unpriced(config: RunnerConfig) -> Iterator[str]:
     """Deployments whose cost nobody will know."""
-    for label, deployment in replicas(config).items():
-        if price_for(deployment, config.simulator) is None:
+    deployments = replicas(config)
+    for label, price in prices_for(config).items():
+        if price is None:
             where = f"deployments.{label if config.deployments else 'LABEL'}"
-            yield f"no price is known for {deployment.model}, so its cost is not counted: {price_hint(where)}"
+            yield f"no price is known for {deployments[label].model}, so its cost is not counted: {price_hint(where)}"
 
 
 def _pace(config: RunnerConfig) -> Iterator[str]:
@@ -271,8 +272,7 @@ async def _judge_pilot(run: Run, store: Store, config: RunnerConfig, budget: Bud
 async def _rest(run: Run, store: Store, config: RunnerConfig) -> Forecast | None:
     """What is left to do and what it takes, where it is known."""
     left = await run.left()
-    prices = {label: price_for(deployment, config.simulator) for label, deployment in replicas(config).items()}
-    return None if left is None else await forecast(store, left, prices)
+    return None if left is None else await forecast(store, left, prices_for(config))
 
 
 async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) -> Report:

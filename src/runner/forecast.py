@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from sqlite3 import Row
 from statistics import NormalDist
 
 from runner.budget import shown
+from runner.precedents import precedents
 from runner.store import Store
-from runner.types import TokenPrice, TokenUsage
+from runner.types import TokenPrice
 
 CONFIDENCE = 0.99
 """How often an interval holds what comes."""
@@ -114,33 +114,11 @@ async def forecast(store: Store, left: Left, prices: Mapping[str, TokenPrice | N
     Args:
         prices: What each deployment charges now, whatever it did when it answered. None: unknown.
     """
-    answers = [row async for row in store.query(_ANSWERS, (SAMPLE,))]
-    tokens = [row["total_tokens"] for row in answers if row["total_tokens"] is not None]
-    costs = [cost for row in answers if (cost := _cost_usd(row, prices.get(row["deployment"]))) is not None]
+    answers = await precedents(store, prices, most=SAMPLE)
+    tokens = [each.tokens for each in answers if each.tokens is not None]
+    costs = [each.usd for each in answers if each.usd is not None]
     return Forecast(
         left=left,
         tokens=total_of(left.asked, tokens) if tokens else None,
         usd=total_of(left.asked, costs) if costs else None,
     )
-
-
-def _cost_usd(answer: Row, price: TokenPrice | None) -> float | None:
-    """What an answer would cost now; what it did cost, where that is not to be known."""
-    if price is None or answer["prompt_tokens"] is None or answer["completion_tokens"] is None:
-        cost: float | None = answer["cost_usd"]
-        return cost
-    usage = TokenUsage(
-        prompt_tokens=answer["prompt_tokens"],
-        completion_tokens=answer["completion_tokens"],
-        cached_tokens=answer["cached_tokens"],
-    )
-    return price.cost_usd(usage)
-
-
-_ANSWERS = """
-    SELECT deployment, prompt_tokens, completion_tokens, cached_tokens, total_tokens, cost_usd
-    FROM answers
-    WHERE error_type IS NULL AND reused_from IS NULL
-    ORDER BY ticket DESC
-    LIMIT ?
-"""

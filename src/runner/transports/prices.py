@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from runner.config import DeploymentConfig, SimulatorConfig
+from runner.config import DeploymentConfig, RunnerConfig, SimulatorConfig, replicas
 from runner.types import TokenPrice
 
 PRICE_MAP = "model_prices_and_context_window_backup.json"
@@ -40,6 +40,11 @@ def price_for(deployment: DeploymentConfig, simulator: SimulatorConfig) -> Token
             completion=simulator.usd_per_million_completion_tokens / 1e6,
         )
     return price_of(deployment.model)
+
+
+def prices_for(config: RunnerConfig) -> Mapping[str, TokenPrice | None]:
+    """What each of a run's deployments charges, by its label, or None where that is unknown."""
+    return {label: price_for(deployment, config.simulator) for label, deployment in replicas(config).items()}
 
 
 def longest_answer_of(deployment: DeploymentConfig) -> int | None:
