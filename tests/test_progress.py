@@ -608,6 +608,20 @@ def test_the_summary_says_how_many_answers_were_cut_off() -> None:
     assert re.search(r"^truncated +1,210, cut off at the limit on their length$", stream.getvalue(), re.M)
 
 
+def test_a_sweep_says_how_many_answers_were_cut_off_where_some_were() -> None:
+    stream = io.StringIO()
+    cells = [
+        {"number": n, "name": f"a={n}", "exit_code": 0, "summary": {"rows": 9, "failed": 0, "truncated": 5 * n}}
+        for n in (0, 1)
+    ]
+    sweep_table(cells, stream=stream)
+    sweep_table(cells[:1], stream=stream)
+    _, header, *lines, empty, alone, _ = stream.getvalue().splitlines()
+    assert header.split() == ["cell", "exit", "rows", "failed", "truncated", "cost", "rate"]
+    assert [line.split() for line in lines] == [["a=0", "0", "9", "0", "0"], ["a=1", "0", "9", "0", "5"]]
+    assert "truncated" not in empty + alone
+
+
 def test_the_summary_says_what_was_paid_for_rows_as_they_were_before() -> None:
     stream = io.StringIO()
     summary_table({**SUMMARY, "cost_usd": 0.034, "cost_usd_former": 0.0161}, stream=stream)

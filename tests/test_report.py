@@ -121,6 +121,15 @@ def test_a_sweep_s_page_compares_its_cells_over_the_number_that_is_swept(here: P
     assert "91.7% [" in page
 
 
+@pytest.mark.parametrize(("shortest", "is_told"), [(1, True), (90, False)])
+def test_a_sweep_s_page_says_how_many_answers_were_cut_off_where_some_were(
+    here: Path, shortest: int, is_told: bool
+) -> None:
+    page = written(run_sweep(here, f"request.max_tokens={shortest},91"))
+
+    assert ("<th>truncated</th>" in page) is is_told
+
+
 def test_a_cell_that_never_began_is_in_the_table_with_its_reason(here: Path) -> None:
     page = written(run_sweep(here, "model=simulated/echo,nonsense"))
 

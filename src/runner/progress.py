@@ -110,8 +110,10 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     """
     stream = sys.stdout if stream is None else stream
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
-    header = ["cell", "exit", "rows", "failed", *(f"score {printable(name)}" for name in scores), "cost", "rate"]
-    lines = [_cell_line(cell, scores) for cell in cells]
+    are_truncated = any(cell["summary"].get("truncated") for cell in cells)
+    counts = ["rows", "failed", *(["truncated"] if are_truncated else [])]
+    header = ["cell", "exit", *counts, *(f"score {printable(name)}" for name in scores), "cost", "rate"]
+    lines = [_cell_line(cell, counts, scores) for cell in cells]
     styles = {"0": "", "3": "yellow", "": ""}
     show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
     for remark in remarks_of([[line[0], _why(cell)] for line, cell in zip(lines, cells, strict=True)]):
@@ -203,16 +205,15 @@ def _print(console: Console, lines: Sequence[str], style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
 
-def _cell_line(cell: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
+def _cell_line(cell: Mapping[str, Any], counts: Sequence[str], scores: Sequence[str]) -> list[str]:
     summary: Mapping[str, Any] = cell["summary"]
     means: Mapping[str, Any] = summary.get("scores") or {}
-    counts = [f"{summary[key]:,}" if key in summary else "" for key in ("rows", "failed")]
     cost = figures.closing_cost(summary["cost_usd"], None) if "cost_usd" in summary else ""
     rate = figures.rows_per_s(summary)
     return [
         printable(cell["name"]) or f"#{cell['number']}",
         _ending(cell),
-        *counts,
+        *(f"{summary[key]:,}" if key in summary else "" for key in counts),
         *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,
         f"{figures.short(rate)}/s" if rate else "",

@@ -96,6 +96,7 @@ def run_header(runs: Sequence[RunFacts]) -> list[str]:
         "state",
         "rows",
         "failed",
+        *(["truncated"] if _are_truncated(runs) else []),
         *(f"{name} [95 %]" for name in score_names(runs)),
         "p50",
         "p95",
@@ -140,6 +141,7 @@ def _line(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
         run.state,
         _rows(run),
         _count(summary.get("failed")),
+        *([_count(summary.get("truncated"))] if _are_truncated(runs) else []),
         *(_score(run, name) for name in score_names(runs)),
         *(f"{latency}{at_level}" if latency else "" for latency in _latencies(summary)),
         *(
@@ -148,6 +150,11 @@ def _line(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
         ),
         figures.closing_cost(summary["cost_usd"], summary.get("cost_usd_upper_bound")) if "cost_usd" in summary else "",
     ]
+
+
+def _are_truncated(runs: Sequence[RunFacts]) -> bool:
+    """Whether some answers of the runs were cut off at the limit on their length."""
+    return any(run.summary.get("truncated") for run in runs)
 
 
 def _rows(run: RunFacts) -> str:
