@@ -17,6 +17,7 @@ import pytest
 
 from harness import Command, Experiment, numbered, refusal, serving, shout
 from runner.budget import Budget, shown
+from runner.concurrency import Window
 from runner.config import (
     BudgetConfig,
     DatasetConfig,
@@ -44,7 +45,7 @@ from runner.errors import (
     Timeout,
 )
 from runner.store import Store
-from runner.types import Generation, GenerationRequest, Request, Response, TokenPrice, TokenUsage
+from runner.types import Client, Generation, GenerationRequest, Request, Response, TokenPrice, TokenUsage
 from virtual_time import now, virtual_time
 
 PRICE = PriceConfig(prompt=1.0, completion=10.0)
@@ -126,6 +127,22 @@ async def ask_until_the_end(budget: Budget, provider: Provider, *, at_once: int 
                 return
 
     await asyncio.gather(*(work() for _ in range(at_once)))
+
+
+class Pausing:
+    """A client that waits for the end of a pause before it sends, and gives its slot back meanwhile."""
+
+    def __init__(self, client: Client, window: Window) -> None:
+        self._client = client
+        self._window = window
+
+    async def send(self, request: Request) -> Response:
+        async with self._window.aside():
+            await asyncio.sleep(1.0)
+        return await self._client.send(request)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
 
 # The promise
@@ -379,6 +396,24 @@ async def test_a_budget_that_is_swept_over_is_each_cells_own(tmp_path: Path) -> 
 
 
 # What cannot be kept is refused
+
+
+@virtual_time
+async def test_a_request_in_a_pause_does_not_wait_for_those_who_wait_for_its_part_of_the_budget(tmp_path: Path) -> None:
+    window = Window(1)
+    budget = Budget(priced(budget=BudgetConfig(requests=1)), tmp_path / "run")
+    client = budget.around("m", Pausing(Provider(0), window))
+
+    async def work() -> str:
+        async with window:
+            try:
+                await client.send(GenerationRequest(input="How long is the coast?"))
+            except BudgetExhausted:
+                return "refused"
+            return "answered"
+
+    async with opened(budget), asyncio.timeout(600):
+        assert list(await asyncio.gather(work(), work())) == ["answered", "refused"]
 
 
 def test_an_unknown_price_is_an_error_that_says_how_to_set_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from runner import figures
 from runner.answers import WAS_SENT
 from runner.ceiling import TEMPLATE_TOKENS, Ceiling
+from runner.concurrency import keeps_slot
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, replicas
 from runner.errors import (
     BudgetExhausted,
@@ -222,6 +223,9 @@ class Budget:
 class Budgeted:
     """A `Client` that sends what the budget has room for. It stands around one deployment, and sees each attempt.
 
+    A request that holds a part of the budget `keeps_slot`: if it stepped aside, others would take the slot, wait for
+    what it holds, and never give the slot back.
+
     Args:
         client: What sends, and notes the price and whether a request is on the wire in its trace.
         budget: What is shared by everyone who sends.
@@ -237,11 +241,14 @@ class Budgeted:
         queued = time.perf_counter()
         reservation = await self._budget.reserve(self._most(request))
         request.trace.queue_wait_s += time.perf_counter() - queued
+        kept = keeps_slot.set(True)  # those who wait for what it holds may have all the others
         try:
             response = await self._client.send(request)
         except BaseException as error:
             self._budget.settle(reservation, _taken_in_vain(request, error, reservation))
             raise
+        finally:
+            keeps_slot.reset(kept)
         self._budget.settle(reservation, _taken_by(request, response, reservation), is_answer=True)
         return response
 

@@ -15,7 +15,7 @@ _ASIDE_PER_SLOT = 4
 """How many may be aside for each slot there is."""
 
 keeps_slot: ContextVar[bool] = ContextVar("keeps_slot", default=False)
-"""Whether this task works in a slot that is another one's too: then it never steps aside."""
+"""Whether this task never steps aside, as it works in a slot that is another one's too, or has what others wait for."""
 
 
 class Window:
@@ -97,8 +97,8 @@ class Window:
         """Give the slot back for a while, and take one again before going on.
 
         Where many are aside already, it keeps its slot, so that their number stays bounded. So does a task that
-        `keeps_slot`, as another is at work there. An error, or a
-        cancellation, goes on at once: its slot counts as taken until the holder leaves, free or not.
+        `keeps_slot`. An error, or a cancellation, goes on at once: its slot counts as taken until the holder leaves,
+        free or not.
         """
         if keeps_slot.get() or self._aside >= _ASIDE_PER_SLOT * self._limit:
             yield
