@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 
 from runner.account import Account
+from runner.concurrency import Window
 from runner.config import RetryConfig
 from runner.errors import (
     ConnectError,
@@ -24,9 +25,12 @@ from virtual_fleet import Server, asking
 from virtual_time import now, virtual_time
 
 
-def account(server: Server, limiter: RateLimiter, own: RateLimiter | None = None) -> Account:
-    client = Limited(server, own or RateLimiter(), label=server.name)
-    return Account(client, limiter, estimator=Estimator(default_output_tokens=100))
+def account(
+    server: Server, limiter: RateLimiter, own: RateLimiter | None = None, window: Window | None = None
+) -> Account:
+    own = own or RateLimiter()
+    client = Limited(server, own, label=server.name, slot=window)
+    return Account(client, limiter, own=own, estimator=Estimator(default_output_tokens=100), slot=window)
 
 
 async def asked_within(client: Account, count: int) -> float:
@@ -44,6 +48,23 @@ async def test_deployments_share_one_quota() -> None:
     east, west = (account(Server(name, latency_s=0.0), limiter) for name in ("east", "west"))
     await asyncio.gather(asked_within(east, 30), asked_within(west, 30))
     assert now() == pytest.approx(59, abs=2)
+
+
+@virtual_time
+async def test_what_waits_for_a_deployment_s_pause_leaves_the_quota_to_others() -> None:
+    limiter, paused, window = RateLimiter(requests_per_minute=4, max_request_burst=4), RateLimiter(), Window(2)
+    paused.pause(5.0, "enough")
+    servers = [Server("east", latency_s=0.0), Server("west", latency_s=0.0)]
+    east, west = account(servers[0], limiter, paused, window), account(servers[1], limiter, window=window)
+
+    async def ask(client: Account) -> float:
+        async with window:
+            await client.send(asking())
+            return now()
+
+    sent = await asyncio.gather(*(ask(east) for _ in range(4)), *(ask(west) for _ in range(8)))
+    assert sum(at < 60 for at in sent) == 4
+    assert sum(at < 120 for at in sent) == 8
 
 
 @virtual_time

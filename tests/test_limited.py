@@ -162,7 +162,7 @@ async def test_how_a_request_ended_decides_what_becomes_of_its_reservation(
 @virtual_time
 async def test_a_request_that_cannot_be_written_costs_no_quota_and_is_not_on_the_wire() -> None:
     own, shared, request = Ledger(), Ledger(), asking()
-    client = Account(Limited(Provider(RowError("NaN")), own, label="a"), shared)
+    client = Account(Limited(Provider(RowError("NaN")), own, label="a"), shared, own=own)
     with pytest.raises(RowError):
         await client.send(request)
     assert (own.events, shared.events) == (["refunded"], ["refunded"])

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol
@@ -209,14 +209,28 @@ class RateLimiter:
             InsufficientQuotaError: There is no quota for longer than ``patience_s``; the message says until when.
         """
         while True:
-            if slot is not None and self.paused_s > _LONG_PAUSE_S:
-                await self._wait_aside(slot, patience_s)
+            if slot is not None:
+                await self.outlast_pause(patience_s=patience_s, slot=slot)
             charge = await self._reserve(estimated_tokens, patience_s, steps_aside=slot is not None)
             if charge is not None:
                 tokens = estimated_tokens
                 if isinstance(tokens, Estimate):
                     tokens = tokens.prompt_tokens + tokens.completion_tokens
                 return RateLimiterAcquisitionHandle(limiter=self, estimated_tokens=tokens, charge=charge)
+
+    async def outlast_pause(self, *, patience_s: float = math.inf, slot: Slot | None = None) -> None:
+        """Wait a long pause out, without ``slot`` meanwhile. A short one is left to `acquire`.
+
+        Raises:
+            InsufficientQuotaError: It lasts longer than ``patience_s``.
+        """
+        if not self.is_in_long_pause:
+            return
+        async with slot.aside() if slot is not None else nullcontext():
+            while (paused_s := self.paused_s) > 0:
+                if paused_s > patience_s:
+                    raise self._exhausted(paused_s)
+                await asyncio.sleep(min(paused_s, _LONGEST_SLEEP_S))
 
     async def adjust(
         self,
@@ -327,6 +341,11 @@ class RateLimiter:
         return max(0.0, self._paused_until - time.monotonic())
 
     @property
+    def is_in_long_pause(self) -> bool:
+        """Whether nothing is granted for so long that it is worth to give a slot back."""
+        return self.paused_s > _LONG_PAUSE_S
+
+    @property
     def held_up_s(self) -> float:
         """How much longer nothing is granted, be it for a pause or because the quota is used, as far as is known."""
         with self._lock:
@@ -391,14 +410,6 @@ class RateLimiter:
                     self._quota.give_back(waiter.charge, waiter.charge.costs, now, sent=False)
                 self._grant(now)
             raise
-
-    async def _wait_aside(self, slot: Slot, patience_s: float) -> None:
-        """Wait a pause out without a slot, if it is worth it."""
-        async with slot.aside():
-            while (paused_s := self.paused_s) > 0:
-                if paused_s > patience_s:
-                    raise self._exhausted(paused_s)
-                await asyncio.sleep(min(paused_s, _LONGEST_SLEEP_S))
 
     def _costs(self, estimate: Estimate, requests: float = 1.0) -> list[float]:
         prompt, completion = estimate.prompt_tokens, estimate.completion_tokens

@@ -164,7 +164,7 @@ def open_stack(
             recall or transport, limiters.of[label], label=label, estimator=estimator, price=price, slot=window
         )
         if limiters.account is not None:
-            client = Account(client, limiters.account, estimator=estimator, slot=window)
+            client = Account(client, limiters.account, own=limiters.of[label], estimator=estimator, slot=window)
         if budget is not None:
             client = budget.around(label, client)
         return Replica(
