@@ -124,7 +124,9 @@ def test_rows_that_share_answers_and_cannot_tell_say_what_they_count_as(answers:
     [difference] = pairs.differences()
 
     assert (difference.pairs_wanted or 0) > answers
-    assert finding(difference).endswith(f" rows; these share answers and count as {answers}")
+    assert finding(difference).endswith(
+        f" rows with an answer each; these {difference.pairs} share theirs and tell as much as {answers}"
+    )
 
 
 def test_rows_that_share_too_few_answers_say_so() -> None:
@@ -133,7 +135,7 @@ def test_rows_that_share_too_few_answers_say_so() -> None:
         pairs.add({"score words": [row % 2]}, {"score words": [3.5 + row % 2]}, alike=50)
     [difference] = pairs.differences()
 
-    assert finding(difference) == "too few rows; these share answers and count as 2"
+    assert finding(difference) == "too few rows with an answer each; these 100 share theirs and tell as much as 2"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -358,9 +358,11 @@ def difference_cells(difference: Difference) -> list[str]:
 def finding(difference: Difference) -> str:
     """What the interval says, in words."""
     count = round(difference.independent)
-    shared = f"; these share answers and count as {_rough(count)}" if count < difference.pairs else ""
+    are_shared = count < difference.pairs
+    shared = f"; these {difference.pairs:,} share theirs and tell as much as {_rough(count)}" if are_shared else ""
+    each = " with an answer each" if are_shared else ""
     if difference.interval is None:
-        return f"too few rows{shared}"
+        return f"too few rows{each}{shared}"
     if difference.is_told:
         return "higher" if difference.value > 0 else "lower"
     if difference.interval.low == difference.interval.high:
@@ -369,7 +371,7 @@ def finding(difference: Difference) -> str:
     if wanted is None or wanted > _UNTHINKABLE:
         return "cannot tell: no difference in these rows"
     unit = "rows" if _is_of_rows(difference.figure) else "requests"
-    return f"cannot tell: it would take about {_rough(wanted)} {unit}{shared}"
+    return f"cannot tell: it would take about {_rough(wanted)} {unit}{each}{shared}"
 
 
 def _rough(count: int) -> str:
