@@ -521,13 +521,16 @@ async def test_a_known_question_within_a_prompt_is_answered(key: str) -> None:
 async def test_accuracy_is_the_share_of_right_answers(key: str) -> None:
     async with serving(answers=key, accuracy=0.7) as client:
         right = [(await client.chat(f"What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
-        again = [(await client.chat(f"Hm, what? What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
+        again = [(await client.chat(f"What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
+        asked_otherwise = [(await client.chat(f"Hm? What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
         elsewhere = [
             (await client.chat(f"What is the code of town {n}?", model="m")).message == f"C{n}" for n in range(200)
         ]
     assert 115 <= sum(right) <= 165
     assert right == again
+    assert right != asked_otherwise
     assert right != elsewhere
+    assert 115 <= sum(asked_otherwise) <= 165
 
 
 async def test_a_wrong_answer_is_that_of_another_question(key: str) -> None:

@@ -33,7 +33,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """All of the provider's models. The same question gets the same answer."""
+    """All of the provider's models. The same request gets the same answer."""
 
     config: SimulatorConfig
     key: AnswerKey
@@ -47,7 +47,7 @@ class Model:
         model, limit = body.model, body.max_tokens
         tool, schema = body.tool or (None, body.schema)
         drawn = uniform(self.config.seed, "text", body.identity, index)
-        known = self._known(model, prompt)
+        known = self._known(prompt, f"{body.identity}{index}")
         if schema is not None:
             text = orjson.dumps(document_for(schema, text=known or filler(6, drawn), number=drawn)).decode()
         elif known is not None:
@@ -74,15 +74,16 @@ class Model:
         norm = math.sqrt(sum(value * value for value in values))
         return [value / norm for value in values]
 
-    def _known(self, model: str, prompt: str) -> str | None:
+    def _known(self, prompt: str, request: str) -> str | None:
+        """What the key says of the question in the prompt, or another of its answers: that goes by the request."""
         question = self.key.find(prompt)
         if question is None:
             return None
         answer = self.key.answers[question]
-        if uniform(self.config.seed, "accuracy", model, question) < self.config.accuracy:
+        if uniform(self.config.seed, "accuracy", request) < self.config.accuracy:
             return answer
         others = [other for other in self.key.distinct if other != answer]
-        return others[int(uniform(self.config.seed, "wrong", model, question) * len(others))] if others else None
+        return others[int(uniform(self.config.seed, "wrong", request) * len(others))] if others else None
 
 
 QUICKSTART = Path(__file__).parent.parent / "data" / "quickstart.jsonl"
