@@ -522,7 +522,9 @@ async def test_accuracy_is_the_share_of_right_answers(key: str) -> None:
     async with serving(answers=key, accuracy=0.7) as client:
         right = [(await client.chat(f"What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
         again = [(await client.chat(f"What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
-        asked_otherwise = [(await client.chat(f"Hm? What is the code of town {n}?")).message == f"C{n}" for n in range(200)]
+        asked_otherwise = [
+            (await client.chat(f"Hm? What is the code of town {n}?")).message == f"C{n}" for n in range(200)
+        ]
         elsewhere = [
             (await client.chat(f"What is the code of town {n}?", model="m")).message == f"C{n}" for n in range(200)
         ]

@@ -26,6 +26,11 @@ def rows_per_s(summary: Mapping[str, Any]) -> float | None:
     return rate
 
 
+def not_asked(summary: Mapping[str, Any]) -> int:
+    """How many rows of a ``summary.json`` were neither answered nor failed: the run ended before."""
+    return max(0, summary.get("rows", 0) - summary.get("succeeded", 0) - summary.get("failed", 0))
+
+
 def closing_cost(known: float | None, upper_bound: float | None, *, without_bound: int = 0) -> str:
     """A cost, and what it may be at most where attempts of unknown cost were made, or how many have no bound."""
     if known is None:

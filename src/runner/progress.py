@@ -110,10 +110,13 @@ def sweep_table(cells: Sequence[Mapping[str, Any]], *, stream: TextIO | None = N
     """
     stream = sys.stdout if stream is None else stream
     scores = list(dict.fromkeys(name for cell in cells for name in cell["summary"].get("scores") or {}))
-    are_truncated = any(cell["summary"].get("truncated") for cell in cells)
-    counts = ["rows", "failed", *(["truncated"] if are_truncated else [])]
-    header = ["cell", "exit", *counts, *(f"score {printable(name)}" for name in scores), "cost", "rate"]
-    lines = [_cell_line(cell, counts, scores) for cell in cells]
+    counts = [_counts(cell["summary"]) for cell in cells]
+    told = [name for name in _COUNTS if name in ("rows", "failed") or any(each.get(name) for each in counts)]
+    header = ["cell", "exit", *told, *(f"score {printable(name)}" for name in scores), "cost", "rate"]
+    lines = [
+        _cell_line(cell, [f"{each[name]:,}" if name in each else "" for name in told], scores)
+        for cell, each in zip(cells, counts, strict=True)
+    ]
     styles = {"0": "", "3": "yellow", "": ""}
     show_table(header, lines, styles=[styles.get(line[1], "red") for line in lines], stream=stream)
     for remark in remarks_of([[line[0], _why(cell)] for line, cell in zip(lines, cells, strict=True)]):
@@ -205,6 +208,15 @@ def _print(console: Console, lines: Sequence[str], style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
 
+_COUNTS = ("rows", "failed", "not asked", "truncated")
+
+
+def _counts(summary: Mapping[str, Any]) -> dict[str, int]:
+    """Those of `_COUNTS` that the summary of a cell tells."""
+    known = {name: summary[name] for name in _COUNTS if name in summary}
+    return known | {"not asked": figures.not_asked(summary)} if "succeeded" in summary else known
+
+
 def _cell_line(cell: Mapping[str, Any], counts: Sequence[str], scores: Sequence[str]) -> list[str]:
     summary: Mapping[str, Any] = cell["summary"]
     means: Mapping[str, Any] = summary.get("scores") or {}
@@ -213,7 +225,7 @@ def _cell_line(cell: Mapping[str, Any], counts: Sequence[str], scores: Sequence[
     return [
         printable(cell["name"]) or f"#{cell['number']}",
         _ending(cell),
-        *(f"{summary[key]:,}" if key in summary else "" for key in counts),
+        *counts,
         *(figures.score(means.get(name, {}).get("mean")) if summary else "" for name in scores),
         cost,
         f"{figures.short(rate)}/s" if rate else "",
@@ -496,8 +508,7 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
             yield _Fact(key.replace("_", " "), f"{summary[key]:,}")
     if summary.get("failed") is not None:
         yield _Fact("failed", f"{summary['failed']:,}", "red" if summary["failed"] else "")
-    open_rows = summary.get("rows", 0) - summary.get("succeeded", 0) - summary.get("failed", 0)
-    if open_rows > 0:
+    if open_rows := figures.not_asked(summary):
         yield _Fact("not asked yet", f"{open_rows:,}", "yellow")
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):

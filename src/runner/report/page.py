@@ -158,8 +158,10 @@ def _are_truncated(runs: Sequence[RunFacts]) -> bool:
 
 
 def _rows(run: RunFacts) -> str:
-    rows = _count(run.summary.get("rows"))
-    return rows if run.knows_rows or not rows else f"{rows} so far"
+    rows, left = _count(run.summary.get("rows")), figures.not_asked(run.summary)
+    if rows and not run.knows_rows:
+        return f"{rows} so far"
+    return f"{rows}, {left:,} not asked yet" if left else rows
 
 
 def _latencies(told: Mapping[str, Any]) -> list[str]:
