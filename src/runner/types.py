@@ -263,7 +263,7 @@ class GenerationResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingResult:
     model_id: str
-    embedding: list[float]
+    embedding: list[float] = field(repr=False)  # it would fill the screen
     token_usage: TokenUsage | None = None  # its share of a micro-batch, by length
     raw_response: Any | None = None  # always None: it would hold the vectors of the whole micro-batch once more
     request_id: str | None = None
