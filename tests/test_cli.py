@@ -578,6 +578,19 @@ def test_a_bad_cell_does_not_stop_the_others(here: Path, capfd: pytest.CaptureFi
     assert any(line[:4] == ["model=simulated/other", "name=b", "0", "1"] for line in lines)
 
 
+def test_a_later_cell_that_cannot_run_is_told_before_the_first_one_runs(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = 'prompt="{{ question }}","{{ quesion }}","{{ quesion }}!"'
+
+    assert main(["-m", *ROWS, prompts, "tracker=none", "simulator.latency_s=0"]) == 1
+
+    err = capfd.readouterr().err
+    assert err.startswith("""prompt="{{ quesion }}" will not run: prompt names the field 'quesion'""")
+    assert err.index("will not run") < err.index("100%")
+    assert err.count("will not run") == 1
+
+
 def test_what_is_wrong_with_all_cells_is_said_once(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     told = "scorers.a.kind='exct'"
 

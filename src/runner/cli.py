@@ -28,6 +28,7 @@ from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
     check_options,
+    composed_cells,
     conf_folder,
     first_cell,
     is_multirun,
@@ -70,6 +71,9 @@ _SHOWN_ANSWERS = 3
 """A run without a dataset, or over files, shows its answers if there are no more."""
 
 _LOOK_S = 0.5
+
+_CHECK_S = 2.0
+"""Seconds for a look at a sweep's later cells before the first one runs."""
 
 _SHARD = "dataset.shard.index"
 """A sweep over this key has shards for cells."""
@@ -141,6 +145,8 @@ def _main(arguments: list[str]) -> int:
 def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     """The sweep of a command line and the keys that it is over; warns of what its processes would not keep together.
 
+    Says at once which of the later cells cannot be run.
+
     Raises:
         ConfigError: They are to share what is nowhere, or there is but one cell and it cannot be run.
     """
@@ -163,6 +169,8 @@ def _begin_sweep(arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
     if not swept:
         say(sys.stderr, _ONE_CELL)
     sweep = Sweep(sweep_folder(first, arguments), is_parallel=launcher != "basic")
+    if not sweep.is_parallel:
+        _warn_of_cells(arguments)
     sweep.begin()
     return sweep, swept
 
@@ -171,6 +179,30 @@ _ONE_CELL = (
     "-m, but one cell: no key has several values. A comma separates them, as in request.temperature=0,1; texts with"
     """ commas, colons or braces need quotes of their own: 'prompt="Sort: {{ text }}","Label: {{ text }}"'"""
 )
+
+
+def _warn_of_cells(arguments: Sequence[str]) -> None:
+    """Say now which of the later cells will not run, as far as a moment tells, and not when hours of others are over.
+
+    The first one says so itself at once.
+    """
+    from runner.experiment import check_experiment
+
+    until = time.monotonic() + _CHECK_S
+    told: set[str] = set()
+    for number, (swept, composed) in enumerate(composed_cells(arguments)):
+        try:
+            check_experiment(typed(composed))
+        except ConfigError as error:
+            if number and str(error) not in told:
+                say(sys.stderr, f"{printable(joined(swept))} will not run: {printable(str(error))}")
+            told.add(str(error))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # from a function of the user's; its cell says so
+            pass
+        if time.monotonic() > until:
+            break
 
 
 def _wait_for_others(sweep: Sweep) -> None:

@@ -165,6 +165,18 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
     """
     from runner.identity import run_id
 
+    for swept, composed in composed_cells(arguments):
+        load_environment(composed.env_file)
+        config = typed(composed)
+        yield joined(swept), config, Path(config.runs_dir) / config.name / run_id(config, swept=swept)
+
+
+def composed_cells(arguments: Sequence[str]) -> Iterator[tuple[dict[str, str], DictConfig]]:
+    """What sets each cell of a command line apart, and its configuration as composed; in the order in which they run.
+
+    Raises:
+        HydraException: A group or an option does not exist.
+    """
     keys: list[str] = []
     asked = _of_the_run(arguments)
     if is_multirun(arguments):
@@ -172,11 +184,7 @@ def planned(arguments: Sequence[str]) -> Iterator[tuple[str, RunnerConfig, Path]
         keys = swept_keys(first, arguments)
         asked = [*_swept_by_file(first), *asked]
     for overrides in product(*_choices(asked).values()):
-        composed = _composed(list(overrides))
-        load_environment(composed.env_file)
-        config = typed(composed)
-        swept = dict(swept_by(overrides, keys))
-        yield joined(swept), config, Path(config.runs_dir) / config.name / run_id(config, swept=swept)
+        yield dict(swept_by(overrides, keys)), _composed(list(overrides))
 
 
 def swept_by(overrides: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,8 @@ def rows_per_s(summary: Mapping[str, Any]) -> float | None:
 
 def not_asked(summary: Mapping[str, Any]) -> int:
     """How many rows of a ``summary.json`` were neither answered nor failed: the run ended before."""
-    return max(0, summary.get("rows", 0) - summary.get("succeeded", 0) - summary.get("failed", 0))
+    rows, succeeded, failed = (int(summary.get(name) or 0) for name in ("rows", "succeeded", "failed"))
+    return max(0, rows - succeeded - failed)
 
 
 def closing_cost(known: float | None, upper_bound: float | None, *, without_bound: int = 0) -> str:
