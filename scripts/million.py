@@ -80,7 +80,8 @@ def make_run(folder: Path, options: argparse.Namespace) -> None:
     with closing(sqlite3.connect(path)) as database, database:
         items = workload.items()
         while chunk := list(islice(items, IN_FLIGHT)):
-            database.executemany(_ROW, [(item.position, item.content, item.metadata) for item in chunk])
+            rows = [(item.position, item.content, item.position + 1, item.metadata) for item in chunk]
+            database.executemany(_ROW, rows)
             chance.shuffle(chunk)
             database.executemany(_ANSWER, answers(chunk, unanswered))
 
@@ -97,7 +98,7 @@ def answers(chunk: list[Item], unanswered: set[int]) -> Iterator[tuple[Any, ...]
             yield item.position + 1, item.content, answered_at, f"{ANSWER} {item.position}", f"r-{item.position}"
 
 
-_ROW = "INSERT INTO rows (position, content, ticket, metadata, asked_at, session) VALUES (?1, ?2, ?1 + 1, ?3, 1.7e9, 1)"
+_ROW = "INSERT INTO rows (position, content, ticket, metadata, asked_at, session) VALUES (?, ?, ?, ?, 1.7e9, 1)"
 
 _ANSWER = """
     INSERT INTO answers (

@@ -198,7 +198,12 @@ def _all_settled(statements: Statements, claims: Sequence[Claimed], terms: Terms
 
     Compared as a whole, in one step of SQLite, which needs no Python and leaves its lock to others.
     """
-    parameters = (terms.retry_failed, terms.scored, claims[0].position, claims[-1].position)
+    parameters = {
+        "retry_failed": terms.retry_failed,
+        "scored": terms.scored,
+        "first": claims[0].position,
+        "last": claims[-1].position,
+    }
     [(positions, contents, metadata)] = statements.fetch(_SETTLED_CHUNK, parameters)
     return bool(
         contents == b"".join([claim.content for claim in claims])
@@ -305,7 +310,7 @@ _STORED = """
     ORDER BY rows.position
 """
 
-# CROSS JOIN has the rows in their order. The retry of failures is ?1, the want of scores ?2.
+# CROSS JOIN has the rows in their order.
 _SETTLED_CHUNK = """
     SELECT
         group_concat(rows.position),
@@ -313,9 +318,9 @@ _SETTLED_CHUNK = """
         group_concat(ifnull(rows.metadata, ''), char(0))
     FROM rows
     CROSS JOIN answers USING (ticket)
-    WHERE rows.position BETWEEN ?3 AND ?4 AND CASE
-        WHEN answers.error_type IS NOT NULL THEN NOT ?1
-        ELSE rows.scores IS NOT NULL OR NOT ?2
+    WHERE rows.position BETWEEN :first AND :last AND CASE
+        WHEN answers.error_type IS NOT NULL THEN NOT :retry_failed
+        ELSE rows.scores IS NOT NULL OR NOT :scored
     END
 """
 

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,6 +20,9 @@ from runner.errors import StoreError
 from runner.private import check_folder, make_private, open_private
 
 T = TypeVar("T")
+
+Parameters = Sequence[Any] | Mapping[str, Any]
+"""What stands for the ``?`` of a statement, or for its ``:names``."""
 
 SCHEMA_VERSION = 4
 APPLICATION_ID = 0x52554E52  # "RUNR": tells our files from other SQLite files
@@ -116,10 +119,10 @@ class Database:
         """
         return await self._in_thread(partial(self._transact, work))
 
-    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+    async def fetch(self, sql: str, parameters: Parameters = ()) -> list[sqlite3.Row]:
         return await self._in_thread(partial(Statements(self._connection).fetch, sql, parameters))
 
-    async def rows(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
+    async def rows(self, sql: str, parameters: Parameters = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time."""
         cursor = await self._in_thread(partial(self._connection.execute, sql, parameters))
         try:
@@ -149,7 +152,7 @@ class Statements:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+    def fetch(self, sql: str, parameters: Parameters = ()) -> list[sqlite3.Row]:
         return self._connection.execute(sql, parameters).fetchall()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:

@@ -38,7 +38,13 @@ async def sent_within(
         default_output_tokens: What such an attempt counts before there is an answer.
     """
     now = time.time()
-    parameters = (now - window_s, now - MINUTE_S, now + _AHEAD_S, group_size, default_output_tokens)
+    parameters = {
+        "begin": now - window_s,
+        "last_minute": now - MINUTE_S,
+        "end": now + _AHEAD_S,
+        "group_size": group_size,
+        "output_tokens": default_output_tokens,
+    }
     return [
         Sent(
             age_s=max(0.0, now - row["at"]),
@@ -59,7 +65,7 @@ _SENT = f"""
         WHERE deployment IS NOT NULL AND reused_from IS NULL
         UNION ALL
         SELECT
-            started_at, deployment, iif(error_type = 'Lost', 1.0 / ?4, NOT shared),
+            started_at, deployment, iif(error_type = 'Lost', 1.0 / :group_size, NOT shared),
             NULL, NULL, error_type, error_status, cost_usd
         FROM attempts
     ),
@@ -68,7 +74,7 @@ _SENT = f"""
             at, deployment, requests, prompt_tokens, completion_tokens,
             prompt_tokens IS NULL AND (cost_usd IS NULL OR error_type = 'GivenUp') AS is_unknown
         FROM attempt
-        WHERE at BETWEEN ?1 AND ?3 AND {WAS_SENT}
+        WHERE at BETWEEN :begin AND :end AND {WAS_SENT}
     )
     SELECT
         max(at) AS at,
@@ -78,9 +84,12 @@ _SENT = f"""
             iif(is_unknown, (SELECT max(prompt_tokens) FROM answers), prompt_tokens)
         ) AS prompt_tokens,
         total(
-            iif(is_unknown, (SELECT ifnull(max(completion_tokens), ?5) FROM answers), completion_tokens)
+            iif(is_unknown, (SELECT ifnull(max(completion_tokens), :output_tokens) FROM answers), completion_tokens)
         ) AS completion_tokens
     FROM sent
-    GROUP BY deployment, at > ?2, CAST(at / iif(at > ?2, {MINUTE_S / SPANS}, {DAY_S / SPANS}) AS INTEGER)
+    GROUP BY
+        deployment,
+        at > :last_minute,
+        CAST(at / iif(at > :last_minute, {MINUTE_S / SPANS}, {DAY_S / SPANS}) AS INTEGER)
     ORDER BY max(at)
 """

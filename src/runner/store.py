@@ -30,7 +30,7 @@ from runner.answers import (
 )
 from runner.claims import SETTLED, Claim, Claimed, Elsewhere, Known, Lookup, Session, Terms, look_up, take_up
 from runner.commits import GroupCommit
-from runner.database import PATIENCE_S, Database, Statements, lock_folder
+from runner.database import PATIENCE_S, Database, Parameters, Statements, lock_folder
 from runner.errors import StoreError
 from runner.pool import Pool
 from runner.reserve import Reserve
@@ -299,7 +299,7 @@ class Store:
         rows = list(facts.items())
         await self._database.transact(lambda statements: statements.executemany(sql, rows))
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> AsyncGenerator[sqlite3.Row, None]:
+    def query(self, sql: str, parameters: Parameters = ()) -> AsyncGenerator[sqlite3.Row, None]:
         """The rows of a SELECT, a chunk in memory at a time. Tables: schema.sql."""
         return self._database.rows(sql, parameters)
 
@@ -335,7 +335,8 @@ class Store:
     async def _begin_session(self) -> None:
         def begin(statements: Statements) -> int:
             enter_lost(statements)
-            return statements.execute("INSERT INTO sessions (started_at, last_seen) VALUES (?1, ?1)", (self._now(),))
+            now = self._now()
+            return statements.execute("INSERT INTO sessions (started_at, last_seen) VALUES (?, ?)", (now, now))
 
         session = await self._database.transact(begin)
         self._session = Session(id=session, tickets=count(session << _TICKET_BITS), pool=Pool(session), twins=Twins())
