@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, closing
@@ -24,9 +25,20 @@ from runner.plan import Plan, make_plan
 from runner.simulator.body import read_form
 from runner.store import Key, Outcome, Store
 
-SOURCES = Path(__file__).resolve().parents[1] / "src"
+TOP = Path(__file__).resolve().parents[1]
+SOURCES = TOP / "src"
 
 Json: TypeAlias = dict[str, Any]
+
+
+def shipped(folder: str) -> list[Path]:
+    """The files below a folder of the checkout, without those that its user has added, as the README has it."""
+    git = ("git", "ls-files", "-z", folder)
+    try:
+        listed = subprocess.run(git, cwd=TOP, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return [path for path in (TOP / folder).rglob("*") if path.is_file()]
+    return [path for name in listed.split("\0") if name and (path := TOP / name).exists()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from harness import shipped
 from runner.checks import check
 from runner.composition import compose, conf_folder
 from runner.config import RunnerConfig
 
 CONF = conf_folder()
-FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+FILES = sorted(path for path in shipped("conf") if path.suffix == ".yaml" and path.name != "config.yaml")
 OPTIONS = [path.relative_to(CONF).with_suffix("").as_posix() for path in FILES]
 
 

@@ -106,7 +106,7 @@ async def test_an_answer_of_50_megabytes_is_kept_whole(tmp_path: Path) -> None:
     assert len(row["output_text"]) == BIG
 
 
-@pytest.mark.parametrize("depth", [100, 5_000, 1_000_000])
+@pytest.mark.parametrize("depth", [100, 600, 5_000, 1_000_000])
 @pytest.mark.parametrize("schema", [{"type": "json_object"}, {"type": "object"}, {"$ref": "#"}], ids=str)
 def test_an_answer_that_is_nested_beyond_measure_is_no_answer_in_a_schema(schema: dict[str, str], depth: int) -> None:
     parse = ResponseFormat.of(schema).parse

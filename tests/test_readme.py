@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,23 @@ from pathlib import Path
 
 import pytest
 
+from harness import shipped
+
 TOP = Path(__file__).parents[1]
 TEXT = (TOP / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", TEXT, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples run: the package and the configuration that is shipped with it."""
+    top = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(TOP / "src", top / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in shipped("conf"):
+        copy = top / path.relative_to(TOP)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return top
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +56,7 @@ def test_every_link_within_leads_to_a_heading() -> None:
 
 
 def test_every_experiment_is_in_the_table_of_them() -> None:
-    experiments = {path.stem for path in (TOP / "conf" / "experiment").glob("*.yaml")}
+    experiments = {path.stem for path in shipped("conf/experiment")}
 
     table = TEXT[TEXT.index("| `+experiment=` |") :].split("\n\n", 1)[0]
 
@@ -54,12 +69,12 @@ def _anchor(heading: str) -> str:
 
 
 @pytest.mark.timeout(400)
-def test_every_further_example_runs(tmp_path: Path, server_url: str) -> None:
+def test_every_further_example_runs(tmp_path: Path, checkout: Path, server_url: str) -> None:
     (tmp_path / "scripts").symlink_to(TOP / "scripts")
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
-        "PYTHONPATH": str(TOP / "src"),
+        "PYTHONPATH": str(checkout / "src"),
         "OPENAI_API_BASE": server_url,
         "WANDB_MODE": "disabled",  # its start and end would take most of the time
     }

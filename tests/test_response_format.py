@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -89,6 +90,15 @@ def test_a_model_is_asked_for_by_its_name_and_strict_schema() -> None:
             },
         },
     }
+
+
+@pytest.mark.parametrize("depth", [300, 5_000, 90_000])
+def test_a_schema_that_is_nested_beyond_measure_is_refused(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text('{"type": "object", "properties": {"a": ' * depth + "{}" + "}}" * depth)
+
+    with pytest.raises(ConfigError, match="response_format"):
+        ResponseFormat.configured(str(path))
 
 
 @pytest.mark.parametrize("model", [Report, Tree, Owner])

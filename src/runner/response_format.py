@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Layout: TypeAlias = "type[BaseModel] | Mapping[str, Any] | ResponseFormat"
 """What `ResponseFormat.of` takes."""
 
+_MOST_LEVELS = 500
+"""What is nested more deeply may not be written again: that ends in a recursion, where depends on the Python."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseFormat:
@@ -53,7 +56,10 @@ class ResponseFormat:
         if isinstance(layout, ResponseFormat):
             return layout
         if isinstance(layout, Mapping):
-            return _of_mapping(dict(layout))
+            try:
+                return _of_mapping(dict(layout))
+            except RecursionError:
+                raise ConfigError(f"{key} is nested too deeply for a JSON schema") from None
         if isinstance(layout, type) and hasattr(layout, "model_validate_json"):
             return _of_model(layout)
         raise ConfigError(
@@ -87,7 +93,7 @@ class ResponseFormat:
             raise ConfigError(f"response_format={value}: there is no such file.{suggestion(str(path))}") from None
         except OSError as error:
             raise ConfigError(f"response_format={value}: it cannot be read ({error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"response_format={value} holds no JSON: {error}") from None
         return cls.of(layout)
 
@@ -96,12 +102,24 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text. ``NaN`` and ``Infinity`` are no JSON.
 
     Raises:
-        ParseError: It is none.
+        ParseError: It is none, or is nested too deeply to be written again.
     """
     try:
-        return json.loads(text, parse_constant=_no_json)
+        value = json.loads(text, parse_constant=_no_json)
     except (ValueError, RecursionError) as error:
         raise ParseError(f"the answer is no JSON: {error}") from None
+    if text.count("{") + text.count("[") > _MOST_LEVELS and _levels(value) > _MOST_LEVELS:
+        raise ParseError(f"the answer is nested more than {_MOST_LEVELS} levels deep")
+    return value
+
+
+def _levels(value: Any) -> int:
+    """How deeply the arrays and objects in a JSON value are nested; without recursion, which has an end."""
+    levels, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        levels += 1
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+    return levels
 
 
 def _of_mapping(layout: dict[str, Any]) -> ResponseFormat:
