@@ -172,6 +172,30 @@ async def test_a_spreadsheet_has_a_column_for_each_field_of_the_rows() -> None:
     assert "metadata" not in cells("all.csv")[0]
 
 
+async def test_rows_that_are_nested_deeply_are_told_or_are_in_every_form(command: Command) -> None:
+    deep = ['{"a":' * levels + "1" + "}" * levels for levels in (190, 300, 900, 5_000)]
+    (command.folder / "deep.jsonl").write_text("".join(f'{{"prompt": "hi", "x": {value}}}\n' for value in deep))
+    done = await command("dataset=jsonl", "dataset.path=deep.jsonl", "tracker=none", "simulator.latency_s=0.001")
+    assert done.exit_code == 3, done.err
+
+    for form in ("jsonl", "csv"):
+        assert await exported(command.run(), "-o", f"rows.{form}") == 0
+    first, *others = lines("rows.jsonl")
+    assert first["error"] is None
+    assert cells("rows.csv")[0]["metadata.x"].count("{") == 190
+    assert len(others) == 3
+    assert all("nested too deeply" in row["error"]["message"] for row in others)
+
+
+async def test_a_run_of_a_stranger_that_is_nested_more_deeply_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    run = await make_run("runs/a/1")
+    with closing(sqlite3.connect(run / "results.sqlite")) as database, database:
+        database.execute("UPDATE rows SET metadata = ?", ('{"a":' * 300 + "1" + "}" * 300,))
+
+    assert await exported(run, "-o", "rows.csv") == 2
+    assert "damaged at row 0 (nested too deeply" in capsys.readouterr().err
+
+
 async def test_parquet_holds_the_same_rows() -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     run = await make_run("runs/a/1", 3, cost_usd=0.5, total_tokens=7)

@@ -31,6 +31,7 @@ from runner.config import (
     TrackerConfig,
 )
 from runner.identity import (
+    MOST_LEVELS,
     ContentHasher,
     WorkloadHasher,
     answers_alike,
@@ -310,12 +311,23 @@ def test_what_deployments_add_to_requests_is_asked_too() -> None:
     assert model(timeout=5) == model()
 
 
-def test_what_is_nested_beyond_measure_is_refused_and_no_crash() -> None:
-    deep: object = 1
-    for _ in range(100_000):
-        deep = [deep]
-    with pytest.raises(ValueError, match="nested too deeply"):
-        dump_json(deep)
+@pytest.mark.parametrize("innermost", [1, 2**80], ids=["plain", "odd"])
+def test_what_is_nested_beyond_measure_is_refused_and_no_crash(innermost: int) -> None:
+    def nested(levels: int) -> object:
+        deep: object = innermost
+        for level in range(levels):
+            deep = [deep] if level % 2 else {"a": deep}
+        return deep
+
+    assert json.loads(dump_json(nested(MOST_LEVELS))) == nested(MOST_LEVELS)
+    for levels in (MOST_LEVELS + 1, 250, 260, 800, 5_000, 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            dump_json(nested(levels))
+
+
+def test_many_brackets_are_not_deep() -> None:
+    flat = {"a": [{"b": "[" * 1_000}] * 1_000}
+    assert json.loads(dump_json(flat)) == flat
 
 
 def test_a_workload_is_known_by_its_rows_and_by_what_is_asked_about_them() -> None:

@@ -158,20 +158,43 @@ def _digest(value: Any, *, size: int) -> bytes:
     return hashlib.blake2b(dump_json(value), digest_size=size).digest()
 
 
+MOST_LEVELS = 200
+"""How deeply the values that are kept are nested at most: every reader takes that, of orjson's 254 for one."""
+
+
 def dump_json(value: Any) -> bytes:
     """JSON with sorted keys, of anything: what JSON does not know is written as its text.
 
     Raises:
-        ValueError: It is nested too deeply to be written.
+        ValueError: It is nested more than `MOST_LEVELS` deep.
     """
     try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
+        text = orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
+        check_levels(value, text.count(b"{") + text.count(b"["))
     except TypeError:  # lone surrogates, integers beyond 64 bits, deep nesting, odd keys
-        pass
-    try:
+        check_levels(value)
         return json.dumps(_plain(value), sort_keys=True, default=str).encode()
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return text
+
+
+def check_levels(value: Any, brackets: int | None = None) -> None:
+    """See whether a value is nested as values may be.
+
+    Args:
+        brackets: How many open in its JSON, as far as known: where they are few, it is not looked through.
+
+    Raises:
+        ValueError: It is nested more than `MOST_LEVELS` deep.
+    """
+    if brackets is not None and brackets <= MOST_LEVELS:
+        return
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        level = [each for each in level if isinstance(each, Mapping | list | tuple)]
+        if not level:
+            return
+        level = [child for each in level for child in (each.values() if isinstance(each, Mapping) else each)]
+    raise ValueError(f"nested too deeply: more than {MOST_LEVELS} levels")
 
 
 def dump_text(value: Any) -> str:

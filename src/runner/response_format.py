@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from runner.dataset.paths import suggestion
 from runner.errors import ConfigError, ParseError
+from runner.identity import check_levels
 from runner.names import import_name
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 Layout: TypeAlias = "type[BaseModel] | Mapping[str, Any] | ResponseFormat"
 """What `ResponseFormat.of` takes."""
-
-_MOST_LEVELS = 500
-"""What is nested more deeply may not be written again: that ends in a recursion, where depends on the Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,24 +100,14 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text. ``NaN`` and ``Infinity`` are no JSON.
 
     Raises:
-        ParseError: It is none, or is nested too deeply to be written again.
+        ParseError: It is none, or is nested too deeply to be kept.
     """
     try:
         value = json.loads(text, parse_constant=_no_json)
+        check_levels([value], 1 + text.count("{") + text.count("["))  # as deep as it is among the details of an answer
     except (ValueError, RecursionError) as error:
         raise ParseError(f"the answer is no JSON: {error}") from None
-    if text.count("{") + text.count("[") > _MOST_LEVELS and _levels(value) > _MOST_LEVELS:
-        raise ParseError(f"the answer is nested more than {_MOST_LEVELS} levels deep")
     return value
-
-
-def _levels(value: Any) -> int:
-    """How deeply the arrays and objects in a JSON value are nested; without recursion, which has an end."""
-    levels, level = 0, [value]
-    while level := [each for each in level if isinstance(each, dict | list)]:
-        levels += 1
-        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
-    return levels
 
 
 def _of_mapping(layout: dict[str, Any]) -> ResponseFormat:

@@ -19,7 +19,7 @@ import orjson
 from runner.answers import TRUNCATED
 from runner.config import TaskKind
 from runner.errors import StoreError
-from runner.identity import dump_json
+from runner.identity import MOST_LEVELS, check_levels, dump_json
 from runner.private import open_private
 from runner.store import Store
 from runner.vector import unpack
@@ -356,7 +356,11 @@ def _error(record: Any) -> dict[str, Any] | None:
 
 
 def _fragment(text: str | None) -> orjson.Fragment:
-    return orjson.Fragment(text or "{}")
+    if text is None:
+        return orjson.Fragment("{}")
+    if (brackets := text.count("{") + text.count("[")) > MOST_LEVELS:
+        check_levels(json.loads(text), brackets)
+    return orjson.Fragment(text)
 
 
 async def rows_of(
