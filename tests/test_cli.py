@@ -323,7 +323,10 @@ def test_a_malformed_line_fails_that_row_only(here: Path, capfd: pytest.CaptureF
     assert [row["error"] and row["error"]["type"] for row in results] == [None, "RowError", None, "RowError"]
     assert results[1]["error"]["message"].startswith("rows.jsonl:2: ")
     assert results[3]["error"]["message"].startswith("rows.jsonl:4: ")
-    assert "Traceback" not in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    assert err.count("a row that cannot be asked: rows.jsonl:2: ") == 1
+    assert "The same command asks these rows, once they are mended." in err
 
 
 # Interrupts

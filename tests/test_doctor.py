@@ -66,6 +66,17 @@ async def test_a_model_that_the_server_does_not_list_is_named_with_those_it_does
     assert "llama-3-8b" in fault
 
 
+async def test_rows_that_cannot_be_asked_are_counted_with_an_example(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "x"}\n' * 100 + '{"prompt": \n{"no": 1}\n')
+    dataset = DatasetConfig(kind=DatasetKind.jsonl, path=str(path))
+    async with serving(lambda asked: listing("llama")) as server:
+        found = await findings(experiment(server.url, dataset=dataset, prompt="{{ prompt }}"))
+
+    [note] = [each for each in found if each.subject == "dataset" and each.verdict is Verdict.note]
+    assert note.text.startswith("2 of 102 cannot be asked, for example rows.jsonl:101: no valid JSON")
+
+
 async def test_a_refused_key_is_a_fault_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-canary-0123456789")
     async with serving(lambda asked: refusal(401, "invalid_api_key", "bad key sk-canary-0123456789")) as server:

@@ -63,6 +63,7 @@ async def test_rows_are_planned_with_their_reasons_and_nothing_is_touched(tmp_pa
     assert plan.send == {"failed earlier": 1, "changed": 1, "new": 2}
     assert plan.keep == {"answered": 4, "cannot be asked": 1}
     assert kept.keep == {"answered": 4, "failed earlier": 1, "cannot be asked": 1}
+    assert plan.notes[-1].startswith("a row that cannot be asked: rows.jsonl:9: ")
     assert anew.send["asked anew"] == 4
     assert files(run) == before
     assert len(provider.requests) == 6

@@ -576,11 +576,19 @@ async def test_another_answer_key_can_be_set_while_it_runs(key: str) -> None:
     assert after.message == "C7"
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"question": "x"}'])
-def test_an_answer_key_that_cannot_be_read_is_a_configuration_error(tmp_path: Path, line: bytes) -> None:
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"{", "unexpected end of data"),
+        (b"[]", r"it holds \[\]"),
+        (b'{"question": "x"}', "has no 'answer'"),
+        (b'{"question": "\\ud83d", "answer": "x"}', "surrogate"),
+    ],
+)
+def test_an_answer_key_that_cannot_be_read_is_a_configuration_error(tmp_path: Path, line: bytes, why: str) -> None:
     path = tmp_path / "key.jsonl"
     path.write_bytes(b'{"question": "q", "answer": 1}\n\n' + line)
-    with pytest.raises(ConfigError, match=r"key\.jsonl:3"):
+    with pytest.raises(ConfigError, match=rf"key\.jsonl:3 .*{why}"):
         Simulator(SimulatorConfig(answers=str(path)))
     with pytest.raises(ConfigError, match="nowhere"):
         Simulator(SimulatorConfig(answers="nowhere.jsonl"))
@@ -661,6 +669,28 @@ async def test_a_json_document_holds_the_known_answer(key: str) -> None:
         free = await client.chat("What is the code of town 3?", response_format={"type": "json_object"})
     assert orjson.loads(answer.message) == {"answer": "C3"}
     assert isinstance(orjson.loads(free.message), dict)
+
+
+@pytest.mark.parametrize(
+    ("known", "answered"),
+    [
+        ('{"label": "b"}', {"label": "b"}),
+        ("b", {"label": "b"}),
+        ('{"label": "none of them"}', None),
+        ('["b"]', None),
+    ],
+)
+async def test_a_known_answer_that_is_such_a_document_is_given_as_it_is(
+    tmp_path: Path, known: str, answered: dict[str, str] | None
+) -> None:
+    path = tmp_path / "key.jsonl"
+    path.write_bytes(orjson.dumps({"question": "What is it?", "answer": known}))
+    schema = {"type": "object", "properties": {"label": {"enum": ["a", "b", "c"]}}, "required": ["label"]}
+    layout = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    async with serving(answers=str(path)) as client:
+        said = orjson.loads((await client.chat("What is it?", response_format=layout)).message)
+    assert said == (answered or said)
+    assert said["label"] in ("a", "b", "c")
 
 
 def test_known_answers_fit_their_type() -> None:
@@ -1213,7 +1243,6 @@ def test_every_setting_is_explained_and_has_an_option(capsys: pytest.CaptureFixt
     ("options", "words"),
     [
         (["--slots", "many"], "--slots"),
-        (["--faults.reset", "2"], "simulator.faults.reset=2.0"),
         (["--latency", "1"], "--latency"),
     ],
 )
@@ -1221,6 +1250,20 @@ def test_bad_options_end_with_2(options: list[str], words: str, capsys: pytest.C
     with pytest.raises(SystemExit, match="2"):
         main(options)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--faults.reset", "2"], "simulator: simulator.faults.reset=2.0: a share between 0 and 1"),
+        (["--answers", "nowhere.jsonl"], "simulator: simulator.answers=nowhere.jsonl: No such file or directory"),
+    ],
+)
+def test_a_setting_that_is_impossible_is_told_in_one_line(
+    options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_a_port_that_is_taken_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:

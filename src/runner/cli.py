@@ -48,6 +48,7 @@ from runner.errors import (
     BudgetExhausted,
     ConfigError,
     Interrupted,
+    RowError,
     RunnerError,
     StoreError,
 )
@@ -361,6 +362,8 @@ def _run_bench(config: RunnerConfig, folder: Path) -> Report:
 def _say_why(report: Report, config: RunnerConfig) -> None:
     if report.message:
         again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
+        if report.exit_code == SOME_FAILED and report.summary.get("errors", {}).keys() == {RowError.__name__}:
+            again = "asks these rows, once they are mended"
         conditions = {"resume=auto": config.resume is Resume.fresh, "a larger budget": _is_spent(report)}
         needed = " and ".join(condition for condition, holds in conditions.items() if holds)
         command = f"With {needed}, the same command" if needed else "The same command"

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from runner.budget import check_budget
 from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
-from runner.errors import BAD_CONFIG, FINISHED, ConfigError, RequestError
+from runner.errors import BAD_CONFIG, FINISHED, ConfigError, ItemError, RequestError
 from runner.progress import printable, say, write
 from runner.quota import readings
 from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport, wire
@@ -36,6 +36,7 @@ from runner.workload import Workload
 _LOW_DISK_BYTES = 2**30
 _WANDB_TIMEOUT_S = 5.0
 _ASK_TIMEOUT_S = 60.0
+_READ_S = 5.0
 _INDENT = 7  # columns before a finding's subject
 
 _LIMIT_KEYS = {
@@ -165,6 +166,7 @@ def _look_at_rows(config: RunnerConfig) -> Iterator[Finding]:
         workload = Workload(config)
         doubts = workload.check()
         total = workload.count()
+        broken = _broken(workload) if total is not None else None
     except ConfigError as error:
         for message in error.args:
             yield _fault("dataset", str(message))
@@ -173,7 +175,22 @@ def _look_at_rows(config: RunnerConfig) -> Iterator[Finding]:
         yield _note("dataset", "it has no rows")
     else:
         yield _ok("dataset", "it can be read" if total is None else f"{total:,} to ask")
-    yield from (_note("dataset", doubt) for doubt in doubts)
+    yield from (_note("dataset", doubt) for doubt in [*([broken] if broken else []), *doubts])
+
+
+def _broken(workload: Workload) -> str | None:
+    """How many rows cannot be asked, and why one cannot, as far as a few seconds tell."""
+    until = time.monotonic() + _READ_S
+    read = broken = 0
+    example: ItemError | None = None
+    for item in workload.items():
+        read += 1
+        if item.error is not None:
+            broken += 1
+            example = example or item.error
+        if time.monotonic() > until:
+            break
+    return None if example is None else f"{broken:,} of {read:,} cannot be asked, for example {example}"
 
 
 async def _look_at_deployment(

@@ -26,7 +26,7 @@ from runner.checks import check
 from runner.config import RunnerConfig, TaskKind, replicas
 from runner.database import RUN_DATABASE
 from runner.digests import Digests
-from runner.errors import StoreError
+from runner.errors import ItemError, StoreError
 from runner.estimate import Estimate, Estimator
 from runner.forecast import SAMPLE, ZERO, Interval, total_of
 from runner.limiter import limits_of
@@ -73,7 +73,7 @@ class Plan:
     budget: Mapping[str, float] = field(default_factory=dict)  # limits by their names; cells with the same share one
     taken: Amounts = NOTHING  # of the budget, earlier
     taken_by: str = ""  # whom, where it is not the run alone
-    notes: Sequence[str] = ()  # why it does not go on as it might
+    notes: Sequence[str] = ()  # why it does not go on as it might, and an example of a row that cannot be asked
 
     @property
     def basis(self) -> int:
@@ -148,7 +148,8 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
             if looks_back:
                 draft.inserted(*[row["n"] async for row in store.query(_INSERTED)])
             spent = await taken_so_far(store)
-    return replace(draft.finish(usual or await _usual(config, folder)), taken=spent, notes=resumption.notes)
+    plan = draft.finish(usual or await _usual(config, folder))
+    return replace(plan, taken=spent, notes=[*resumption.notes, *plan.notes])
 
 
 def together(plans: Sequence[Plan]) -> Plan:
@@ -184,6 +185,7 @@ class _Draft:
         )
         self._send: Counter[str] = Counter()
         self._keep: Counter[str] = Counter()
+        self._unusable: ItemError | None = None  # of the first row that cannot be asked
         self._guessed = _Guessed()
         self._answers: list[_Answer] = []
         self._evidence: Counter[Answered] = Counter()
@@ -201,6 +203,7 @@ class _Draft:
                 self._answers.append(_Answer.of(fact, self._estimate(item)))
         elif item.error is not None:
             self._keep["cannot be asked"] += 1
+            self._unusable = self._unusable or item.error
         else:
             self._send[_why_sent(fact, item, truncated=self._config.retry_truncated)] += 1
             estimate = self._estimate(item)
@@ -229,6 +232,7 @@ class _Draft:
             seconds=self._seconds(prompts + completions, usual),
             evidence=self._evidence or usual.evidence,
             like=usual.run,
+            notes=[f"a row that cannot be asked: {self._unusable}"] if self._unusable else [],
             budget={name: limit for name, limit in vars(self._config.budget).items() if limit is not None},
         )
 

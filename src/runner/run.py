@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import sys
@@ -57,6 +58,8 @@ _UNREACHED = 8
 Claimed: TypeAlias = tuple[Item, int]
 """An item and the ticket of its answer."""
 
+logger = logging.getLogger(__name__)
+
 
 class Asks(Protocol):
     """What a run asks: a `Workload`, or whatever else has items in an order and a way to ask for them."""
@@ -106,6 +109,7 @@ class Run:
         self._asked_first: set[int] = set()  # positions, in the pilot
         self._suspects: list[tuple[Sequence[Claimed], Trace, RequestError]] = []
         self._any_answer = False
+        self._has_told_of_row = False  # that one cannot be asked
         self._interrupted_at: float | None = None
         self._batch: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -337,8 +341,11 @@ class Run:
         """Ask for the items that share a request, and save what comes of each."""
         usable = [claimed for claimed in group if claimed[0].error is None]
         for claimed in group if len(usable) < len(group) else ():
-            if claimed[0].error is not None:
-                await self._fail([claimed], Trace(), claimed[0].error)
+            if (error := claimed[0].error) is not None:
+                if not self._has_told_of_row:
+                    logger.warning("a row that cannot be asked: %s", error)
+                    self._has_told_of_row = True
+                await self._fail([claimed], Trace(), error)
         if not usable:
             return
         line = _Line(

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         simulator = Simulator(changed(SimulatorConfig(), {**given, "faults": faults}), host=host, port=port)
         asyncio.run(_serve(simulator))
     except ConfigError as error:
-        parser.error(str(error))
+        print(f"simulator: {error}", file=sys.stderr)
+        return 2
     except (OSError, OverflowError) as error:  # an overflow: no port is so large
         print(f"simulator: cannot listen at {host}:{port}: {error}", file=sys.stderr)
         return 2

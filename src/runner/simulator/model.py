@@ -7,11 +7,13 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from runner.config import SimulatorConfig
-from runner.errors import ConfigError
+from runner.errors import ConfigError, ParseError
+from runner.response_format import ResponseFormat
 from runner.simulator.body import Body
 from runner.simulator.document import document_for
 from runner.simulator.text import CHARS_PER_TOKEN, filler, tokens_in, uniform
@@ -42,13 +44,13 @@ class Model:
         """The choice number ``index``, cut to ``max_tokens``.
 
         A known question is answered by the key; otherwise ``echo`` repeats the prompt and other models talk. A schema
-        gets a document with that answer in it.
+        gets that answer if it is such a document, otherwise a document with it in it.
         """
         model, limit = body.model, body.max_tokens
         tool, schema = body.tool or (None, body.schema)
         drawn = uniform(self.config.seed, "text", body.identity, index)
         known = self._known(prompt, f"{body.identity}{index}")
-        if schema is not None:
+        if schema is not None and not (known and _is_document(known, schema)):
             text = orjson.dumps(document_for(schema, text=known or filler(6, drawn), number=drawn)).decode()
         elif known is not None:
             text = known
@@ -86,6 +88,17 @@ class Model:
         return others[int(uniform(self.config.seed, "wrong", request) * len(others))] if others else None
 
 
+def _is_document(text: str, schema: dict[str, Any]) -> bool:
+    """Whether the text is an object or an array that satisfies the schema."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        ResponseFormat.of(schema).parse(text)
+    except (ConfigError, ParseError):
+        return False
+    return True
+
+
 QUICKSTART = Path(__file__).parent.parent / "data" / "quickstart.jsonl"
 
 
@@ -121,12 +134,17 @@ class AnswerKey:
         try:
             for number, line in enumerate(source.read_bytes().splitlines(), 1):  # noqa: B007
                 row = orjson.loads(line.strip() or b'{"question": "", "answer": ""}')
+                if not isinstance(row, dict):
+                    raise ValueError(f"it holds {line[:20].decode(errors='replace')}")
                 answers[str(row["question"]).strip()] = str(row["answer"])
         except OSError as error:
             raise ConfigError(f"simulator.answers={source}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            message = f"simulator.answers: {source}:{number} is no JSON object with `question` and `answer`"
-            raise ConfigError(message) from None
+        except KeyError as error:
+            raise ConfigError(f"simulator.answers: {source}:{number} has no {error.args[0]!r}") from None
+        except ValueError as error:
+            raise ConfigError(
+                f"simulator.answers: {source}:{number} is no JSON object with 'question' and 'answer': {error}"
+            ) from None
         answers.pop("", None)
         return cls(answers)
 
