@@ -173,7 +173,7 @@ async def test_a_spreadsheet_has_a_column_for_each_field_of_the_rows() -> None:
 
 
 async def test_rows_that_are_nested_deeply_are_told_or_are_in_every_form(command: Command) -> None:
-    deep = ['{"a":' * levels + "1" + "}" * levels for levels in (190, 300, 900, 5_000)]
+    deep = ['{"a":' * levels + "1" + "}" * levels for levels in (253, 300, 900, 5_000)]
     (command.folder / "deep.jsonl").write_text("".join(f'{{"prompt": "hi", "x": {value}}}\n' for value in deep))
     done = await command("dataset=jsonl", "dataset.path=deep.jsonl", "tracker=none", "simulator.latency_s=0.001")
     assert done.exit_code == 3, done.err
@@ -182,7 +182,7 @@ async def test_rows_that_are_nested_deeply_are_told_or_are_in_every_form(command
         assert await exported(command.run(), "-o", f"rows.{form}") == 0
     first, *others = lines("rows.jsonl")
     assert first["error"] is None
-    assert cells("rows.csv")[0]["metadata.x"].count("{") == 190
+    assert cells("rows.csv")[0]["metadata.x"].count("{") == 253
     assert len(others) == 3
     assert all("nested too deeply" in row["error"]["message"] for row in others)
 

@@ -294,7 +294,7 @@ def nested(depth: int) -> Any:
 ODD_VALUES: dict[str, Any] = {
     "an integer beyond 64 bits": 2**80,
     "a negative one": -(2**80),
-    "deep nesting": nested(190),
+    "deep nesting": nested(250),
     "null": None,
     "floats": [1e308, 5e-324],
 }

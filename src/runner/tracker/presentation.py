@@ -37,7 +37,7 @@ def flat(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def sample_table(samples: Sequence[Mapping[str, Any]], hide: Callable[[Any], Any]) -> Table:
     """Result rows as a table; texts are cut to `TABLE_TEXT` characters."""
-    rows: list[dict[str, Any]] = json.loads(orjson.dumps(list(samples), default=str))
+    rows = [{name: json.loads(orjson.dumps(value, default=str)) for name, value in row.items()} for row in samples]
     cells = [_cells(hide(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in cells for name in row))
     return Table(columns=columns, rows=[[row.get(name) for name in columns] for row in cells])
