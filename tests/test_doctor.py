@@ -77,6 +77,18 @@ async def test_rows_that_cannot_be_asked_are_counted_with_an_example(tmp_path: P
     assert note.text.startswith("2 of 102 cannot be asked, for example rows.jsonl:101: no valid JSON")
 
 
+async def test_a_file_in_another_encoding_is_a_fault_of_its_own_and_not_of_a_scorer(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("text,label\nMüller,bug\nLöwe,bug\n".encode("latin-1"))
+    dataset = DatasetConfig(kind=DatasetKind.csv, path=str(path))
+    scorers = {"accuracy": ScorerConfig(target="label")}
+    async with serving(lambda asked: listing("llama")) as server:
+        found = await findings(experiment(server.url, dataset=dataset, prompt="{{ text }}", scorers=scorers))
+
+    [fault] = faults(found)
+    assert fault.startswith("2 of 2 cannot be asked, for example rows.csv:2: no valid UTF-8")
+
+
 async def test_a_refused_key_is_a_fault_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-canary-0123456789")
     async with serving(lambda asked: refusal(401, "invalid_api_key", "bad key sk-canary-0123456789")) as server:

@@ -339,6 +339,21 @@ async def test_options_of_a_group_can_be_swept_over_by_a_pattern(command: Comman
     assert "2 runs together" in done.out
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "request.temperature=0,1"]], ids=["one", "several"])
+async def test_a_plan_is_of_what_is_left_out_too(command: Command, sweep: list[str]) -> None:
+    """The folder of a run that has a scorer is another one than that of a run that has none."""
+    command.write_rows("rows.jsonl", numbered(3))
+    rows = ["dataset=jsonl", "dataset.path=rows.jsonl", "tracker=none", "simulator.latency_s=0"]
+    scored = [*rows, "scorers.right.kind=contains", "scorers.right.target=nowhere"]
+    assert (await command(*scored, "plan=true")).exit_code == 2
+
+    done = await command(*scored, "~scorers.right", *sweep)
+    assert done.exit_code == 0, done.err
+    planned = await command(*scored, "~scorers.right", *sweep, "plan=true")
+    assert planned.exit_code == 0, planned.err
+    assert planned.out.count("  keep    3 rows: 3 answered") == max(1, len(sweep))
+
+
 async def test_a_plan_of_what_cannot_be_composed_is_a_complaint(command: Command) -> None:
     done = await command("modle=x", "plan=true")
     assert (done.exit_code, "model" in done.err, "Traceback" in done.err) == (2, True, False)

@@ -73,6 +73,13 @@ def _no_list(found: re.Match[str]) -> str:
     return f"{found[1]}: a list, as in '{found[1]}=[one, two]'"
 
 
+def _no_value(found: re.Match[str]) -> str:
+    """``scorers.accuracy=null``: nothing, where something belongs."""
+    key = found[1]
+    is_users = key.partition(".")[0] in ("scorers", "deployments", "request")
+    return f"{key}=null: it cannot be null" + (f"; '~{key}' leaves it out" if is_users else "")
+
+
 def _no_section(found: re.Match[str]) -> str:
     """``budget=2``: a value where keys belong."""
     return no_section_message(f"{found[3]}={found[2]}", found[3], getattr(config, found[1]))
@@ -99,6 +106,7 @@ _EXPLANATIONS = (
     (r"Value '(.*)' is not a valid bool \(type \w+\)\s+full_key: (\S+)", _no_truth),
     (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
     (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),
+    (r"field '\S+' is not Optional\s+full_key: (\S+)", _no_value),
     (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
     (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
     (r"Could not find '([^']+)'\s+Available options in '[^']+':((?:\n\t\S+)*)", _unknown_option),

@@ -134,14 +134,14 @@ def first_cell(arguments: Sequence[str]) -> DictConfig:
     Raises:
         HydraException: It cannot be composed.
     """
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    overrides = _overrides(arguments)
     return _composed([values[0] for values in _choices(overrides).values()], with_hydra=True)
 
 
 def swept_keys(first: DictConfig, arguments: Sequence[str]) -> list[str]:
     """The keys that a multirun sweeps over, by its command line and by ``hydra.sweeper.params`` of its first cell."""
     parser = OverridesParser.create()
-    overrides = parser.parse_overrides([each for each in arguments if "=" in each and not each.startswith("-")])
+    overrides = parser.parse_overrides(_overrides(arguments))
     swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
     return list(dict.fromkeys(key.lstrip("+") for key in (*_sweeper_params(first), *swept)))
 
@@ -229,7 +229,7 @@ def _chosen(arguments: Sequence[str]) -> Iterator[str]:
     Raises:
         HydraException: A cell cannot be composed.
     """
-    overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
+    overrides = _overrides(arguments)
     if is_multirun(arguments):
         overrides = [*_swept_by_file(first_cell(arguments)), *overrides]
     choices = _choices(overrides)
@@ -268,10 +268,14 @@ def _own_conf() -> Path | None:
     return own if own.is_dir() and own.resolve() != conf_folder() else None
 
 
+def _overrides(arguments: Sequence[str]) -> list[str]:
+    """``key=value`` and ``~key``, without Hydra's options and what belongs to these."""
+    return [each for each in arguments if ("=" in each and not each.startswith("-")) or each.startswith("~")]
+
+
 def _of_the_run(arguments: Sequence[str]) -> list[str]:
     """The overrides that say what is run, not how Hydra runs it."""
-    elsewhere = ("-", *_OF_HYDRA, "+scale=")
-    return [argument for argument in arguments if "=" in argument and not argument.startswith(elsewhere)]
+    return [override for override in _overrides(arguments) if not override.startswith((*_OF_HYDRA, "+scale="))]
 
 
 _OF_HYDRA = tuple(f"{sign}hydra{mark}" for sign in ("", "+", "++", "~") for mark in "./")

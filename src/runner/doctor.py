@@ -175,11 +175,13 @@ def _look_at_rows(config: RunnerConfig) -> Iterator[Finding]:
         yield _note("dataset", "it has no rows")
     else:
         yield _ok("dataset", "it can be read" if total is None else f"{total:,} to ask")
-    yield from (_note("dataset", doubt) for doubt in [*([broken] if broken else []), *doubts])
+    if broken is not None:
+        yield broken
+    yield from (_note("dataset", doubt) for doubt in doubts)
 
 
-def _broken(workload: Workload) -> str | None:
-    """How many rows cannot be asked, and why one cannot, as far as a few seconds tell."""
+def _broken(workload: Workload) -> Finding | None:
+    """How many rows cannot be asked, and why one cannot, as far as a few seconds tell; None where all can."""
     until = time.monotonic() + _READ_S
     read = broken = 0
     example: ItemError | None = None
@@ -190,7 +192,10 @@ def _broken(workload: Workload) -> str | None:
             example = example or item.error
         if time.monotonic() > until:
             break
-    return None if example is None else f"{broken:,} of {read:,} cannot be asked, for example {example}"
+    if example is None:
+        return None
+    find = _fault if broken == read else _note
+    return find("dataset", f"{broken:,} of {read:,} cannot be asked, for example {example}")
 
 
 async def _look_at_deployment(

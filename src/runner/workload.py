@@ -58,8 +58,9 @@ class Workload:
             ConfigError: A template or a scorer names a field that none of the first rows has.
         """
         rows = list(islice(open_dataset(self._dataset, suffixes=self._suffixes), _PEEK))
-        fields = {name for row in rows for name in row.fields}
-        check_all(lambda: self.task.check(rows), lambda: self.scorers.check(fields))
+        readable = [row for row in rows if row.error is None]
+        fields = {name for row in readable for name in row.fields}
+        check_all(lambda: self.task.check(rows), lambda: self.scorers.check(fields) if readable else None)
         return [*self._skipped(), *self._doubts(rows)]
 
     def count(self) -> int | None:
