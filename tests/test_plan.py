@@ -382,14 +382,29 @@ async def test_an_answer_that_several_plans_follow_is_evidence_once(tmp_path: Pa
     assert together([*plans, await make_plan(longer, folder / "f")]).basis == 14
 
 
+async def test_a_plan_refuses_what_the_run_refuses_and_notes_what_it_notes(command: Command) -> None:
+    command.write_rows("rows.jsonl", numbered(3))
+    rows = ("dataset=jsonl", "dataset.path=rows.jsonl", "tracker=none")
+    local = ("deployments.local.model=hosted_vllm/m", "deployments.local.api_base=http://localhost:1/v1")
+
+    unpriced = await command(*rows, *local, "budget.usd=2", "plan=true")
+    assert (unpriced.exit_code, unpriced.out) == (2, "")
+    assert "budget.usd needs a price" in unpriced.err
+
+    noted = await command(*rows, *local, "model=openai/other", "prompt='{prompt}'", "plan=true")
+    assert noted.exit_code == 0, noted.err
+    assert "note    model=openai/other has no effect beside deployments (local)" in noted.out
+    assert "{{ prompt }}" in noted.out
+
+
 async def test_a_budget_that_has_no_room_for_the_rest_is_told(tmp_path: Path) -> None:
-    quick = SimulatorConfig(latency_s=0.001)
+    quick: dict[str, Any] = {"simulator": SimulatorConfig(latency_s=0.001), "request": {"max_tokens": 100}}
 
     async def plan(rows: int, **budget: Any) -> Plan:
-        config = configured(tmp_path, numbered(rows), simulator=quick, budget=BudgetConfig(**budget))
+        config = configured(tmp_path, numbered(rows), budget=BudgetConfig(**budget), **quick)
         return await make_plan(config, tmp_path / "run")
 
-    await run_experiment(configured(tmp_path, numbered(20), simulator=quick), tmp_path / "run")
+    await run_experiment(configured(tmp_path, numbered(20), **quick), tmp_path / "run")
     ample, short = await plan(40), await plan(40, usd=0.0001, tokens=1_000_000)
     assert ample.usd is not None
     tight = await plan(40, usd=ample.taken.usd + ample.usd.high - 1e-9)

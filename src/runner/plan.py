@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 
 from runner.answers import TRUNCATED, WAS_SENT
 from runner.bucket import Bucket
-from runner.budget import shown, taken_so_far
-from runner.checks import check
+from runner.budget import check_budget, shown, taken_so_far
+from runner.checks import check, check_all, without_effect
 from runner.config import RunnerConfig, TaskKind, replicas
 from runner.database import RUN_DATABASE
 from runner.digests import Digests
@@ -73,7 +73,7 @@ class Plan:
     budget: Mapping[str, float] = field(default_factory=dict)  # limits by their names; cells with the same share one
     taken: Amounts = NOTHING  # of the budget, earlier
     taken_by: str = ""  # whom, where it is not the run alone
-    notes: Sequence[str] = ()  # why it does not go on as it might, and an example of a row that cannot be asked
+    notes: Sequence[str] = ()  # what may not be meant, why it does not go on as it might, a row that cannot be asked
 
     @property
     def basis(self) -> int:
@@ -129,7 +129,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
     """
     check(config)
     workload = Workload(config)
-    workload.check()
+    doubts = check_all(workload.check, lambda: check_budget(config))
     draft = _Draft(config, run_name(folder))
     async with _copied(folder) as (store, is_new):
         usual = await _answered(config, folder, store)  # before resume=fresh gives it up
@@ -149,7 +149,7 @@ async def make_plan(config: RunnerConfig, folder: Path) -> Plan:
                 draft.inserted(*[row["n"] async for row in store.query(_INSERTED)])
             spent = await taken_so_far(store)
     plan = draft.finish(usual or await _usual(config, folder))
-    return replace(plan, taken=spent, notes=[*resumption.notes, *plan.notes])
+    return replace(plan, taken=spent, notes=[*without_effect(config), *doubts, *resumption.notes, *plan.notes])
 
 
 def together(plans: Sequence[Plan]) -> Plan:
