@@ -860,6 +860,16 @@ async def test_a_refused_question_shows_why(command: Command) -> None:
     assert done.out.startswith("BadRequestError: HTTP 400: this \\x1b model cannot\n")
 
 
+async def test_a_model_that_a_server_does_not_have_is_told_with_the_keys_that_name_both(command: Command) -> None:
+    async with serving(lambda asked: refusal(404, "model_not_found")) as provider:
+        alone = await command("model=hosted_vllm/m", f"api_base={provider.url}", "prompt=x", "tracker=none")
+        rack = ("deployments.rack.model=hosted_vllm/m", f"deployments.rack.api_base={provider.url}")
+        one_of_several = await command(*rack, "prompt=x", "tracker=none")
+
+    assert "Check model=hosted_vllm/m and api_base." in alone.err
+    assert "Check deployments.rack.model=hosted_vllm/m and deployments.rack.api_base." in one_of_several.err
+
+
 async def test_a_wrong_key_is_told_once_with_the_variable_it_comes_from(command: Command) -> None:
     async with serving(lambda asked: refusal(401, "invalid_api_key")) as provider:
         done = await command("model=hosted_vllm/m", f"api_base={provider.url}", "prompt=x", "tracker=none")

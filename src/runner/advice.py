@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.config import DeploymentConfig
+from runner.config import RunnerConfig, replicas
 from runner.errors import (
     AuthenticationError,
     InsufficientQuotaError,
@@ -13,15 +13,17 @@ from runner.errors import (
 from runner.transports import DIRECT
 
 
-def way_out(error: RequestError, deployment: DeploymentConfig | None) -> str:
-    """What to do about an error of ``deployment``'s that every row meets."""
+def way_out(error: RequestError, label: str, config: RunnerConfig) -> str:
+    """What to do about an error that every row meets at the deployment ``label``; empty where it is none's."""
+    deployment = replicas(config).get(label)
+    where = f"deployments.{label}." if config.deployments else ""
     match error:
         case AuthenticationError() | PermissionDeniedError() if deployment is not None:
             provider = DIRECT.get(deployment.model.partition("/")[0])
             variable = deployment.api_key_env or (provider.key_env if provider else "the provider's variable")
             return f"Check the key in {variable}"
         case NotFoundError() if deployment is not None:
-            return f"Check model={deployment.model} and api_base"
+            return f"Check {where}model={deployment.model} and {where}api_base"
         case InsufficientQuotaError() if error.retry_after_s:
             return "The same command goes on then"
         case InsufficientQuotaError():

@@ -408,7 +408,7 @@ class Run:
         )
 
     def _give_up(self, trace: Trace, error: RequestError) -> None:
-        advice = way_out(error, replicas(self._config).get(trace.deployment))
+        advice = way_out(error, trace.deployment, self._config)
         where = " on one row after the other" if len(self._suspects) > 1 else ""
         self.stop(SystemicError(f"{type(error).__name__}{where}: {str(error).rstrip('.')}. {advice}."))
 

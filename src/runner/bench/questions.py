@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.advice import way_out
 from runner.bench.load import Answer
-from runner.config import CacheMode, RunnerConfig, replicas
+from runner.config import CacheMode, RunnerConfig
 from runner.errors import ConfigError, ConnectError, ItemError, RequestError, SystemicError
 from runner.task import Item, Settled
 from runner.types import Client, EmbeddingRequest, GenerationRequest, Request, Response, TokenUsage, Trace
@@ -62,7 +62,7 @@ class Questions:
             return
         self._suspects += 1
         if self._suspects >= _SUSPECTS:
-            advice = way_out(error, replicas(self._config).get(settled.trace.deployment))
+            advice = way_out(error, settled.trace.deployment, self._config)
             where = "one request after the other"
             raise SystemicError(f"{type(error).__name__} on {where}: {str(error).rstrip('.')}. {advice}.")
 
