@@ -779,6 +779,20 @@ async def test_the_cells_of_a_sweep_keep_their_limits_together(command: Command)
     assert arrivals[-1] - arrivals[0] > 1.9  # ten of 300 a minute at once, and the others at their pace
 
 
+async def test_the_time_that_is_left_is_not_that_of_a_burst(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(40)])
+    async with serving() as provider:
+        done = await command(
+            *("model=openai_like/a", f"api_base={provider.url}", "prompt=Say {{ n }}", "tracker=none"),
+            *("dataset=jsonl", "dataset.path=rows.jsonl", "limits.rpm=600", "limits.max_request_burst=30"),
+        )
+
+    begun = next(line for line in done.err.splitlines() if "/40 (" in line)
+    assert done.exit_code == 0
+    assert "left" in begun
+    assert "left 0s" not in begun  # ten are left, of ten a second
+
+
 async def test_a_sweep_that_goes_on_counts_what_its_cells_sent_against_a_day(command: Command) -> None:
     command.write_rows("rows.jsonl", [{"n": n} for n in range(20)])
     async with serving() as provider:

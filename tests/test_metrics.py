@@ -185,6 +185,34 @@ def test_eta_follows_the_recent_rate(meter: Meter, clock: Clock) -> None:
     assert meter.snapshot(total=120).eta_s == pytest.approx(10)
 
 
+@pytest.mark.parametrize(
+    ("limits", "eta_s"),
+    [
+        pytest.param({"most_requests_per_s": 5}, 20, id="requests"),
+        pytest.param({"most_tokens_per_s": 40}, 25, id="tokens"),
+        pytest.param({"most_requests_per_s": 5, "most_tokens_per_s": 40}, 25, id="the stricter one"),
+        pytest.param({"most_requests_per_s": 11, "most_tokens_per_s": 110}, 10, id="limits that are not reached"),
+    ],
+)
+def test_eta_does_not_go_by_a_burst_that_the_limits_end(clock: Clock, limits: dict[str, float], eta_s: float) -> None:
+    meter = Meter(clock=clock, **limits)
+    clock.now += 2
+    for _ in range(20):
+        answer(meter, tokens=10)
+    snapshot = meter.snapshot(total=120)
+    assert snapshot.rows_per_s == 10
+    assert snapshot.eta_s == pytest.approx(eta_s)
+
+
+def test_eta_under_a_limit_counts_the_rows_that_share_an_answer(clock: Clock) -> None:
+    meter = Meter(clock=clock, most_requests_per_s=1)
+    clock.now += 2
+    for _ in range(4):
+        answer(meter)
+        meter.deduplicated(9)
+    assert meter.snapshot(total=140).eta_s == pytest.approx(10)
+
+
 def test_eta_of_requests_slower_than_the_window_follows_the_whole_run(meter: Meter, clock: Clock) -> None:
     clock.now += 20
     answer(meter)

@@ -88,7 +88,7 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
     window = Window.of(config.limits)
     budget = Budget.of(config, folder)
     client = stack_of(config, window, tuner=Tuner.of(config.limits, window), budget=budget)
-    meter = Meter()
+    meter = _meter(config, group_size=workload.task.group_size)
     async with (
         _opened(config, folder, client, meter, group_size=workload.task.group_size) as store,
         resuming(store, config, workload, folder=folder) as resumption,
@@ -249,6 +249,14 @@ def _pace(config: RunnerConfig) -> Iterator[str]:
             bucket = Bucket(limit)
             burst, rate = math.floor(bucket.burst), figures.short(bucket.rate)
             yield f"limits.rpm={limit.amount:g}: {burst} at once, then {rate} requests a second"
+
+
+def _meter(config: RunnerConfig, *, group_size: int) -> Meter:
+    """A meter that knows how fast the limits let it go on; it counts rows, of which ``group_size`` share a request."""
+    rates = {limit.name: Bucket(limit).rate for limit in limits_of(config.limits)}
+    return Meter(
+        most_requests_per_s=rates.get("rpm", math.inf) * group_size, most_tokens_per_s=rates.get("tpm", math.inf)
+    )
 
 
 async def _judge_pilot(run: Run, store: Store, config: RunnerConfig, budget: Budget | None, *, group_size: int) -> None:

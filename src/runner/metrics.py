@@ -5,6 +5,7 @@ The progress bar, the tracker's time series and the budget's forecast show the s
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -135,10 +136,21 @@ class Meter:
 
     Args:
         clock: Seconds, monotonic. The run begins when the meter is made.
+        most_requests_per_s: What limits let out in the long run, counted as `Snapshot.requests_per_s` is. The time
+            left does not go by a burst that is faster.
+        most_tokens_per_s: Likewise.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        most_requests_per_s: float = math.inf,
+        most_tokens_per_s: float = math.inf,
+    ) -> None:
         self._clock = clock
+        self._most_requests_per_s = most_requests_per_s
+        self._most_tokens_per_s = most_tokens_per_s
         self._started = clock()
         self._answered = 0
         self._failed = 0
@@ -249,6 +261,7 @@ class Meter:
         """
         elapsed_s = max(0.0, (self._clock() if now is None else now) - self._started)
         requests_per_s, rows_per_s, tokens_per_s = self._recent_rates(elapsed_s)
+        too_fast = max(1.0, requests_per_s / self._most_requests_per_s, tokens_per_s / self._most_tokens_per_s)
         done = self.settled + self._reused + self._deduplicated
         latencies = sorted(self._latencies)
         return Snapshot(
@@ -278,7 +291,7 @@ class Meter:
             queue_wait_p95_s=percentile(sorted(self._queue_waits), 95),
             retries=self._retries,
             errors=dict(self._errors),
-            eta_s=None if total is None else self._eta_s(max(0, total - done), rows_per_s, elapsed_s),
+            eta_s=None if total is None else self._eta_s(max(0, total - done), rows_per_s / too_fast, elapsed_s),
             scores={name: mean.total / mean.count for name, mean in self._scores.items()},
             deployments=deployments or {},
         )
@@ -305,11 +318,11 @@ class Meter:
         asked, shared = sum(tick.asked for tick in recent), sum(tick.shared for tick in recent)
         return asked / span_s, (asked + shared) / span_s, sum(tick.tokens for tick in recent) / span_s
 
-    def _eta_s(self, remaining: int, recent_rate: float, elapsed_s: float) -> float | None:
+    def _eta_s(self, remaining: int, rate: float, elapsed_s: float) -> float | None:
         if remaining == 0:
             return 0.0
-        if recent_rate > 0:
-            return remaining / recent_rate
+        if rate > 0:
+            return remaining / rate
         worked = self.settled + self._deduplicated  # requests slower than RECENT_S: only the whole run tells
         return remaining * elapsed_s / worked if worked else None
 
