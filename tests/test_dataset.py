@@ -399,7 +399,9 @@ def test_a_malformed_csv_line_fails_that_row_only(write: Any, line: bytes, probl
 
 def test_a_quote_that_is_never_closed_is_named_where_it_opens(write: Any) -> None:
     _, bad = rows_of(write('a,b\n1,2\n"3,4\n5,6\n', "rows.csv"), "csv")
-    assert str(bad.error) == "rows.csv:3: no valid CSV: a quote is opened and never closed"
+    assert str(bad.error) == (
+        "rows.csv:3: no valid CSV: a quote is opened and never closed, so all that follows is taken for this row"
+    )
 
 
 def test_a_cell_may_be_larger_than_the_csv_module_allows(write: Any) -> None:

@@ -48,7 +48,7 @@ class Csv:
     def fields(self, record: list[str] | csv.Error) -> dict[str, Any]:
         if isinstance(record, csv.Error):
             cut = "unexpected end" in str(record)
-            raise ValueError(f"no valid CSV: {'a quote is opened and never closed' if cut else record}")
+            raise ValueError(f"no valid CSV: {_OPEN_QUOTE if cut else record}")
         if len(record) != len(self._names):
             raise ValueError(f"{len(record)} cells, and the header has {len(self._names)}")
         if not _is_utf8("".join(record)):
@@ -75,6 +75,9 @@ class Csv:
                 else:
                     if cells:
                         yield number, cells
+
+
+_OPEN_QUOTE = "a quote is opened and never closed, so all that follows is taken for this row"
 
 
 def _is_utf8(text: str) -> bool:
