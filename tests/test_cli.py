@@ -208,6 +208,25 @@ BAD_INPUT = {
     "an unknown key of a deployment": (["deployments.a.modl=b/c", "prompt=x"], "Did you mean 'deployments.a.model'?"),
     "an unknown key in an own group": (["limits=mine", "prompt=x"], "limits/mine.yaml: unknown key 'limits.rmp'"),
     "an unknown key in an experiment": (["+experiment=misspelt"], "experiment/misspelt.yaml: unknown key 'promt'"),
+    "an experiment that is not for the root": (
+        ["+experiment=elsewhere"],
+        "experiment/elsewhere.yaml: write `# @package _global_` as its first line",
+    ),
+    "an experiment with a group that is not for the root": (
+        ["+experiment=elsewhere_too"],
+        "experiment/elsewhere_too.yaml: write `# @package _global_` as its first line",
+    ),
+    "a default of an experiment without its slash": (
+        ["+experiment=slashless"],
+        "experiment/slashless.yaml: in its defaults, write `- override /dataset: …`, with the slash",
+    ),
+    "an overridden default of an experiment without its slash": (
+        ["+experiment=slashless_too"],
+        "experiment/slashless_too.yaml: in its defaults, write `- override /dataset: …`, with the slash",
+    ),
+    "a second default for a group": (["+experiment=twice"], "write `- override /dataset: csv`"),
+    "a plus before a group that has a default": (["+dataset=csv"], "dataset.path must be set: dataset=csv"),
+    "an experiment that is none": (["experiment.x=5", "prompt=x"], "unknown key 'experiment.x'"),
     "a missing value in an own group": (["dataset=mine", "prompt=x"], "dataset.path must be set"),
     "a decimal comma": (["budget.usd=2,5", "prompt=x"], "budget.usd=2,5: these are several values to sweep over"),
     "a text for a whole number": (["samples=two", "prompt=x"], "samples=two: a whole number, as in samples=10"),
@@ -228,6 +247,7 @@ BAD_INPUT = {
         ["resume=freh", "prompt=x"],
         "choose one of auto, fresh, require. Did you mean resume=fresh?",
     ),
+    "a switch for a choice of a key": (["resume=true", "prompt=x"], "choose one of auto, fresh, require.\n"),
     "an unknown strategy": (["routing.strategy=leastbusy", "prompt=x"], "Did you mean routing.strategy=least-busy?"),
     "a schema that is not there": (["response_format=schma.json", "prompt=x"], "Did you mean 'schema.json' or"),
     "a schema that is no file": (["response_format=schema", "prompt=x"], "a JSON schema, the path of a .json file, or"),
@@ -245,6 +265,7 @@ BAD_INPUT = {
     "an unknown flag": (["--verbose", "prompt=x"], "--verbose: there is no such option. `python -m runner --help`"),
     "a misspelt flag": (["--multirn", "prompt=x"], "--multirn: there is no such option. Did you mean --multirun?"),
     "a key with one dash": (["-prompt=x"], "keys have no dashes, write prompt=…"),
+    "an experiment with dashes": (["--experiment=quickstart"], "keys have no dashes, write +experiment=…"),
     "a flag with a wrong value": (["--cfg", "prompt=x"], "choose one of job, hydra, all"),
     "a flag without its value": (["prompt=x", "tracker=none", "--config-name="], "--config-name needs a value"),
     "an argument without =": (["prompt"], "'prompt': write key=value"),
@@ -266,6 +287,11 @@ def test_bad_input_is_one_message_and_leaves_no_folder(
     command.write("conf/limits/mine.yaml", "rmp: 3\n")
     command.write("conf/dataset/mine.yaml", "kind: jsonl\npath: ???\n")
     command.write("conf/experiment/misspelt.yaml", "# @package _global_\npromt: x\n")
+    command.write("conf/experiment/elsewhere.yaml", "prompt: x\n")
+    command.write("conf/experiment/elsewhere_too.yaml", "defaults:\n  - override /dataset: csv\n")
+    command.write("conf/experiment/slashless.yaml", "# @package _global_\ndefaults:\n  - dataset: csv\n")
+    command.write("conf/experiment/slashless_too.yaml", "# @package _global_\ndefaults:\n  - override dataset: csv\n")
+    command.write("conf/experiment/twice.yaml", "# @package _global_\ndefaults:\n  - /dataset: csv\n")
     command.write("conf/experiment/broken.yaml", "# @package _global_\nprompt: x\n  request: {\n")
 
     exit_code = main([*arguments, "tracker=none"])

@@ -65,8 +65,9 @@ def options_first(arguments: Sequence[str]) -> list[str]:
             others.append(argument)
             continue
         name, equals, value = argument.partition("=")
-        if name.lstrip("-").partition(".")[0] in _KEYS:
-            raise ConfigError(f"{argument}: keys have no dashes, write {name.lstrip('-')}=…")
+        key = name.lstrip("-")
+        if key.partition(".")[0] in _KEYS | ADDED:
+            raise ConfigError(f"{argument}: keys have no dashes, write {'+' if key in ADDED else ''}{key}=…")
         if name not in _OPTIONS:
             near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.75)
             hint = f"Did you mean {near[0]}?" if near else "`python -m runner --help` lists keys and options."
@@ -106,7 +107,9 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
             continue
         if key.lstrip("+").startswith("hydra.sweeper.params"):
             raise ConfigError(f"{key}: it is for configuration files; here, write what it sweeps over: -m KEY=ONE,TWO")
-        if key in _SECTIONS or key == "deployments":
+        if (section := key.lstrip("+")) in _SECTIONS or section == "deployments":
+            key = section  # a group that has a default takes no plus sign
+            argument = f"{key}={value}"
             _require_name(parser, key, value)
         fleet = parser.parse_override(argument).value() if key == "deployments" and _parses(parser, argument) else None
         if isinstance(fleet, Mapping):

@@ -248,7 +248,7 @@ def check_choice(key: str, value: str, options: Sequence[str]) -> None:
 
 def no_choice_message(key: str, value: str, options: Sequence[str]) -> str:
     """What to say of a ``value`` that is none of the ``options``."""
-    near = difflib.get_close_matches(value, options, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(value, options, n=1)
     hint = f" Did you mean {key}={near[0]}?" if near else ""
     return f"{key}={value}: choose one of {', '.join(options)}.{hint}"
 

@@ -95,10 +95,29 @@ def _no_choice(found: re.Match[str]) -> str:
     return no_choice_message(found[3], found[1], found[2].split(", "))
 
 
+def _lacks_package(found: re.Match[str]) -> str:
+    """An experiment whose keys Hydra puts below ``experiment``, as nothing says otherwise."""
+    return "write `# @package _global_` as its first line, which makes its keys those of the run"
+
+
+def _default_of_root(found: re.Match[str]) -> str:
+    """``- dataset: csv`` in an experiment, where groups are looked for below ``experiment/``."""
+    return f"in its defaults, write `- override /{found[1]}: …`, with the slash"
+
+
+def _second_default(found: re.Match[str]) -> str:
+    """``- /dataset: csv`` in an experiment, for a group that has a default."""
+    group, option = found[1], found[2]
+    return f"{group}: {option} is a second one: in the defaults of an experiment, write `- override /{group}: {option}`"
+
+
 _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """Our extras that bring Hydra's launchers."""
 
 _EXPLANATIONS = (
+    (r"(?s)In 'experiment/.*(Could not override '\w+@experiment\.|Key 'experiment' not in)", _lacks_package),
+    (r"Could not (?:find|override) 'experiment/(\w+)[/@]\w+'", _default_of_root),
+    (r"Multiple values for \w+\. To override a value use 'override (\w+): (\w+)'", _second_default),
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
     (r"Key '[^']+' not in '\w+'\s+full_key: (\S+)", lambda found: unknown_key_message(found[1])),
     (r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)\s+full_key: (\S+)", _no_number),
