@@ -191,7 +191,7 @@ async def test_with_a_bound_on_the_answers_a_budget_is_never_exceeded(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("taken", "said"), [(0.0, "=1 has room for 9"), (0.2, "=1, $0.2000 of it taken by now, has room for 7")]
+    ("taken", "said"), [(0.0, "=1 has room for 10"), (0.2, "=1, $0.2000 of it taken by now, has room for 8")]
 )
 def test_requests_that_wait_for_room_are_told_of_with_what_one_may_take(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, taken: float, said: str
@@ -204,7 +204,10 @@ def test_requests_that_wait_for_room_are_told_of_with_what_one_may_take(
 
     run()
     [warning] = [record.getMessage() for record in caplog.records if "at once" in record.getMessage()]
-    assert f"budget.usd{said} requests at once, as one may take $0.1003 ($0.1000 for the longest answer, " in warning
+    assert (
+        f"budget.usd{said} requests at most at once, as each may take $0.1003 ($0.1000 for the longest answer, "
+        in warning
+    )
     assert warning.endswith(": a larger budget, or a smaller request.max_tokens, makes it more")
 
 
@@ -584,7 +587,7 @@ async def test_the_last_line_of_progress_counts_what_the_summary_does(tmp_path: 
         counts = [int(count) for count in re.findall(r" (\d+)/207 ", done.err)]
         assert counts[-1] == rows == max(counts)
         assert re.search(rf"succeeded +{rows}\n", done.out)
-        assert re.search(rf"not asked yet +{207 - rows}\n", done.out)
+        assert re.search(rf"left to ask +{207 - rows}\n", done.out)
 
 
 async def test_the_last_line_of_progress_tells_shared_answers_from_those_that_were_there(command: Command) -> None:

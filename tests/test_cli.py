@@ -805,6 +805,38 @@ async def test_the_cells_of_a_sweep_keep_their_limits_together(command: Command)
     assert arrivals[-1] - arrivals[0] > 1.9  # ten of 300 a minute at once, and the others at their pace
 
 
+async def test_attempts_that_were_to_be_retried_when_the_run_stopped_are_no_retries(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(4)])
+
+    def answer(asked: Asked) -> web.Response:
+        return refusal(500, "down") if "3" in asked.text else shout(asked)
+
+    async with serving(answer) as provider:
+        done = await command(
+            *("model=openai_like/a", f"api_base={provider.url}", "prompt=Say {{ n }}", "tracker=none"),
+            *("dataset=jsonl", "dataset.path=rows.jsonl", "retry.base_s=60", "budget.seconds=1"),
+        )
+
+    *_, closing = (line for line in done.err.splitlines() if "3/4 (75%)" in line)
+    assert len(provider.requests) == 4
+    assert "retries 0" in closing
+    assert re.search(r"^left to ask +1\n(.*\n)*retries +0$", done.out, re.M), done.out
+
+
+async def test_answers_of_another_run_are_reused_while_the_run_is_on_too(command: Command) -> None:
+    rows = "yield from ({'q': n} for n in range(300))\n    time.sleep(1)\n    yield {'q': 'x'}"
+    command.write("slow.py", f"import time\ndef rows():\n    {rows}\n")
+    asked = ("dataset=python", "dataset.function=slow:rows", "prompt={{ q }}", "tracker=none", "dedupe=always")
+    async with serving() as provider:
+        model = ("model=openai_like/a", f"api_base={provider.url}")
+        await command(*asked, *model, "name=first")
+        done = await command(*asked, *model, "name=second", "reuse=true")
+
+    assert len(provider.requests) == 301
+    assert "reused" in done.err
+    assert "deduplicated" not in done.err
+
+
 async def test_the_time_that_is_left_is_not_that_of_a_burst(command: Command) -> None:
     command.write_rows("rows.jsonl", [{"n": n} for n in range(40)])
     async with serving() as provider:
@@ -915,6 +947,7 @@ async def test_a_wrong_key_is_told_once_with_the_variable_it_comes_from(command:
         done = await command("model=hosted_vllm/m", f"api_base={provider.url}", "prompt=x", "tracker=none")
 
     assert done.exit_code == 4
+    assert set(re.findall(r"retries +(\d+)", done.out + done.err)) == {"0"}
     assert done.err.count("HTTP 401") == 1
     assert "Check the key in HOSTED_VLLM_API_KEY." in done.err
     assert done.err.endswith("The same command goes on from here.\n")

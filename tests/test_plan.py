@@ -379,7 +379,18 @@ async def test_an_answer_that_several_plans_follow_is_evidence_once(tmp_path: Pa
     assert together(plans).basis == 9
 
     await run_experiment(configured(tmp_path, numbered(5), **shared), folder / "f")
-    assert together([*plans, await make_plan(longer, folder / "f")]).basis == 14
+    assert together([*plans, await make_plan(configured(tmp_path, numbered(6), **shared), folder / "f")]).basis == 14
+
+
+async def test_answers_that_nothing_is_sent_beside_are_no_evidence_for_what_other_plans_guess(tmp_path: Path) -> None:
+    config = configured(tmp_path, numbered(4), simulator=SimulatorConfig(latency_s=0.001))
+    await run_experiment(config, tmp_path / "one" / "a")
+    answered = await make_plan(config, tmp_path / "one" / "a")
+    guessed = await make_plan(config, tmp_path / "other" / "a")
+    half = await make_plan(configured(tmp_path, numbered(6)), tmp_path / "one" / "a")
+    assert "by      a guess: no answer yet" in str(together([answered, guessed]))
+    assert "by      4 answers, and a guess for 4 rows: " in str(together([half, guessed]))
+    assert "by      4 answers\n" in f"{together([half, answered])}\n"
 
 
 async def test_a_plan_refuses_what_the_run_refuses_and_notes_what_it_notes(command: Command) -> None:

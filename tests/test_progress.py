@@ -622,16 +622,16 @@ def test_a_sweep_says_how_many_answers_were_cut_off_where_some_were() -> None:
     assert "truncated" not in empty + alone
 
 
-def test_a_sweep_that_was_interrupted_says_how_many_rows_were_not_asked() -> None:
+def test_a_sweep_that_was_interrupted_says_how_many_rows_are_left_to_ask() -> None:
     stream = io.StringIO()
     done = {"number": 0, "name": "a=0", "exit_code": 0, "summary": {"rows": 9, "succeeded": 8, "failed": 1}}
     cut = {"number": 1, "name": "a=1", "exit_code": 130, "summary": {"rows": 9, "succeeded": 3, "failed": 1}}
     sweep_table([done, cut], stream=stream)
     sweep_table([done], stream=stream)
     _, header, *lines, empty, alone, _ = stream.getvalue().splitlines()
-    assert header.split("  ")[2:5] == ["rows", "failed", "not asked"]
+    assert header.split("  ")[2:5] == ["rows", "failed", "left to ask"]
     assert [line.split() for line in lines] == [["a=0", "0", "9", "1", "0"], ["a=1", "130", "9", "1", "5"]]
-    assert "not asked" not in empty + alone
+    assert "left to ask" not in empty + alone
 
 
 def test_the_summary_says_what_was_paid_for_rows_as_they_were_before() -> None:

@@ -160,8 +160,8 @@ def test_a_folder_s_runs_stand_in_the_order_of_its_sweep_before_those_of_none(he
     assert [page.index(name) for name in names] == sorted(page.index(name) for name in names)
 
 
-@pytest.mark.parametrize(("most", "shown"), [("12", "<b>12</b>"), ("5", "<b>12, 7 not asked yet</b>")])
-def test_a_page_says_how_many_rows_were_not_asked(here: Path, most: str, shown: str) -> None:
+@pytest.mark.parametrize(("most", "shown"), [("12", "<b>12</b>"), ("5", "<b>12, 7 left to ask</b>")])
+def test_a_page_says_how_many_rows_are_left_to_ask(here: Path, most: str, shown: str) -> None:
     run(["+experiment=quickstart", "dataset.limit=12", "tracker=none", f"budget.requests={most}"])
 
     assert shown in written(here / "runs")

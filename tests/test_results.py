@@ -389,7 +389,25 @@ async def test_an_answer_that_was_given_up_is_no_retry(store: Store) -> None:
     await settle(store, 0, output_text="x", deployment="east")
     await settle(store, 1, **failed("Timeout", deployment="east"))
     await store.start_over()
+    for position in range(2):
+        await settle(store, position, output_text="x", deployment="east")
     assert (await summarize(store))["deployments"]["east"]["retries_by_error"] == {"Timeout": 1}
+
+
+async def test_a_failure_is_no_retry_before_it_is_followed_by_another_attempt(store: Store) -> None:
+    await settle(store, 0, output_text="x", deployment="east")
+    samples = [Claim(position=position, content=content(9), metadata="{}") for position in (1, 2)]
+    await store.claim(samples, Terms(retry_failed=False))
+    keys = [await key_of(store, position) for position in (1, 2)]
+
+    for key in keys:
+        await store.note_attempts([key], attempt(cost_usd=0.0))
+    await store.flush()
+    assert (await summarize(store))["retries"] == 0
+
+    await store.note_attempts(keys[:1], attempt(cost_usd=0.0))
+    await store.flush()
+    assert (await summarize(store))["retries"] == 1
 
 
 async def test_answers_that_were_cut_off_are_counted_whichever_choice_it_was(store: Store) -> None:

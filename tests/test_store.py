@@ -437,6 +437,7 @@ async def test_what_is_found_elsewhere_is_kept_and_not_asked_for(path: Path) -> 
         await store.flush()
         known = await claim(store, "a", "b", "a", "c", elsewhere=elsewhere, scored=True)
         assert [each.answered for each in known] == [True, True, False, False]
+        assert [each.copied for each in known] == [False, True, False, False]
         assert [each.unscored_text for each in known] == ["answer to a", "answer to b", None, None]
         assert looked == [[1, 2, 3]]
         assert await table(store, "SELECT position FROM rows WHERE session IS NOT NULL") == [(0,), (2,), (3,)]

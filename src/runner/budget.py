@@ -209,11 +209,11 @@ class Budget:
             f" {TEMPLATE_TOKENS} around it"
         )
         logger.warning(
-            "budget.%s=%g%s has room for %s at once, as one may take %s (%s): a larger budget%s makes it more",
+            "budget.%s=%g%s has room for %s at once, as each may take %s (%s): a larger budget%s makes it more",
             name,
             limit,
             f", {shown(name, spent)} of it taken by now{self._taken_by}," if spent else "",
-            f"{room:,.0f} requests" if (room := (limit - spent) // size) > 1 else "one request",
+            f"{1 + room:,.0f} requests at most" if (room := (limit - spent) // size) else "one request",
             shown(name, size),
             parts,
             ", or a smaller request.max_tokens," if 2 * answer > size else "",

@@ -42,6 +42,7 @@ class Known(NamedTuple):
     answered: bool  # it is not to be asked: it has its outcome, or is not wanted
     unscored_text: str | None = None  # of an answer that is to be scored
     shared: bool = False  # it has none, but an earlier row that asks the same is being asked
+    copied: bool = False  # its answer was found elsewhere, just now
 
 
 _NO_TICKET = 0
@@ -188,6 +189,7 @@ def take_up(
             answered=n not in taken and n not in shared,
             unscored_text=texts[ticket] if n in unscored else None,
             shared=n in shared,
+            copied=n in copies,
         )
         for n, ticket in enumerate(tickets)
     ]

@@ -26,7 +26,7 @@ def rows_per_s(summary: Mapping[str, Any]) -> float | None:
     return rate
 
 
-def not_asked(summary: Mapping[str, Any]) -> int:
+def left_to_ask(summary: Mapping[str, Any]) -> int:
     """How many rows of a ``summary.json`` were neither answered nor failed: the run ended before."""
     rows, succeeded, failed = (int(summary.get(name) or 0) for name in ("rows", "succeeded", "failed"))
     return max(0, rows - succeeded - failed)

@@ -210,7 +210,7 @@ class Meter:
         self._settled(0)
 
     def retried(self, n: int = 1) -> None:
-        """``n`` attempts have failed and are followed by others."""
+        """``n`` attempts have failed and are followed by others; of a negative number, that is called off."""
         self._retries += n
 
     def reused(self, n: int = 1) -> None:

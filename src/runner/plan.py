@@ -69,6 +69,7 @@ class Plan:
     usd: Interval | None  # None: a price is unknown
     seconds: Interval | None  # None: there is nothing to go by
     evidence: Counter[Answered] = field(default_factory=Counter)  # that the forecast follows; none: it is a guess
+    guessed: int = 0  # rows that are sent and that it knows no answers for
     like: str | None = None  # the run, this one or another, whose answers to other rows are gone by
     budget: Mapping[str, float] = field(default_factory=dict)  # limits by their names; cells with the same share one
     taken: Amounts = NOTHING  # of the budget, earlier
@@ -115,7 +116,8 @@ class Plan:
         if self.like is not None:
             return f"{self.basis:,} answers of {self.like}; pilot=100 asks a few rows first"
         if self.basis:
-            return f"{self.basis:,} answers"
+            guessed = f", and a guess for {self.guessed:,} rows: pilot=100 asks a few first" if self.guessed else ""
+            return f"{self.basis:,} answers{guessed}"
         guess = "a guess: no answer yet, so max_tokens or limits.default_output_tokens for each"
         return f"{guess}; pilot=100 asks a few rows first"
 
@@ -163,7 +165,8 @@ def together(plans: Sequence[Plan]) -> Plan:
         completion_tokens=sum((plan.completion_tokens for plan in plans), ZERO),
         usd=sum(costs, ZERO) if len(costs) == len(plans) else None,
         seconds=sum(times, ZERO) if len(times) == len(plans) else None,
-        evidence=reduce(or_, (plan.evidence for plan in plans)),
+        evidence=reduce(or_, (plan.evidence for plan in plans if sum(plan.send.values())), Counter()),
+        guessed=sum(plan.guessed for plan in plans),
         budget=plans[0].budget if all(plan.budget == plans[0].budget for plan in plans) else {},
         taken=sum((plan.taken for plan in plans), NOTHING),
         taken_by=" by these runs",
@@ -230,7 +233,8 @@ class _Draft:
             completion_tokens=completions,
             usd=self._usd(prompts, completions),
             seconds=self._seconds(prompts + completions, usual),
-            evidence=self._evidence or usual.evidence,
+            evidence=(evidence := self._evidence or usual.evidence),
+            guessed=0 if evidence else self._guessed.rows,
             like=usual.run,
             notes=[f"a row that cannot be asked: {self._unusable}"] if self._unusable else [],
             budget={name: limit for name, limit in vars(self._config.budget).items() if limit is not None},

@@ -208,13 +208,13 @@ def _print(console: Console, lines: Sequence[str], style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
 
-_COUNTS = ("rows", "failed", "not asked", "truncated")
+_COUNTS = ("rows", "failed", "left to ask", "truncated")
 
 
 def _counts(summary: Mapping[str, Any]) -> dict[str, int]:
     """Those of `_COUNTS` that the summary of a cell tells."""
     known = {name: summary[name] for name in _COUNTS if name in summary}
-    return known | {"not asked": figures.not_asked(summary)} if "succeeded" in summary else known
+    return known | {"left to ask": figures.left_to_ask(summary)} if "succeeded" in summary else known
 
 
 def _cell_line(cell: Mapping[str, Any], counts: Sequence[str], scores: Sequence[str]) -> list[str]:
@@ -508,8 +508,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[_Fact]:
             yield _Fact(key.replace("_", " "), f"{summary[key]:,}")
     if summary.get("failed") is not None:
         yield _Fact("failed", f"{summary['failed']:,}", "red" if summary["failed"] else "")
-    if open_rows := figures.not_asked(summary):
-        yield _Fact("not asked yet", f"{open_rows:,}", "yellow")
+    if left := figures.left_to_ask(summary):
+        yield _Fact("left to ask", f"{left:,}", "yellow")
     errors: Mapping[str, int] = summary.get("errors") or {}
     for name, count in sorted(errors.items(), key=lambda entry: -entry[1]):
         yield _Fact(f"  {printable(name)}", f"{count:,}", "red")

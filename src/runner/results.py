@@ -153,8 +153,9 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     do not fit the run's ``response_format``. Rates are answers, rows (with those that share an answer) and tokens per
     second at work, over all ``sessions`` that asked something; where some overlap, the time counts once. Where
     ``resume=fresh`` asked everything anew, sessions, time and rates begin there. ``retries`` are attempts that failed
-    and were followed by another, or will be when the run goes on. These, cost and rates count all that was asked in
-    this run, for rows that have changed since too; the rest counts what the dataset holds now.
+    and were followed by another: not those in which a row failed, or after which the run was stopped. These, cost and
+    rates count all that was asked in this run, for rows that have changed since too; the rest counts what the dataset
+    holds now.
     ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
 
@@ -490,7 +491,22 @@ _DEPLOYMENTS = f"""
 _RETRIES = """
     SELECT deployment, error_type, count(*) AS n
     FROM attempts
-    WHERE NOT shared AND deployment IS NOT NULL AND error_type NOT IN ('GivenUp', 'Lost')
+    WHERE NOT shared
+        AND deployment IS NOT NULL
+        AND error_type NOT IN ('GivenUp', 'Lost')
+        AND id NOT IN (
+            SELECT latest.id
+            FROM (SELECT id, content, row_number() OVER (PARTITION BY content ORDER BY id DESC) AS age FROM attempts)
+                AS latest
+            JOIN (
+                SELECT rows.content, count(DISTINCT ticket) AS open
+                FROM rows
+                LEFT JOIN answers USING (ticket)
+                WHERE answers.ticket IS NULL
+                GROUP BY rows.content
+            ) USING (content)
+            WHERE latest.age <= open
+        )
     GROUP BY deployment, error_type
 """
 

@@ -286,7 +286,11 @@ class Run:
         shared: Sequence[int] = ()
         if dedupe:
             is_new = self._store.is_new
-            shared = [fact.ticket for fact in known if fact.shared or (fact.answered and is_new(fact.ticket))]
+            shared = [
+                fact.ticket
+                for fact in known
+                if fact.shared or (fact.answered and not fact.copied and is_new(fact.ticket))
+            ]
             self._sharers.join(shared)
         self._meter.reused(len(known) - asked - len(shared))
 
@@ -427,6 +431,8 @@ class Run:
         """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
         if self._suspects and self.stop.reason is None and not self._any_answer:
             self._give_up(*self._suspects[0][1:])
+        called_off = [flight for flight in self._flights.values() if not flight.trace.on_the_wire]
+        self._meter.retried(-sum(bool(flight.trace.failures) for flight in called_off))
         with suppress(StoreError):
             if self.stop.reason is None:
                 await self._clear_suspects()
@@ -434,7 +440,7 @@ class Run:
             flights = [flight for flight in self._flights.values() if flight.trace.on_the_wire]
             await self._store.note_lost(flight.keys for flight in flights)
             for asked, trace, error in self._suspects:
-                await self._note_attempt([_key(claimed) for claimed in asked], failed_attempt(trace, error))
+                await self._store.note_attempts([_key(claimed) for claimed in asked], failed_attempt(trace, error))
 
     def _score(self, item: Item, output_text: str) -> str:
         scores = self._workload.scorers(output_text, item.fields)

@@ -158,10 +158,10 @@ def _are_truncated(runs: Sequence[RunFacts]) -> bool:
 
 
 def _rows(run: RunFacts) -> str:
-    rows, left = _count(run.summary.get("rows")), figures.not_asked(run.summary)
+    rows, left = _count(run.summary.get("rows")), figures.left_to_ask(run.summary)
     if rows and not run.knows_rows:
         return f"{rows} so far"
-    return f"{rows}, {left:,} not asked yet" if left else rows
+    return f"{rows}, {left:,} left to ask" if left else rows
 
 
 def _latencies(told: Mapping[str, Any]) -> list[str]:
