@@ -337,7 +337,7 @@ def test_figures_have_units_and_three_digits() -> None:
     assert shown == [
         ["mean latency", "51.2 ms", "102 ms", "+51.2 ms"],
         ["mean completion tokens", "1,024", "2,048", "+1,024"],
-        ["mean cost per request", "$1.44e-05", "$2.88e-05", "+$1.44e-05"],
+        ["mean cost per request", "$0.0000144", "$0.0000288", "+$0.0000144"],
     ]
 
 

@@ -126,6 +126,9 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "some.rows").touch()
     with pytest.raises(DatasetError, match=r"is a folder: name one file in it, for example .*some\.rows"):
         open_dataset(dataset(tmp_path, kind))
+    (tmp_path / f"the.{kind}").touch()
+    with pytest.raises(DatasetError, match=rf"for example .*the\.{kind}"):
+        open_dataset(dataset(tmp_path, kind))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DatasetError, match="is no regular file"):
         open_dataset(dataset(tmp_path / "pipe", kind))

@@ -284,6 +284,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     [
         (["nowhere"], "nowhere: no run is there"),
         (["."], r".: no run is there"),
+        (["runz"], "Did you mean 'runs'?"),
         (["text.sqlite"], "text.sqlite is damaged or no database"),
         (["runs/a/1", "--format", "parquet"], "needs a file"),
         (["runs/a/1", "-o", "no/such/folder/rows.csv"], "there is no folder"),

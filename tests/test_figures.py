@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.figures import dollars_apart, small_dollars
+from runner.figures import dollars_apart, plain, small_dollars
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,15 @@ def test_costs_side_by_side_look_different_where_they_differ_visibly(values: lis
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.0, "$0"), (2.6254e-7, "$2.63e-07"), (0.01234, "$0.0123"), (3, "$3.00")]
+    ("value", "shown"),
+    [(0.0, "$0"), (2.6254e-7, "$0.000000263"), (1.7e-21, "$1.7e-21"), (0.01234, "$0.0123"), (3, "$3.00")],
 )
 def test_the_cost_of_one_request_has_three_digits(value: float, shown: str) -> None:
     assert small_dollars(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(2e-05, "0.00002"), (2e6, "2000000"), (2.0, "2"), (2.5, "2.5"), (100, "100"), (0.1, "0.1")]
+)
+def test_a_number_of_a_configuration_is_written_without_exponent(value: float, shown: str) -> None:
+    assert plain(value) == shown

@@ -83,6 +83,11 @@ def test_row_values_are_data_and_are_never_rendered_or_escaped(value: str) -> No
     assert builder("[{{ q }}]")(row(q=value)).input == f"[{value}]"
 
 
+@pytest.mark.parametrize("text", ["{{ note or '' }}", "{% if note %}{{ note }}{% endif %}", "{{ note | tojson }}"])
+def test_a_template_may_provide_for_null(text: str) -> None:
+    assert builder(f"Say: {text}")(row(note=None)).input in ("Say: ", "Say: null")
+
+
 def test_one_newline_at_the_end_of_a_template_is_dropped() -> None:
     assert builder("{{ q }}\n", system="S\n")(row(q="Who?\n")).input == [system("S"), user("Who?\n")]
 
@@ -114,6 +119,9 @@ def test_a_template_that_cannot_be_compiled_is_a_configuration_error(key: str, t
         ("{{ quest }}", "'quest' is undefined .fields: question, n"),
         ("{{ question.author }}", "has no attribute 'author'"),
         ("{{ question + n }}", "TypeError"),
+        ("{{ nothing }}", r"the field 'nothing' is null; \{\{ nothing or '' \}\} leaves it out$"),
+        ("{{ nothing | default('') }}!", r"the field 'nothing' is null; \{\{ nothing or '' \}\} leaves it out$"),
+        ("{{ {'a': None}.a }}", r"a value is null; \{\{ FIELD or '' \}\} leaves it out$"),
         ("{{ n / 0 }}", "ZeroDivisionError"),
         ("{{ question.__class__.__mro__ }}", "SecurityError"),
         ("{{ ''.__class__ }}{{ question }}", "SecurityError"),
@@ -125,7 +133,7 @@ def test_a_template_that_cannot_be_compiled_is_a_configuration_error(key: str, t
 def test_a_template_that_fails_on_a_row_fails_that_row_only(key: str, text: str, problem: str) -> None:
     build = builder(text) if key == "prompt" else builder("fine", system=text)
     with pytest.raises(RowError, match=rf"^rows.jsonl:17: {key}: .*{problem}"):
-        build(row(question="Who?", n=1, tags=[]))
+        build(row(question="Who?", n=1, tags=[], nothing=None))
 
 
 def test_a_row_that_could_not_be_read_keeps_its_error() -> None:

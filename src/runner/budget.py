@@ -181,7 +181,7 @@ class Budget:
         taken = self._purse.taken
         name = (taken + most).beyond(self._purse.limits) or next(iter(self._purse.limits))
         limit, spent, of_next = self._purse.limits[name], getattr(taken, name), getattr(most, name)
-        so_far = f"budget.{name}={limit:g}: {shown(name, spent)} taken{self._taken_by}"
+        so_far = f"budget.{name}={figures.plain(limit)}: {shown(name, spent)} taken{self._taken_by}"
         if not of_next or spent >= limit:
             return BudgetExhausted(f"{so_far}, the budget is used up")
         return BudgetExhausted(f"{so_far}, what is left has no room for another request")
@@ -200,8 +200,9 @@ class Budget:
             return  # towards the end it is as it should be
         self._is_warned = True
         limit, spent, size = self._purse.limits[name], getattr(taken - held, name), getattr(most, name)
+        given = figures.plain(limit)
         if math.isinf(size):
-            logger.warning("budget.%s=%g: requests go one at a time, as what one may take has no bound", name, limit)
+            logger.warning("budget.%s=%s: requests go one at a time, as what one may take has no bound", name, given)
             return
         answer = max(ceiling.of_answer()[name] for ceiling in self._ceilings)
         parts = (
@@ -209,9 +210,9 @@ class Budget:
             f" {TEMPLATE_TOKENS} around it"
         )
         logger.warning(
-            "budget.%s=%g%s has room for %s at once, as each may take %s (%s): a larger budget%s makes it more",
+            "budget.%s=%s%s has room for %s at once, as each may take %s (%s): a larger budget%s makes it more",
             name,
-            limit,
+            given,
             f", {shown(name, spent)} of it taken by now{self._taken_by}," if spent else "",
             f"{1 + room:,.0f} requests at most" if (room := (limit - spent) // size) else "one request",
             shown(name, size),

@@ -22,6 +22,7 @@ from pathlib import Path
 from textwrap import wrap
 from urllib.parse import urlsplit
 
+from runner import figures
 from runner.budget import check_budget
 from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
@@ -285,9 +286,11 @@ def _look_at_limits(
         if ours is None:
             yield _note(label, f"the provider allows {told:,.0f}: {prefix}.{key}={told:.0f} would keep to it")
         elif ours > told:
-            yield _note(label, f"{prefix}.{key}={ours:g} is above the provider's {told:,.0f}: it will answer 429")
+            yield _note(
+                label, f"{prefix}.{key}={figures.plain(ours)} is above the provider's {told:,.0f}: it will answer 429"
+            )
         else:
-            yield _ok(label, f"{prefix}.{key}={ours:g} is within the provider's {told:,.0f}")
+            yield _ok(label, f"{prefix}.{key}={figures.plain(ours)} is within the provider's {told:,.0f}")
 
 
 def _tiny(config: RunnerConfig) -> Request | None:

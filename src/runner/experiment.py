@@ -248,7 +248,7 @@ def _pace(config: RunnerConfig) -> Iterator[str]:
         if limit.name == "rpm":
             bucket = Bucket(limit)
             burst, rate = math.floor(bucket.burst), figures.short(bucket.rate)
-            yield f"limits.rpm={limit.amount:g}: {burst} at once, then {rate} requests a second"
+            yield f"limits.rpm={figures.plain(limit.amount)}: {burst} at once, then {rate} requests a second"
 
 
 def _meter(config: RunnerConfig, *, group_size: int) -> Meter:

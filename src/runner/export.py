@@ -18,6 +18,7 @@ import orjson
 
 from runner.database import RUN_DATABASE
 from runner.database_url import path_of, results_path
+from runner.dataset.paths import suggestion
 from runner.errors import BAD_CONFIG, ConfigError, StoreError
 from runner.progress import printable, say
 from runner.prompt_rows import STORE_KIND, holds_rows, read_rows
@@ -118,9 +119,10 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
         for folder in sorted((store.parent for store in path.rglob(RUN_DATABASE)), key=partial(place_of, names)):
             found.setdefault(folder / RUN_DATABASE, names.get(folder.name, ""))
         if not found and not sharded:
+            way_out = suggestion(str(path)) if not path.exists() else ""
             raise ConfigError(
                 f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's (runs/NAME/sweep-ID), or"
-                " one with runs in it (runs/NAME)"
+                f" one with runs in it (runs/NAME).{way_out}"
             )
         runs += sharded
         stores |= {store: stores.get(store) or name for store, name in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -70,8 +71,20 @@ def dollars(value: float) -> str:
 
 
 def small_dollars(value: float) -> str:
-    """US dollars in three digits, as for one request of many: ``$0.0123``, ``$2.63e-07``."""
-    return f"${value:.3g}" if value < 1 else dollars(value)
+    """US dollars in three digits, as for one request of many: ``$0.0123``, ``$0.000000263``."""
+    if value >= 1:
+        return dollars(value)
+    digits = f"{value:.3g}"
+    return f"${plain(float(digits)) if value >= _TINY_USD else digits}"
+
+
+_TINY_USD = 1e-9
+"""Sums below differ by rounding alone, and have too many zeros to be written out."""
+
+
+def plain(value: float) -> str:
+    """A number as people write it into a configuration, without an exponent: ``0.00002``, ``2000000``."""
+    return format(Decimal(str(value)).normalize(), "f")
 
 
 def dollars_apart(values: Sequence[float]) -> list[str]:

@@ -19,6 +19,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from runner import figures
 from runner.answers import TRUNCATED, WAS_SENT
 from runner.bucket import Bucket
 from runner.budget import check_budget, shown, taken_so_far
@@ -110,7 +111,7 @@ class Plan:
                 continue
             earlier = f", {shown(name, taken)} of it taken{self.taken_by}," if taken else ""
             ends = "stops" if taken + needed.low > limit else "may stop"
-            yield f"budget.{name}={limit:g}{earlier} {ends} it before the end"
+            yield f"budget.{name}={figures.plain(limit)}{earlier} {ends} it before the end"
 
     def _by(self) -> str:
         if self.like is not None:

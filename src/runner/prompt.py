@@ -227,7 +227,8 @@ class Template:
         self._key = key
         try:
             tree = env.parse(text)
-            self._needed = sorted(meta.find_undeclared_variables(tree) - _optional(tree))
+            self._names = sorted(meta.find_undeclared_variables(tree))
+            self._needed = [name for name in self._names if name not in _optional(tree)]
             self._template = env.from_string(tree)
             self._pieces = _pieces(tree)
         except TemplateSyntaxError as error:
@@ -239,15 +240,21 @@ class Template:
         """The text for ``row``.
 
         Raises:
-            RowError: The row lacks a field, or the template cannot work with its values.
+            RowError: The row lacks a field, or has null there, or the template cannot work with its values.
         """
         try:
             if self._pieces is not None:
-                return "".join([text if name is None else str(row.fields[name]) for text, name in self._pieces])
+                fields = row.fields
+                return "".join([text if name is None else str(_no_null(fields[name])) for text, name in self._pieces])
         except Exception:  # the template says what is wrong
             pass
         try:
             return self._template.render(row.fields)
+        except _NullError as error:
+            name = next((each for each in self._names if row.fields.get(each, "") is None), None)
+            what = "a value is null" if name is None else f"the field {name!r} is null"
+            hint = f"{{{{ {name or 'FIELD'} or '' }}}} leaves it out"
+            raise RowError(f"{row.source}: {self._key}: {what}; {hint}") from error
         except Exception as error:  # filters and operators raise what they like, over values of any type
             what = f"{type(error).__name__}: {error} ({_fields(row.fields)})"
             raise RowError(f"{row.source}: {self._key}: {what}") from error
@@ -265,7 +272,20 @@ def _environment() -> SandboxedEnvironment:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=False)
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, autoescape=False, keep_trailing_newline=False, finalize=_no_null
+    )
+
+
+def _no_null(value: Any) -> Any:
+    """The value of an expression that a template writes down; null would be written as the word None."""
+    if value is None:
+        raise _NullError
+    return value
+
+
+class _NullError(Exception):
+    """A template has a null to write down."""
 
 
 def _pieces(tree: Any) -> list[tuple[str, str | None]] | None:

@@ -35,7 +35,9 @@ def find_file(config: DatasetConfig) -> tuple[str, str]:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all, it holds a NUL
         raise DatasetError(f"dataset.path={config.path}: there is no such file.{suggestion(path)}") from None
     if stat.S_ISDIR(mode):
-        raise DatasetError(f"dataset.path={config.path} is a folder: name one file in it{_example(path)}")
+        raise DatasetError(
+            f"dataset.path={config.path} is a folder: name one file in it{_example(path, config.kind.value)}"
+        )
     if not stat.S_ISREG(mode):
         raise DatasetError(f"dataset.path={config.path} is no regular file: a dataset is read more than once")
     return path, str(config.path)
@@ -64,12 +66,13 @@ def suggestion(path: str) -> str:
     return f" Did you mean {' or '.join(repr(os.path.join(folder, each)) for each in near)}?" if near else ""
 
 
-def _example(folder: str) -> str:
-    """The first file of a folder, as the rest of a message."""
+def _example(folder: str, kind: str) -> str:
+    """The first file of a folder, one of this kind if there is one, as the rest of a message."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != "."]
     except OSError:
         return ""
+    names.sort(key=lambda name: (not name.endswith(f".{kind}"), name))
     return f", for example dataset.path={os.path.join(folder, names[0])}" if names else ""
 
 
