@@ -316,6 +316,19 @@ def test_a_plot_of_the_speed_takes_two_seconds(here: Path, seconds: float, has_p
     assert ("answers per second" in page) is has_plot
 
 
+def test_answers_of_another_run_are_no_speed_and_no_latency_of_this_one(here: Path) -> None:
+    run(["name=other", "prompt=Hello.", "samples=3", "tracker=none"])
+    run(["name=mine", "prompt=Hello.", "samples=3", "tracker=none", "reuse=true"])
+    [taking_over] = here.glob("runs/mine/*")
+    with closing(sqlite3.connect(taking_over / "results.sqlite")) as store, store:
+        store.execute("UPDATE answers SET settled_at = 1e9 + ticket % 4294967296")
+
+    [facts] = asyncio.run(read_runs([taking_over]))
+
+    assert facts.summary["taken_over"] == 3
+    assert (facts.latencies_s, facts.rate) == ([], [])
+
+
 def test_rows_that_are_not_on_the_page_are_said_to_be_elsewhere(here: Path) -> None:
     run(["name=quick", "prompt=Hello.", "samples=25", "tracker=none"])
 

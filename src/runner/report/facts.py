@@ -294,7 +294,7 @@ _UNKNOWN = Interval(low=-math.inf, high=math.inf)
 
 
 async def _latencies(stores: Sequence[Store]) -> list[float]:
-    answered = f"{CURRENT} WHERE error_type IS NULL"
+    answered = f"{CURRENT} WHERE error_type IS NULL AND reused_from IS NULL"
     n = (await sums(stores, f"SELECT count(*) AS n {answered}"))["n"]
     if not n:
         return []
@@ -304,14 +304,19 @@ async def _latencies(stores: Sequence[Store]) -> list[float]:
 
 
 async def _rate(stores: Sequence[Store]) -> list[tuple[float, float]]:
-    """Answers per second over the run's time, the pauses between its sessions included; none of less than two seconds,
-    of which there is no line."""
+    """The run's own answers per second over its time, the pauses between its sessions included; none of less than two
+    seconds, of which there is no line."""
     first, last = await _span(stores)
     if last - first < 2:
         return []
     buckets = min(int(last - first), _BUCKETS)
     width = (last - first) / buckets
-    sql = "SELECT min(CAST((settled_at - ?) / ? AS INTEGER), ?) AS name, count(*) AS n FROM answers GROUP BY name"
+    sql = """
+        SELECT min(CAST((settled_at - ?) / ? AS INTEGER), ?) AS name, count(*) AS n
+        FROM answers
+        WHERE reused_from IS NULL
+        GROUP BY name
+    """
     found = await sums_by_name(stores, sql, (first, width, buckets - 1))
     return [
         ((bucket + 0.5) * width, found[bucket]["n"] / width if bucket in found else 0.0) for bucket in range(buckets)
@@ -334,8 +339,8 @@ async def _last_answers(stores: Sequence[Store]) -> dict[str, float]:
 
 
 async def _span(stores: Sequence[Store]) -> tuple[float, float]:
-    """When the first and the last row were settled, Unix time; zeros where none was."""
-    sql = "SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers"
+    """When the first and the last row were settled by being asked, Unix time; zeros where none was."""
+    sql = "SELECT min(settled_at) AS first, max(settled_at) AS last FROM answers WHERE reused_from IS NULL"
     spans = [row async for row in rows_of(stores, sql) if row["first"] is not None]
     return (min(row["first"] for row in spans), max(row["last"] for row in spans)) if spans else (0.0, 0.0)
 
