@@ -201,6 +201,14 @@ BAD_INPUT = {
     "a server without address": (["model=hosted_vllm/m", "prompt=x"], "api_base=http://HOST:PORT/v1"),
     "an address that is no URL": (["model=hosted_vllm/m", "api_base=localhost:1", "prompt=x"], "http://"),
     "an unknown key": (["promt=x"], "unknown key 'promt'. Did you mean 'prompt'?"),
+    "a plural for a section": (["requests=3", "prompt=x"], "Did you mean 'request' or 'bench.requests'?"),
+    "a plural before a key": (["requests.seed=3", "prompt=x"], "Did you mean 'request.seed'?"),
+    "a section that is also a key elsewhere": (["limit=3", "prompt=x"], "Did you mean 'limits' or 'dataset.limit'?"),
+    "a deployment without its model": (
+        ["deployments.locl.weight=3", "prompt=x"],
+        "deployments.locl: there is none of this name, and a new one needs its model: deployments.locl.model=",
+    ),
+    "no name of deployments": (["deployments=null", "prompt=x"], "deployments=null: choose one of none"),
     "an unknown key behind +": (["+promt=x"], "unknown key 'promt'. Did you mean 'prompt'?"),
     "an unknown key behind ++": (["++limits.rmp=3", "prompt=x"], "Did you mean 'limits.rpm'?"),
     "an unknown nested key": (["limits.rmp=3", "prompt=x"], "Did you mean 'limits.rpm'?"),
@@ -805,6 +813,56 @@ async def test_the_cells_of_a_sweep_keep_their_limits_together(command: Command)
     assert arrivals[-1] - arrivals[0] > 1.9  # ten of 300 a minute at once, and the others at their pace
 
 
+async def test_failures_that_are_left_alone_are_told_with_what_asks_them_again(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(4)])
+
+    def answer(asked: Asked) -> web.Response:
+        return refusal(400, "bad") if "3" in asked.text else shout(asked)
+
+    async with serving(answer) as provider:
+        asked = (
+            *("model=openai_like/a", f"api_base={provider.url}", "prompt=Say {{ n }}", "tracker=none"),
+            *("dataset=jsonl", "dataset.path=rows.jsonl"),
+        )
+        first = await command(*asked)
+        again = await command(*asked, "retry_failed=false")
+
+    assert len(provider.requests) == 4
+    assert "The same command asks the failed rows again." in first.err
+    assert "going on: 3 answers are there, and 1 failures that are left alone" in again.err
+    assert "4/4 (100%)  failed 1  reused 3" in again.err
+    assert "With retry_failed=true, the same command asks the failed rows again." in again.err
+    assert re.search(r"^reused +3\nfailed +1$", again.out, re.M)
+
+
+async def test_no_deployments_leaves_out_those_of_an_experiment_too(command: Command) -> None:
+    command.write(
+        "conf/experiment/mine.yaml",
+        "# @package _global_\nprompt: x\ndeployments:\n  local: {model: openai_like/a, api_base: 'http://localhost:1/v1'}\n",
+    )
+    async with serving() as provider:
+        mine = ("+experiment=mine", "deployments=none", "tracker=none")
+        other = await command(*mine, "model=openai_like/b", f"api_base={provider.url}")
+        own = await command(
+            *mine, "deployments.far.model=openai_like/c", f"deployments.far.api_base={provider.url}", "name=own"
+        )
+        planned = await command(*mine, "model=simulated/echo", "plan=true")
+
+    assert (other.exit_code, own.exit_code, planned.exit_code) == (0, 0, 0), other.err + own.err
+    assert [asked.body["model"] for asked in provider.requests] == ["b", "c"]
+    assert "no effect" not in other.err + planned.out
+
+
+@pytest.mark.parametrize("swept", ["request.temperature=0,1", "budget.usd=2,50"])
+async def test_a_plan_takes_a_sweep_for_one_where_the_run_does(command: Command, swept: str) -> None:
+    planned = await command("prompt=x", "tracker=none", swept, "plan=true")
+    run = await command("prompt=x", "tracker=none", swept)
+
+    assert (planned.exit_code, planned.out) == (2, "")
+    assert planned.err == run.err
+    assert planned.err.startswith(f"runner: {swept}: these are several values to sweep over, which takes -m.")
+
+
 async def test_attempts_that_were_to_be_retried_when_the_run_stopped_are_no_retries(command: Command) -> None:
     command.write_rows("rows.jsonl", [{"n": n} for n in range(4)])
 
@@ -949,7 +1007,7 @@ async def test_a_wrong_key_is_told_once_with_the_variable_it_comes_from(command:
     assert done.exit_code == 4
     assert set(re.findall(r"retries +(\d+)", done.out + done.err)) == {"0"}
     assert done.err.count("HTTP 401") == 1
-    assert "Check the key in HOSTED_VLLM_API_KEY." in done.err
+    assert "Set the key in HOSTED_VLLM_API_KEY." in done.err
     assert done.err.endswith("The same command goes on from here.\n")
 
 

@@ -233,6 +233,14 @@ def test_nothing_is_left_where_everything_was_reused(meter: Meter, clock: Clock)
     assert meter.snapshot(total=5).eta_s == 0
 
 
+def test_failures_that_are_left_alone_are_failed_and_not_reused(meter: Meter, clock: Clock) -> None:
+    clock.now += 1
+    answer(meter)
+    meter.stands_at(10, reused=6, left_alone=2)
+    snapshot = meter.snapshot(total=10)
+    assert (snapshot.done, snapshot.failed, snapshot.reused, snapshot.deduplicated, snapshot.asked) == (10, 2, 6, 1, 1)
+
+
 def test_latencies_are_those_of_the_last_answers(meter: Meter) -> None:
     for _ in range(500):
         answer(meter, latency_s=1_000, wait_s=1_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from runner.config import RunnerConfig, replicas
 from runner.errors import (
     AuthenticationError,
@@ -21,7 +23,7 @@ def way_out(error: RequestError, label: str, config: RunnerConfig) -> str:
         case AuthenticationError() | PermissionDeniedError() if deployment is not None:
             provider = DIRECT.get(deployment.model.partition("/")[0])
             variable = deployment.api_key_env or (provider.key_env if provider else "the provider's variable")
-            return f"Check the key in {variable}"
+            return f"Check the key in {variable}" if os.environ.get(variable) else f"Set the key in {variable}"
         case NotFoundError() if deployment is not None:
             return f"Check {where}model={deployment.model} and {where}api_base"
         case InsufficientQuotaError() if error.retry_after_s:

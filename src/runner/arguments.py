@@ -120,7 +120,7 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
             key = f"++{key}"
         elif key in ADDED:
             key = f"+{key}"
-        if (key.lstrip("+") in ADDED and value.isdecimal()) or (key in _SECTIONS and value == "null"):
+        if (key.lstrip("+") in ADDED and value.isdecimal()) or (key in {*_SECTIONS, "deployments"} and value == "null"):
             value = quoted(value)
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
             _require_one_text(key.lstrip("+"), value, multirun=multirun)

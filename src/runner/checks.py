@@ -96,7 +96,7 @@ def without_effect(config: RunnerConfig) -> Iterator[str]:
         if value not in used:
             yield (
                 f"{key}={value} has no effect beside deployments ({', '.join(config.deployments)}): set"
-                f" deployments.LABEL.{key}, or take deployments=none"
+                f" deployments.LABEL.{key}, or leave them out with deployments=none"
             )
 
 
@@ -518,12 +518,24 @@ def unknown_key_message(path: str) -> str:
     """What to say of a key that does not exist: the one that was meant, or those that there are."""
     if path.rpartition(".")[2] == "api_key":
         return f"unknown key {path!r}: keys come from the environment or from .env; api_key_env names the variable"
-    if near := nearest_key(path):
-        return f"unknown key {path!r}. Did you mean {near!r}?"
+    if near := _nearest_keys(path):
+        return f"unknown key {path!r}. Did you mean {' or '.join(map(repr, near))}?"
     sections = dict(_sections(path))
     if section := _innermost(path, sections):
         return f"unknown key {path!r}. The keys of {section!r} are {', '.join(_names(sections[section]))}"
     return f"unknown key {path!r}. `python -m runner --help` lists the keys."
+
+
+def _nearest_keys(path: str) -> list[str]:
+    """What may be meant: a misspelt section, or the nearest key wherever it is."""
+    near = nearest_key(path)
+    first, *rest = path.split(".")
+    alike = difflib.get_close_matches(first, _names(RunnerConfig), n=1, cutoff=0.75)
+    if not alike or alike == [first]:
+        return [near] if near else []
+    if rest:
+        return [".".join([*alike, *rest]) if near in (None, *alike) else str(near)]
+    return list(dict.fromkeys([*alike, near or alike[0]]))
 
 
 def _innermost(path: str, sections: Container[str]) -> str:

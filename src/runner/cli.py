@@ -23,11 +23,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner.arguments import friendly, options_first, quoted
+from runner.arguments import quoted
 from runner.checks import unshared
 from runner.complaints import explain
 from runner.composition import (
-    check_options,
     composed_cells,
     conf_folder,
     first_cell,
@@ -35,6 +34,7 @@ from runner.composition import (
     joined,
     load_environment,
     planned,
+    prepared,
     sweep_folder,
     swept_by,
     swept_keys,
@@ -101,8 +101,7 @@ def _main(arguments: list[str]) -> int:
     logging.raiseExceptions = False  # a log that cannot be written (the disk is full) is no reason for a traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, instead of being printed
     try:
-        arguments = list(friendly(options_first(arguments)))
-        check_options(arguments)
+        arguments = prepared(arguments)
         if _asks_for_a_plan(arguments):
             return _plan(arguments)
         sweep, swept = _begin_sweep(arguments) if is_multirun(arguments) else (None, [])
@@ -360,14 +359,22 @@ def _run_bench(config: RunnerConfig, folder: Path) -> Report:
 
 
 def _say_why(report: Report, config: RunnerConfig) -> None:
-    if report.message:
-        again = "asks the failed rows again" if report.exit_code == SOME_FAILED else "goes on from here"
-        if report.exit_code == SOME_FAILED and report.summary.get("errors", {}).keys() == {RowError.__name__}:
-            again = "asks these rows, once they are mended"
-        conditions = {"resume=auto": config.resume is Resume.fresh, "a larger budget": _is_spent(report)}
-        needed = " and ".join(condition for condition, holds in conditions.items() if holds)
-        command = f"With {needed}, the same command" if needed else "The same command"
-        say(sys.stderr, f"{printable(report.message)}\n{command} {again}.")
+    if not report.message:
+        return
+    has_failed = report.exit_code == SOME_FAILED
+    is_data = has_failed and report.summary.get("errors", {}).keys() == {RowError.__name__}
+    if is_data:
+        again = "asks these rows, once they are mended"
+    else:
+        again = "asks the failed rows again" if has_failed else "goes on from here"
+    conditions = {
+        "resume=auto": config.resume is Resume.fresh,
+        "retry_failed=true": has_failed and not is_data and not config.retry_failed,
+        "a larger budget": _is_spent(report),
+    }
+    needed = " and ".join(condition for condition, holds in conditions.items() if holds)
+    command = f"With {needed}, the same command" if needed else "The same command"
+    say(sys.stderr, f"{printable(report.message)}\n{command} {again}.")
 
 
 def _is_spent(report: Report) -> bool:

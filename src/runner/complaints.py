@@ -58,7 +58,7 @@ def _no_number(found: re.Match[str]) -> str:
 
 def _several(found: re.Match[str]) -> str:
     """``budget.usd=2,5``: values of a sweep that is none."""
-    key, value = found[1], found[2]
+    key, value = found[1].lstrip("+"), found[2]
     return (
         f"{key}={value}: these are several values to sweep over, which takes -m. Or is it a number (2.5), a list"
         f" ('{key}=[one,two]'), a text with a comma ('{key}=\"one, two\"')?"
@@ -105,6 +105,14 @@ def _default_of_root(found: re.Match[str]) -> str:
     return f"in its defaults, write `- override /{found[1]}: …`, with the slash"
 
 
+def _no_model(found: re.Match[str]) -> str:
+    """``deployments.locl.weight=2``: a deployment that nobody else has named."""
+    return (
+        f"deployments.{found[1]}: there is none of this name, and a new one needs its model:"
+        f" deployments.{found[1]}.model=PROVIDER/NAME"
+    )
+
+
 def _second_default(found: re.Match[str]) -> str:
     """``- /dataset: csv`` in an experiment, for a group that has a default."""
     group, option = found[1], found[2]
@@ -119,6 +127,7 @@ _EXPLANATIONS = (
     (r"Could not (?:find|override) 'experiment/(\w+)[/@]\w+'", _default_of_root),
     (r"Multiple values for \w+\. To override a value use 'override (\w+): (\w+)'", _second_default),
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
+    (r"missing mandatory value: model\s+full_key: deployments\.([^.\s]+)\.model", _no_model),
     (r"Key '[^']+' not in '\w+'\s+full_key: (\S+)", lambda found: unknown_key_message(found[1])),
     (r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)\s+full_key: (\S+)", _no_number),
     (r"Ambiguous value for argument '([^=]+)=(.*)'", _several),

@@ -42,11 +42,26 @@ def compose(overrides: Sequence[str]) -> RunnerConfig:
         ConfigError: It cannot be composed, or holds what no key allows.
         HydraException: A group or an option does not exist.
     """
-    arguments = list(friendly(options_first(overrides)))
-    check_options(arguments)
-    composed = _composed(arguments)
+    composed = _composed(prepared(overrides))
     load_environment(composed.env_file)
     return typed(composed)
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """A command line as Hydra wants it.
+
+    ``deployments=none`` leaves out those that an experiment names itself, too, of which Hydra knows nothing.
+
+    Raises:
+        ConfigError: It cannot be meant, or two folders have a file that it chooses.
+        HydraException: It cannot be composed.
+    """
+    asked = list(friendly(options_first(arguments)))
+    check_options(asked)
+    if "deployments=none" not in asked:
+        return asked
+    named = first_cell([each for each in asked if not each.startswith("++deployments.")]).deployments
+    return [*(f"~deployments.{label}" for label in named), *asked]
 
 
 def typed(composed: DictConfig) -> RunnerConfig:
@@ -177,13 +192,13 @@ def composed_cells(arguments: Sequence[str]) -> Iterator[tuple[dict[str, str], D
     Raises:
         HydraException: A group or an option does not exist.
     """
-    keys: list[str] = []
     asked = _of_the_run(arguments)
-    if is_multirun(arguments):
-        first = first_cell(arguments)
-        keys = swept_keys(first, arguments)
-        asked = [*_swept_by_file(first), *asked]
-    for overrides in product(*_choices(asked).values()):
+    if not is_multirun(arguments):
+        yield {}, _composed(asked)
+        return
+    first = first_cell(arguments)
+    keys = swept_keys(first, arguments)
+    for overrides in product(*_choices([*_swept_by_file(first), *asked]).values()):
         yield dict(swept_by(overrides, keys)), _composed(list(overrides))
 
 

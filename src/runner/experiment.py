@@ -110,7 +110,9 @@ async def run_experiment(config: RunnerConfig, folder: Path, *, settings: Mappin
         judge_pilot = partial(_judge_pilot, run, store, config, budget, group_size=workload.task.group_size)
         notes = [*without_effect(config), *doubts, *resumption.notes, *_unpriced(config), *_pace(config)]
         if settled and not resumption.is_anew:
-            notes.insert(0, f"going on: {settled:,} answers are there")
+            failed = await run.left_alone()
+            alone = f", and {failed:,} failures that are left alone" if failed else ""
+            notes.insert(0, f"going on: {settled - failed:,} answers are there{alone}")
         async with tracking(config, folder, settings) as tracker:
             with handled_signals(run.on_signal):
                 async with (

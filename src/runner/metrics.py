@@ -50,6 +50,7 @@ class Snapshot:
     failed: int  # of them
     reused: int  # of them: answers that were there already
     deduplicated: int = 0  # of them: they share the answer of another row
+    left_alone: int = 0  # of those that failed: they did before, and were not asked again
     in_flight: int  # requests on their way, without those that wait to be sent
     window: int  # how many may be in flight now
     window_why: str = ""  # why that last changed; empty: it is as it was set
@@ -78,7 +79,7 @@ class Snapshot:
     @property
     def asked(self) -> int:
         """Rows that this process has asked and that have come to their end."""
-        return self.done - self.reused - self.deduplicated
+        return self.done - self.reused - self.deduplicated - self.left_alone
 
     def as_series(self) -> dict[str, float]:
         """One point of the tracker's time series, under ``ts/``. What is unknown is left out."""
@@ -156,6 +157,7 @@ class Meter:
         self._failed = 0
         self._reused = 0
         self._deduplicated = 0
+        self._left_alone = 0
         self._retries = 0
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -222,10 +224,12 @@ class Meter:
         self._deduplicated += n
         self._current_tick().shared += n
 
-    def stands_at(self, done: int, *, reused: int) -> None:
-        """So many rows are done, and so many of them were before: what neither was asked nor was there is shared."""
+    def stands_at(self, done: int, *, reused: int, left_alone: int = 0) -> None:
+        """So many rows are done, and so many of them were before, answered or failed: what is neither that nor was
+        asked is shared."""
         self._reused = reused
-        self._deduplicated = max(0, done - self.settled - reused)
+        self._left_alone = left_alone
+        self._deduplicated = max(0, done - self.settled - reused - left_alone)
 
     @property
     def settled(self) -> int:
@@ -262,14 +266,15 @@ class Meter:
         elapsed_s = max(0.0, (self._clock() if now is None else now) - self._started)
         requests_per_s, rows_per_s, tokens_per_s = self._recent_rates(elapsed_s)
         too_fast = max(1.0, requests_per_s / self._most_requests_per_s, tokens_per_s / self._most_tokens_per_s)
-        done = self.settled + self._reused + self._deduplicated
+        done = self.settled + self._reused + self._deduplicated + self._left_alone
         latencies = sorted(self._latencies)
         return Snapshot(
             total=total,
             done=done,
-            failed=self._failed,
+            failed=self._failed + self._left_alone,
             reused=self._reused,
             deduplicated=self._deduplicated,
+            left_alone=self._left_alone,
             in_flight=in_flight,
             window=window,
             window_why=window_why,

@@ -156,7 +156,7 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     and were followed by another: not those in which a row failed, or after which the run was stopped. These, cost and
     rates count all that was asked in this run, for rows that have changed since too; the rest counts what the dataset
     holds now.
-    ``reused`` rows were settled before the last session, or have their answer from elsewhere, as ``taken_over`` ones
+    ``reused`` rows were answered before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
 
     ``cost_usd_former`` is the part of the cost that was for answers which no row has any more: the rows have changed,
@@ -216,7 +216,7 @@ _TOTALS = f"""
     SELECT
         count(*) FILTER (WHERE error_type IS NULL) AS succeeded,
         count(error_type) AS failed,
-        count(*) FILTER (WHERE {WAS_THERE}) AS reused,
+        count(*) FILTER (WHERE error_type IS NULL AND {WAS_THERE}) AS reused,
         count(reused_from) AS taken_over,
         count(CASE WHEN json_valid(details) THEN json_extract(details, '$.parse_error') END) AS unparsed,
         count(*) FILTER (WHERE {TRUNCATED}) AS truncated

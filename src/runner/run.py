@@ -125,6 +125,13 @@ class Run:
             [settled] = [row["n"] async for row in self._store.query(_SETTLED_ROWS, (not self._config.retry_failed,))]
         return int(settled)
 
+    async def left_alone(self) -> int:
+        """How many failures the store has that need not be asked again."""
+        if self._config.retry_failed:
+            return 0
+        [failed] = [row["n"] async for row in self._store.query(_FAILED)]
+        return int(failed)
+
     async def left(self) -> Left | None:
         """The rows that have no answer yet; None: it is not known how many they are."""
         if self.total is None:
@@ -147,7 +154,7 @@ class Run:
             await self._ask_all(after_pilot)
             if self._terms.dedupe:
                 await self._see_sharing()
-            if self.stop.reason is not None or self._sharers.count:
+            if self.stop.reason is not None or self._sharers.count or not self._config.retry_failed:
                 await self._take_stock()
         except (StoreError, DatasetError) as error:
             self.stop(SystemicError(str(error)))
@@ -337,7 +344,7 @@ class Run:
         """Have the meter count what the store has, now that nothing more is asked."""
         await self._store.flush()
         [found] = [row async for row in self._store.query(_STOCK)]
-        self._meter.stands_at(found["done"], reused=found["reused"])
+        self._meter.stands_at(found["done"], reused=found["reused"], left_alone=found["left_alone"])
 
     # Asking
 
@@ -526,6 +533,8 @@ _SETTLED = """
     SELECT (SELECT count(*) FROM answers) - (SELECT count(*) FROM answers WHERE error_type IS NOT NULL) AS n
 """
 
+_FAILED = "SELECT count(*) AS n FROM answers WHERE error_type IS NOT NULL"
+
 # Rows that were read, and those of them that have no outcome, with the tickets that these share.
 _LEFT = """
     SELECT
@@ -544,7 +553,13 @@ _SETTLED_ROWS = """
     WHERE answers.error_type IS NULL OR ?
 """
 
-_STOCK = f"SELECT count(*) AS done, count(*) FILTER (WHERE {WAS_THERE}) AS reused {CURRENT}"
+_STOCK = f"""
+    SELECT
+        count(*) AS done,
+        count(*) FILTER (WHERE error_type IS NULL AND {WAS_THERE}) AS reused,
+        count(*) FILTER (WHERE error_type IS NOT NULL AND {WAS_THERE}) AS left_alone
+    {CURRENT}
+"""
 
 
 def _spread(size: int, total: int | None) -> Set[int]:

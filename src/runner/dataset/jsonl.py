@@ -120,7 +120,8 @@ def _loads_any(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         found = error.doc[error.pos :][:20].rstrip()
         where = f"column {error.colno}: {found!r}" if found else "the end of the line"
-        raise ValueError(f"no valid JSON: {error.msg[:1].lower()}{error.msg[1:]} at {where}") from None
+        what = f"{error.msg[:1].lower()}{error.msg[1:]}".removesuffix(" at")
+        raise ValueError(f"no valid JSON: {what} at {where}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
