@@ -682,6 +682,24 @@ def test_a_sweep_of_one_cell_says_so(here: Path, capfd: pytest.CaptureFixture[st
     assert out.splitlines()[-1].split()[:2] == ["#0", "0"]
 
 
+@pytest.mark.parametrize("plan", ["plan=false", "plan=true"])
+async def test_one_run_of_an_experiment_that_sweeps_says_so(command: Command, plan: str) -> None:
+    command.write(
+        "conf/experiment/mine.yaml",
+        "# @package _global_\nprompt: x\nhydra:\n  sweeper:\n    params:\n      prompt: one,two\n",
+    )
+    mine = ("+experiment=mine", "tracker=none", plan)
+    one = await command(*mine, "+scale=joblib")
+    meant = await command(*mine, "prompt=one")
+
+    assert (one.exit_code, meant.exit_code) == (0, 0), one.err
+    assert one.err.startswith(
+        "this is one run, though the experiment sweeps over prompt: with -m it runs every value\n"
+        "hydra/launcher=joblib has no effect without -m: this is one run, in this process\n"
+    )
+    assert "-m" not in meant.err
+
+
 def test_a_key_in_place_of_its_variable_is_not_shown(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["prompt=x", "model=openai/m", "api_key_env=sk-canary-0123456789"]) == 2
     err = capfd.readouterr().err

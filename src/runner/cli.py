@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -32,6 +33,7 @@ from runner.composition import (
     first_cell,
     is_multirun,
     joined,
+    left_to_multirun,
     load_environment,
     planned,
     prepared,
@@ -205,6 +207,11 @@ def _warn_of_cells(arguments: Sequence[str]) -> None:
             break
 
 
+def _warn_of_multirun(job: HydraConf, overrides: Sequence[str]) -> None:
+    for note in left_to_multirun(job, overrides):
+        say(sys.stderr, printable(note))
+
+
 def _wait_for_others(sweep: Sweep) -> None:
     """Where a launcher gives up at the first job that it lost, the others go on: they are not left to themselves."""
     from runner.database import RUN_DATABASE, is_locked
@@ -230,6 +237,8 @@ def _plan(arguments: Sequence[str]) -> int:
         raise SystemExit(128 + signum)  # so that the copies that were planned in are removed
 
     _calm_garbage_collector()
+    if not is_multirun(arguments):
+        _warn_of_multirun(first_cell(arguments).hydra, arguments)
     plans = []
     with first_signal(end):
         for name, config, folder in planned(arguments):
@@ -264,7 +273,9 @@ def run_cell(composed: DictConfig) -> dict[str, Any]:
         shards=composed.dataset.shard.count,
         whole=joined({key: value for key, value in own.items() if key != _SHARD}),
     )
-    if sweep is not None:
+    if sweep is None:
+        _warn_of_multirun(job, job.overrides.task)
+    else:
         say(sys.stdout, f"\n#{cell.number}  {printable(cell.name)}")
         sweep.note(cell)
     if sweep is not None and (signum := sweep.stopped_by) is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -158,7 +159,7 @@ def swept_keys(first: DictConfig, arguments: Sequence[str]) -> list[str]:
     parser = OverridesParser.create()
     overrides = parser.parse_overrides(_overrides(arguments))
     swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
-    return list(dict.fromkeys(key.lstrip("+") for key in (*_sweeper_params(first), *swept)))
+    return list(dict.fromkeys(key.lstrip("+") for key in (*_sweeper_params(first.hydra), *swept)))
 
 
 def sweep_folder(first: DictConfig, arguments: Sequence[str]) -> Path:
@@ -228,14 +229,23 @@ def _choices(overrides: Sequence[str]) -> dict[str, list[str]]:
     return choices
 
 
-def _sweeper_params(first: DictConfig) -> dict[str, str]:
+def left_to_multirun(hydra: HydraConf, overrides: Sequence[str]) -> Iterator[str]:
+    """What a configuration says of multiruns alone, for a command without ``-m``, where it has no effect."""
+    given = {each.partition("=")[0].lstrip("+~") for each in overrides}
+    if swept := [key for key in _sweeper_params(hydra) if key not in given]:
+        yield f"this is one run, though the experiment sweeps over {', '.join(swept)}: with -m it runs every value"
+    if (launcher := hydra.runtime.choices["hydra/launcher"]) != "basic":
+        yield f"hydra/launcher={launcher} has no effect without -m: this is one run, in this process"
+
+
+def _sweeper_params(hydra: HydraConf) -> dict[str, str]:
     """What the configuration itself sweeps over."""
-    return {str(key): str(value) for key, value in (first.hydra.sweeper.get("params") or {}).items()}
+    return {str(key): str(value) for key, value in (hydra.sweeper.get("params") or {}).items()}
 
 
 def _swept_by_file(first: DictConfig) -> list[str]:
     """The same as overrides."""
-    return [f"{key}={values}" for key, values in _sweeper_params(first).items()]
+    return [f"{key}={values}" for key, values in _sweeper_params(first.hydra).items()]
 
 
 def _chosen(arguments: Sequence[str]) -> Iterator[str]:

@@ -60,9 +60,7 @@ class ResponseFormat:
                 raise ConfigError(f"{key} is nested too deeply for a JSON schema") from None
         if isinstance(layout, type) and hasattr(layout, "model_validate_json"):
             return _of_model(layout)
-        raise ConfigError(
-            f"{key}={layout!r} is of type {type(layout).__name__}: give a Pydantic model class or a JSON schema"
-        )
+        raise ConfigError(f"{key} is of type {type(layout).__name__}: give a Pydantic model class or a JSON schema")
 
     @classmethod
     def configured(cls, value: Any) -> ResponseFormat:
@@ -84,7 +82,7 @@ class ResponseFormat:
                     f"response_format={value}: give a JSON schema, the path of a .json file, or"
                     " package.module:PydanticModel"
                 )
-            return cls.of(import_name(value, key="response_format"))
+            return cls.of(import_name(value, key="response_format"), key=f"response_format={value}")
         try:
             layout = json.loads(path.read_bytes())
         except FileNotFoundError:
