@@ -349,6 +349,12 @@ def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.Captur
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_report_is_not_written_as_another_kind_of_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_evil(here)), "--output", "out.pdf"]) == 2
+    assert "report: --output out.pdf: a report is one HTML file: name it out.html" in capsys.readouterr().err
+    assert not (here / "out.pdf").exists()
+
+
 def test_a_report_that_cannot_be_written_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_evil(here)), "--output", "nowhere/out.html"]) == 2
     assert "nowhere/out.html cannot be written" in capsys.readouterr().err

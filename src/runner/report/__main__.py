@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.errors import BAD_CONFIG, FINISHED, RunnerError
+from runner.errors import BAD_CONFIG, FINISHED, ConfigError, RunnerError
 from runner.progress import printable, say
 from runner.report import read_comparisons, read_runs, render
 from runner.results import replace_file
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     title = given.title or ", ".join(f"{path.absolute().parent.name}/{path.absolute().name}" for path in given.paths)
     try:
+        if given.output.suffix.lower() not in ("", ".html", ".htm"):
+            raise ConfigError(f"--output {given.output}: a report is one HTML file: name it {given.output.stem}.html")
         if given.wandb:
             from runner.report.wandb_report import check_extra, publish
 
