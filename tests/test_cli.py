@@ -262,6 +262,18 @@ BAD_INPUT = {
     "a wrong type of a deployment": (["deployments.a={model: b/c, weight: x}", "prompt=x"], "weight"),
     "an impossible value": (["samples=0", "prompt=x"], "samples=0: at least 1"),
     "an unknown option": (["dataset=jsnl", "prompt=x"], "Did you mean dataset=jsonl?"),
+    "an experiment's path": (["+experiment=conf/experiment/broken.yaml"], "Did you mean +experiment=broken?"),
+    "a path of nowhere": (["+experiment=experiment/nowhere"], "+experiment=experiment/nowhere: choose one of bench,"),
+    "a file for a kind": (
+        ["dataset=a/rows.jsonl", "prompt=x"],
+        "dataset=a/rows.jsonl: it names the kind of the rows. Did you mean dataset=jsonl dataset.path=a/rows.jsonl?",
+    ),
+    "a group's name within its file": (
+        ["limits=twofold", "prompt=x"],
+        "limits/twofold.yaml: unknown key 'limits.limits'. These are the keys of 'limits' already:",
+    ),
+    "a list of scorers": (["+experiment=listed"], "listed.yaml: a list stands where names or keys belong: write NAME:"),
+    "a list of prompts": (["+experiment=prompts"], "prompts.yaml: prompt: a text, and no list"),
     "an unknown experiment": (["+experiment=quickstrt"], "Did you mean +experiment=quickstart?"),
     "a broken experiment": (["+experiment=broken"], "broken.yaml:3: "),
     "two values where one belongs": (["name=a,b", "prompt=x"], "name=a,b"),
@@ -293,6 +305,9 @@ def test_bad_input_is_one_message_and_leaves_no_folder(
     command.write("notes.txt", "These are\nmy notes\n")
     command.write("schema.json", "{}")
     command.write("conf/limits/mine.yaml", "rmp: 3\n")
+    command.write("conf/limits/twofold.yaml", "limits:\n  rpm: 3\n")
+    command.write("conf/experiment/listed.yaml", "# @package _global_\nprompt: x\nscorers:\n  - target: label\n")
+    command.write("conf/experiment/prompts.yaml", "# @package _global_\nprompt: [one, two]\n")
     command.write("conf/dataset/mine.yaml", "kind: jsonl\npath: ???\n")
     command.write("conf/experiment/misspelt.yaml", "# @package _global_\npromt: x\n")
     command.write("conf/experiment/elsewhere.yaml", "prompt: x\n")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
@@ -248,7 +250,8 @@ def check_choice(key: str, value: str, options: Sequence[str]) -> None:
 
 def no_choice_message(key: str, value: str, options: Sequence[str]) -> str:
     """What to say of a ``value`` that is none of the ``options``."""
-    near = difflib.get_close_matches(value, options, n=1)
+    names = (value, PurePath(value).stem)  # of a path, its file's
+    near = [match for name in names for match in difflib.get_close_matches(name, options, n=1)]
     hint = f" Did you mean {key}={near[0]}?" if near else ""
     return f"{key}={value}: choose one of {', '.join(options)}.{hint}"
 
@@ -518,6 +521,9 @@ def unknown_key_message(path: str) -> str:
     """What to say of a key that does not exist: the one that was meant, or those that there are."""
     if path.rpartition(".")[2] == "api_key":
         return f"unknown key {path!r}: keys come from the environment or from .env; api_key_env names the variable"
+    if re.match(r"(\w+)\.\1(\.|$)", path):
+        group = path.partition(".")[0]
+        return f"unknown key {path!r}. These are the keys of {group!r} already: leave the inner `{group}` out"
     if near := _nearest_keys(path):
         return f"unknown key {path!r}. Did you mean {' or '.join(map(repr, near))}?"
     sections = dict(_sections(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from hydra.errors import OverrideParseException
 from yaml import Mark, MarkedYAMLError
@@ -30,7 +31,7 @@ def explain(error: BaseException) -> str:
             case OSError(filename=str() as path):
                 return f"{path}: {cause.strerror}. Runs go to runs_dir/name/: can they be written there?"
     text = "\n".join(map(str, causes))
-    place = re.match(r"In '(\w+/\w+)'", text)
+    place = re.match(r"In '((?!hydra/)\w+/\w+)'", text)
     where = f"{place[1]}.yaml: " if place else ""
     for pattern, say in _EXPLANATIONS:
         if found := re.search(pattern, text):
@@ -42,12 +43,15 @@ def explain(error: BaseException) -> str:
 
 
 def _unknown_option(found: re.Match[str]) -> str:
-    """``dataset=jsnl``: a group's option that does not exist."""
-    group, _, option = found[1].rpartition("/")
+    """``dataset=jsnl``: a group's option that does not exist, or a path in its place."""
+    group, options = found[2], found[3].split()
+    option = found[1].removeprefix(f"{group}/")
     if group == "hydra/launcher" and (extra := _EXTRAS.get(option)):
         return f"{group}={option} is not installed: {installation(extra)}"
+    if group == "dataset" and (kind := PurePath(option).suffix[1:]) in options:
+        return f"dataset={option}: it names the kind of the rows. Did you mean dataset={kind} dataset.path={option}?"
     prefix = "+" if group in ADDED else ""
-    return no_choice_message(f"{prefix}{group}", option, found[2].split())
+    return no_choice_message(f"{prefix}{group}", option, options)
 
 
 def _no_number(found: re.Match[str]) -> str:
@@ -71,6 +75,16 @@ def _no_truth(found: re.Match[str]) -> str:
 
 def _no_list(found: re.Match[str]) -> str:
     return f"{found[1]}: a list, as in '{found[1]}=[one, two]'"
+
+
+def _no_keys(found: re.Match[str]) -> str:
+    """``deployments: [{model: …}]`` in a file, of which Hydra does not say the key."""
+    return "a list stands where names or keys belong: write NAME: {…}, with a name of your own for each entry"
+
+
+def _no_text(found: re.Match[str]) -> str:
+    """``prompt: [one, two]``."""
+    return f"{found[2]}: a text, and no {'list' if found[1] == 'List' else 'mapping'}"
 
 
 def _no_value(found: re.Match[str]) -> str:
@@ -124,7 +138,7 @@ _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submiti
 
 _EXPLANATIONS = (
     (r"(?s)In 'experiment/.*(Could not override '\w+@experiment\.|Key 'experiment' not in)", _lacks_package),
-    (r"Could not (?:find|override) 'experiment/(\w+)[/@]\w+'", _default_of_root),
+    (r"(?s)In 'experiment/.*Could not (?:find|override) 'experiment/(\w+)[/@]\w+'", _default_of_root),
     (r"Multiple values for \w+\. To override a value use 'override (\w+): (\w+)'", _second_default),
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
     (r"missing mandatory value: model\s+full_key: deployments\.([^.\s]+)\.model", _no_model),
@@ -134,9 +148,11 @@ _EXPLANATIONS = (
     (r"Value '(.*)' is not a valid bool \(type \w+\)\s+full_key: (\S+)", _no_truth),
     (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
     (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),
+    (r"Cannot merge DictConfig with ListConfig", _no_keys),
+    (r"Cannot convert '(List|Dict)Config' to string.*\s+full_key: (\S+)", _no_text),
     (r"field '\S+' is not Optional\s+full_key: (\S+)", _no_value),
     (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
     (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
-    (r"Could not find '([^']+)'\s+Available options in '[^']+':((?:\n\t\S+)*)", _unknown_option),
+    (r"Could not find '([^']+)'\s+Available options in '([^']+)':((?:\n\t\S+)*)", _unknown_option),
 )
 """What to say for a pattern in Hydra's or OmegaConf's words."""
