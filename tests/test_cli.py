@@ -191,7 +191,7 @@ BAD_INPUT = {
     "no JSONL": (["dataset=jsonl", "dataset.path=notes.txt", "prompt=x"], "notes.txt:1: no JSONL"),
     "nothing to ask": ([*ROWS], "fields: question"),
     "no prompt at all": ([], "set prompt"),
-    "a field that is not there": ([*ROWS, "prompt={{ qestion }}"], "Did you mean 'question'?"),
+    "a field that is not there": ([*ROWS, "prompt={{ qestion }}"], "Did you mean {{ question }}?"),
     "a broken template": ([*ROWS, "prompt={{ question"], "prompt, line 1"),
     "a broken system template": ([*ROWS, "prompt=x", "system={% if %}"], "system, line 1"),
     "an unknown provider": (["model=opnai/gpt", "prompt=x"], "'opnai'"),

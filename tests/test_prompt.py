@@ -288,8 +288,47 @@ def test_check_names_a_field_that_no_row_has_and_the_nearest(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build.check([row(question="Who?", id=1), row(question="Why?", answer="So.")])
     assert str(caught.value) == (
-        f"{key} names the field 'questoin', which no row has (fields: question, id, answer). Did you mean 'question'?"
+        f"{key} names the field 'questoin', which no row has (fields: question, id, answer)."
+        " Did you mean {{ question }}?"
     )
+
+
+@pytest.mark.parametrize("text", ['{{ row["Ticket Text"] }}', "{{ row['Ticket-Text'] }}", '{{ row["größe"] }}'])
+def test_a_field_of_any_name_is_taken_out_of_the_row(text: str) -> None:
+    fields = {"Ticket Text": "Who?", "Ticket-Text": "Who?", "größe": "Who?"}
+    build = builder(text, system='{{ row["none"] | default("Be brief.") }}')
+    build.check([row(**fields)])
+    assert build(row(**fields)).input == [system("Be brief."), user("Who?")]
+
+
+def test_a_field_called_row_comes_before_the_row() -> None:
+    build = builder("{{ row }} {{ row[0] }}")
+    build.check([row(row="B7")])
+    assert build(row(row="B7")).input == "B7 B"
+    with pytest.raises(ConfigError, match="the field 'row', which no row has"):
+        builder("{{ row }}").check([row(seat="B7")])
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("{{ ticket_text }}", 'Did you mean {{ row["ticket text"] }}?'),
+        ("{{ ticket-nr }}", 'Did you mean {{ row["ticket-nr"] }}?'),
+        ('{{ row["ticket txt"] }}', 'Did you mean {{ row["ticket text"] }}?'),
+        ('{{ row["in it"] }}', 'If rows may lack it: {{ row["in it"] | default("") }}'),
+    ],
+)
+def test_check_spells_a_field_whose_name_is_no_identifier(text: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        builder(text).check([row(**{"ticket text": "Who?", "ticket-nr": 1})])
+    assert str(caught.value).endswith(hint)
+
+
+def test_a_name_with_a_space_is_told_how_it_is_written() -> None:
+    with pytest.raises(
+        ConfigError, match=r'^prompt, line 2: .* A field of this name is \{\{ row\["ticket text"\] \}\}$'
+    ):
+        builder("About this:\n{{ ticket text }}")
 
 
 def test_check_leaves_a_field_that_some_row_has_to_the_rows() -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -35,6 +37,12 @@ INPUT_FIELDS: Mapping[Interface, tuple[str, ...]] = {
 """The fields that hold a row's own input. Where a row has several, the first that is not null is asked."""
 
 
+_ROW = "row"
+"""What a template calls all of a row's fields."""
+
+_DEFAULT = ' | default("")'
+
+
 class Ask(NamedTuple):
     """What is asked for one row."""
 
@@ -54,7 +62,8 @@ class PromptBuilder:
 
     Args:
         prompt: Jinja2 template. A field that a row lacks is an error, unless the template says what then:
-            ``{{ hint | default("") }}``, ``{% if hint is defined %}``.
+            ``{{ hint | default("") }}``, ``{% if hint is defined %}``. ``row`` holds all fields, for names that are no
+            identifiers, as in ``{{ row["ticket text"] }}``, unless a field is called so.
         system: Jinja2 template, likewise. A text that comes out empty is no system message.
         mapper: ``package.module:function``, called with a row's fields, returns ``{"input": …, "metadata": …}``
             where the metadata may be left out.
@@ -229,10 +238,13 @@ class Template:
             tree = env.parse(text)
             self._names = sorted(meta.find_undeclared_variables(tree))
             self._needed = [name for name in self._names if name not in _optional(tree)]
+            self._items = _items(tree)
             self._template = env.from_string(tree)
             self._pieces = _pieces(tree)
         except TemplateSyntaxError as error:
-            raise ConfigError(f"{key}, line {error.lineno}: {error.message}") from None
+            spaced = re.search(r"\{\{\s*(\w+(?: \w+)+)\s*\}\}", text)
+            hint = f". A field of this name is {_spelt(spaced[1])}" if spaced else ""
+            raise ConfigError(f"{key}, line {error.lineno}: {error.message}{hint}") from None
         if list(meta.find_referenced_templates(tree)):
             raise ConfigError(f"{key}: a template stands alone: it cannot include, import or extend another")
 
@@ -249,7 +261,7 @@ class Template:
         except Exception:  # the template says what is wrong
             pass
         try:
-            return self._template.render(row.fields)
+            return self._template.render({_ROW: row.fields, **row.fields} if _ROW in self._names else row.fields)
         except _NullError as error:
             name = next((each for each in self._names if row.fields.get(each, "") is None), None)
             what = "a value is null" if name is None else f"the field {name!r} is null"
@@ -261,10 +273,15 @@ class Template:
 
     def check(self, known: Collection[str]) -> None:
         """Raise a `ConfigError` if a field is needed that is not ``known``."""
-        for name in self._needed:
+        needed: Sequence[str] = self._needed
+        if self._items and _ROW not in known:
+            items = (name for name, is_needed in self._items.items() if is_needed)
+            needed = [*(name for name in needed if name != _ROW), *items]
+        for name in needed:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f'If rows may lack it: {{{{ {name} | default("") }}}}'
+                near += [each for each in known if name in re.split(r"\W+", each)]  # {{ ticket-text }} names two
+                hint = f"Did you mean {_spelt(near[0])}?" if near else f"If rows may lack it: {_spelt(name, _DEFAULT)}"
                 raise ConfigError(f"{self._key} names the field {name!r}, which no row has ({_fields(known)}). {hint}")
 
 
@@ -311,12 +328,31 @@ def _optional(tree: Any) -> set[str]:
     """The names that a template itself provides for being absent, by a test or a default."""
     from jinja2 import nodes
 
+    return {node.name for node in _provided(tree) if isinstance(node, nodes.Name)}
+
+
+def _items(tree: Any) -> dict[str, bool]:
+    """The fields that a template takes out of ``row``, and whether it needs them to be there."""
+    from jinja2 import nodes
+
+    provided = _provided(tree)
+    of_row = (node for node in tree.find_all(nodes.Getitem) if node.node == nodes.Name(_ROW, "load"))
+    named = (node for node in of_row if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str))
+    return {node.arg.value: node not in provided for node in named}
+
+
+def _provided(tree: Any) -> list[Any]:
+    """What a template tests for being there, or has a default for."""
+    from jinja2 import nodes
+
     handlers = {"defined", "undefined", "default", "d"}
-    return {
-        node.node.name
-        for node in tree.find_all((nodes.Test, nodes.Filter))
-        if node.name in handlers and isinstance(node.node, nodes.Name)
-    }
+    return [node.node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in handlers]
+
+
+def _spelt(name: str, rest: str = "") -> str:
+    """A field as a template has it."""
+    field = name if name.isidentifier() else f"{_ROW}[{json.dumps(name, ensure_ascii=False)}]"
+    return f"{{{{ {field}{rest} }}}}"
 
 
 def _import_mapper(path: str) -> Callable[[dict[str, Any]], Any]:
