@@ -288,7 +288,7 @@ async def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 
     assert price.startswith("budget.usd needs a price")
     assert length.startswith("budget.usd must know how long an answer can be")
-    assert "Did you mean 'text'" in field
+    assert "Did you mean {{ text }}?" in field
     assert "Did you mean 'label'" in target
     assert "nobody listens" in server
 

@@ -515,7 +515,7 @@ async def test_a_model_string_of_litellms_is_taken_as_it_is(monkeypatch: pytest.
         ({"worker": Worker(), "prompts": ["a", 1]}, r"prompts\[1\] is of type int"),
         ({"worker": Worker(), "cache_db_url": "postgresql://host/db"}, "cache_db_url=postgresql"),
         ({"worker": Worker(), "results_db_url": "sqlite://"}, "results_db_url='sqlite://'"),
-        ({"worker": Worker(), "response_model": 7}, "response_model=7"),
+        ({"worker": Worker(), "response_model": 7}, "response_model is of type int"),
         ({"worker": Worker(), "prompts": None}, "prompts is of type NoneType: give a list"),
         ({"worker": Worker(), "prompts": {"a": 1}}, "prompts is of type dict: give a list"),
         ({"worker": Worker(), "concurrency": "5"}, "concurrency='5': a whole number of at least 1"),
