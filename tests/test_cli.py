@@ -276,6 +276,14 @@ BAD_INPUT = {
     "a list of prompts": (["+experiment=prompts"], "prompts.yaml: prompt: a text, and no list"),
     "an unknown experiment": (["+experiment=quickstrt"], "Did you mean +experiment=quickstart?"),
     "a broken experiment": (["+experiment=broken"], "broken.yaml:3: "),
+    "braces without quotes": (["+experiment=braces"], "braces.yaml:2: found unhashable key. Put a text with a brace"),
+    "a colon without quotes": (["+experiment=colon"], "in quotes (prompt: 'Label: {{ text }}')"),
+    "a quote that is not closed": (["+experiment=quote"], "quote.yaml:2: the quote that begins here is not closed"),
+    "a tab": (["+experiment=tab"], "tab.yaml:3: found character '\\t' that cannot start any token: indent with spaces"),
+    "an experiment in Latin-1": (
+        ["+experiment=latin"],
+        "a configuration file is not UTF-8 in its line 2, 'prompt: für': save it as UTF-8",
+    ),
     "two values where one belongs": (["name=a,b", "prompt=x"], "name=a,b"),
     "a sweep that belongs in a file": (
         ["-m", "+hydra.sweeper.params={prompt: 'a,b'}"],
@@ -316,6 +324,11 @@ def test_bad_input_is_one_message_and_leaves_no_folder(
     command.write("conf/experiment/slashless_too.yaml", "# @package _global_\ndefaults:\n  - override dataset: csv\n")
     command.write("conf/experiment/twice.yaml", "# @package _global_\ndefaults:\n  - /dataset: csv\n")
     command.write("conf/experiment/broken.yaml", "# @package _global_\nprompt: x\n  request: {\n")
+    command.write("conf/experiment/braces.yaml", "# @package _global_\nprompt: {{ text }}\n")
+    command.write("conf/experiment/colon.yaml", "# @package _global_\nprompt: Label: {{ text }}\n")
+    command.write("conf/experiment/quote.yaml", '# @package _global_\nprompt: "{{ text }}\nname: x\n')
+    command.write("conf/experiment/tab.yaml", "# @package _global_\nlimits:\n\trpm: 3\n")
+    (command.folder / "conf/experiment/latin.yaml").write_bytes("# @package _global_\nprompt: für\n".encode("latin-1"))
 
     exit_code = main([*arguments, "tracker=none"])
 

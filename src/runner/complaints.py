@@ -26,8 +26,10 @@ def explain(error: BaseException) -> str:
                 return str(cause)
             case OverrideParseException(override=argument) if "=" not in argument:
                 return f"{argument!r}: write key=value. `python -m runner --help` lists the keys."
-            case MarkedYAMLError(problem_mark=Mark() as mark):
-                return f"{mark.name}:{mark.line + 1}: {cause.problem}"
+            case MarkedYAMLError(problem_mark=Mark()):
+                return _no_yaml(cause)
+            case UnicodeDecodeError(object=bytes() as content, start=start):
+                return _no_utf8(content, start)
             case OSError(filename=str() as path):
                 return f"{path}: {cause.strerror}. Runs go to runs_dir/name/: can they be written there?"
     text = "\n".join(map(str, causes))
@@ -40,6 +42,30 @@ def explain(error: BaseException) -> str:
     message = str(next(telling, causes[-1]))
     lines = (line.strip() for line in message.splitlines() if not re.search("object_type|reference_type", line))
     return where + re.sub(r"\s*full_key: (\S+)", r" (key \1)", " ".join(lines)).strip()
+
+
+def _no_yaml(error: MarkedYAMLError) -> str:
+    """``prompt: Label: {{ text }}`` in a file: where it is not YAML, and what usually mends that."""
+    is_unclosed = error.context == "while scanning a quoted scalar"
+    mark = error.context_mark if is_unclosed else error.problem_mark
+    assert mark is not None
+    if is_unclosed:
+        advice = "the quote that begins here is not closed"
+    elif "'\\t'" in str(error.problem):
+        advice = f"{error.problem}: indent with spaces"
+    else:
+        advice = (
+            f"{error.problem}. Put a text with a brace, colon or quote in quotes (prompt: 'Label: {{{{ text }}}}'), and"
+            " begin a section's keys in one column"
+        )
+    return f"{mark.name}:{mark.line + 1}: {advice}"
+
+
+def _no_utf8(content: bytes, at: int) -> str:
+    """A file in another encoding, whose path Hydra does not say."""
+    line = content[content.rfind(b"\n", 0, at) + 1 :].partition(b"\n")[0].decode("latin-1").strip()
+    number = content.count(b"\n", 0, at) + 1
+    return f"a configuration file is not UTF-8 in its line {number}, {line!r}: save it as UTF-8"
 
 
 def _unknown_option(found: re.Match[str]) -> str:
