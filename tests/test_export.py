@@ -86,6 +86,15 @@ async def test_without_an_output_it_is_standard_output(capfdbinary: pytest.Captu
     assert [json.loads(line)["_index"] for line in capfdbinary.readouterr().out.splitlines()] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["results.sqlite", "results.jsonl", "summary.json"])
+async def test_a_file_of_a_run_stands_for_the_run(name: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    run = await make_run("runs/a/1")
+    Path(run, name).touch()
+
+    assert await exported(str(Path(run, name))) == 0
+    assert [json.loads(line)["_index"] for line in capfdbinary.readouterr().out.splitlines()] == [0, 1, 2]
+
+
 async def test_the_form_follows_the_name_of_the_file() -> None:
     run = await make_run("runs/a/1")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner.recorded import labels_of, overrides_of, settings_of
+from runner.recorded import folder_of, labels_of, overrides_of, settings_of
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,14 @@ def test_otherwise_they_are_called_by_their_names_and_ids(folders: list[tuple[st
     runs = [run(folder, override) for folder, override in folders]
 
     assert labels_of(runs) == [f"{each.parent.name}/{each.name}" for each in runs]
+
+
+@pytest.mark.parametrize("name", ["results.sqlite", "results.jsonl", "summary.json"])
+def test_a_file_of_a_run_leads_to_its_folder(here: Path, name: str) -> None:
+    assert folder_of(here / name) == here / name
+    (here / name).touch()
+    assert folder_of(here / name) == here
+    assert folder_of(here) == here
 
 
 def test_what_is_not_recorded_is_nothing(here: Path) -> None:

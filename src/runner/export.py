@@ -22,7 +22,7 @@ from runner.dataset.paths import suggestion
 from runner.errors import BAD_CONFIG, ConfigError, StoreError
 from runner.progress import printable, say
 from runner.prompt_rows import STORE_KIND, holds_rows, read_rows
-from runner.recorded import labels_of, settings_of
+from runner.recorded import folder_of, labels_of, settings_of
 from runner.results import replacing, result_rows
 from runner.shards import find_shards, opened
 from runner.store import Store
@@ -111,7 +111,7 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
     """
     runs: list[ExportedRun] = []
     stores: dict[Path, str] = {}  # what sets each apart in its sweep
-    for path in paths:
+    for path in map(folder_of, paths):
         sharded, found = _of_sweep(path)
         if path.is_file():
             found.setdefault(path, "")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from runner.database import RUN_DATABASE
 from runner.redaction import redact
 
 _LONGEST_LABEL = 60
@@ -18,6 +19,12 @@ _DEEPEST = 100
 
 _NO_LABEL = ("hydra", "sweep", "tracker", "runs_dir", "env_file", "resume", "retry_failed", "budget", "name")
 """Beginnings of keys that say where a run is and how far it goes, and not what it is."""
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a run or a sweep for one of the files in it that people name; otherwise the path itself."""
+    is_record = path.name in (RUN_DATABASE, "results.jsonl", "summary.json")
+    return path.parent if is_record and path.is_file() else path
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

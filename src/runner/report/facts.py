@@ -19,7 +19,7 @@ from runner.database import RUN_DATABASE
 from runner.dataset.paths import suggestion
 from runner.errors import ConfigError
 from runner.intervals import Interval, clustered_mean_interval, effective_size, share_interval
-from runner.recorded import labels_of, overrides_of, settings_of
+from runner.recorded import folder_of, labels_of, overrides_of, settings_of
 from runner.results import CURRENT, result_rows, rows_of, samples_of, summarize, sums, sums_by_name, values_at
 from runner.shards import Shards, find_shards, opened, summarize_shards
 from runner.store import Store
@@ -80,7 +80,7 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
     """
     runs: list[RunFacts] = []
     unnamed: list[Path] = []
-    for path in paths:
+    for path in map(folder_of, paths):
         sweep = Sweep(path)
         if cells := sweep.cells():
             runs += [await _read_shards(shards) for shards in find_shards(sweep) if shards.stores]
