@@ -22,6 +22,9 @@ _OPEN_MAPPINGS = ("request.", "deployments.", "scorers.", "dataset.arguments.")
 
 _KEYS = {entry.name for entry in fields(RunnerConfig)} | {entry.name for entry in fields(LimitsConfig)}
 
+_COMPANIONS = ("doctor", "export", "report", "simulator")
+"""Modules with a command of their own."""
+
 _TEXTS = ("prompt", "system")
 """Keys that hold prose, which Hydra would otherwise parse."""
 
@@ -56,7 +59,8 @@ def options_first(arguments: Sequence[str]) -> list[str]:
     """The arguments in an order that Hydra's parser takes: what begins with a dash, then the others.
 
     Raises:
-        ConfigError: There is no such option, or its value is none or missing.
+        ConfigError: There is no such option, or its value is none or missing; a word is neither an option nor
+            ``key=value``.
     """
     options, others = [], []
     rest = iter(arguments)
@@ -86,7 +90,28 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         if not value:
             raise ConfigError(f"{name} needs a value after it")
         options += [name, value]
+    _require_overrides(others)
     return options + others
+
+
+def _require_overrides(arguments: Sequence[str]) -> None:
+    """Refuse ``limits.rpm 300``, ``limits.rpm:300``, and what remains of a text without quotes."""
+    for index, argument in enumerate(arguments):
+        if "=" in argument or argument.startswith("~"):
+            continue
+        before, equals, text = arguments[index - 1].partition("=") if index else ("", "", "")
+        key, _, value = argument.partition(":")
+        value = value.strip() or next(iter(arguments[index + 1 : index + 2]), "")
+        if argument in _COMPANIONS:
+            hint = f"did you mean python -m runner.{argument}?"
+        elif (before not in _TEXTS or "." in key) and key.lstrip("+").partition(".")[0] in _KEYS | ADDED:
+            plus = "+" if key in ADDED else ""
+            hint = f"write {plus}{key}={value if value and '=' not in value else '…'}"
+        elif equals and argument:
+            hint = f"write key=value; or, as one text with what is before it, '{before}={text} {argument}'"
+        else:
+            hint = "write key=value. `python -m runner --help` lists the keys."
+        raise ConfigError(f"{argument!r}: {hint}")
 
 
 def friendly(arguments: Sequence[str]) -> Iterator[str]:

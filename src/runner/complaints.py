@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
-from hydra.errors import OverrideParseException
 from yaml import Mark, MarkedYAMLError
 
 from runner import config
@@ -24,8 +23,6 @@ def explain(error: BaseException) -> str:
         match cause:
             case RunnerError():
                 return str(cause)
-            case OverrideParseException(override=argument) if "=" not in argument:
-                return f"{argument!r}: write key=value. `python -m runner --help` lists the keys."
             case MarkedYAMLError(problem_mark=Mark()):
                 return _no_yaml(cause)
             case UnicodeDecodeError(object=bytes() as content, start=start):
@@ -110,7 +107,7 @@ def _no_keys(found: re.Match[str]) -> str:
 
 def _no_text(found: re.Match[str]) -> str:
     """``prompt: [one, two]``."""
-    return f"{found[2]}: a text, and no {'list' if found[1] == 'List' else 'mapping'}"
+    return f"{found[2]}: a text, and no {'list' if found[1].lower() == 'list' else 'mapping'}"
 
 
 def _no_value(found: re.Match[str]) -> str:
@@ -156,6 +153,8 @@ def _no_model(found: re.Match[str]) -> str:
 def _second_default(found: re.Match[str]) -> str:
     """``- /dataset: csv`` in an experiment, for a group that has a default."""
     group, option = found[1], found[2]
+    if group in ADDED:
+        return f"{group}: {option} is a second one, and a run has one: choose one, or, with -m, +{group}=ONE,TWO"
     return f"{group}: {option} is a second one: in the defaults of an experiment, write `- override /{group}: {option}`"
 
 
@@ -175,7 +174,7 @@ _EXPLANATIONS = (
     (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
     (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),
     (r"Cannot merge DictConfig with ListConfig", _no_keys),
-    (r"Cannot convert '(List|Dict)Config' to string.*\s+full_key: (\S+)", _no_text),
+    (r"Cannot convert '(List|list|Dict|dict)(?:Config)?' to string.*\s+full_key: (\S+)", _no_text),
     (r"field '\S+' is not Optional\s+full_key: (\S+)", _no_value),
     (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
     (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
