@@ -299,6 +299,9 @@ BAD_INPUT = {
     "an argument without =": (["quickstart"], "'quickstart': write key=value. `python -m runner --help`"),
     "an argument without = for a plan": (["prompt=x", "plan=true", "limits.rpm", "300"], "write limits.rpm=300"),
     "a key without its value": (["limits.rpm", "prompt=x"], "'limits.rpm': write limits.rpm=…"),
+    "a text after a colon": (["prompt:Say hello"], "write 'prompt=Say hello'"),
+    "a misspelt group": (["+epxeriment=quickstart"], "unknown key 'epxeriment'. Did you mean +experiment=…?"),
+    "an experiment that is null": (["+experiment=null"], "+experiment=null: choose one of"),
     "a colon for =": (["prompt=x", "limits.rpm:300"], "'limits.rpm:300': write limits.rpm=300"),
     "an experiment after a colon": (["experiment:quickstart"], "write +experiment=quickstart"),
     "a text without quotes": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -46,6 +47,9 @@ _SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,\s*(?:"[^"]*"|'[^']*'))+"
 
 _TEMPLATE = re.compile(r"(\{[{%#]).*?[}%#]\}", re.DOTALL)
 """What Jinja takes for its own, whose commas separate nothing."""
+
+_NO_TEXT = re.compile(r"[-+\d.e]+|null|true|false", re.IGNORECASE)
+"""What Hydra takes for a number or another value, where a group's option is meant."""
 
 _AFTER_A_TEXT = re.compile(r",(?=\S)")
 _AFTER_A_LISTED_TEXT = re.compile(r"""(?<=["']),\s*(?=["'])""")
@@ -105,8 +109,8 @@ def _require_overrides(arguments: Sequence[str]) -> None:
         if argument in _COMPANIONS:
             hint = f"did you mean python -m runner.{argument}?"
         elif (before not in _TEXTS or "." in key) and key.lstrip("+").partition(".")[0] in _KEYS | ADDED:
-            plus = "+" if key in ADDED else ""
-            hint = f"write {plus}{key}={value if value and '=' not in value else '…'}"
+            meant = f"+{key}=" if key in ADDED else f"{key}="
+            hint = f"write {shlex.quote(meant + value) if value and '=' not in value else meant + '…'}"
         elif equals and argument:
             hint = f"write key=value; or, as one text with what is before it, '{before}={text} {argument}'"
         else:
@@ -145,7 +149,8 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
             key = f"++{key}"
         elif key in ADDED:
             key = f"+{key}"
-        if (key.lstrip("+") in ADDED and value.isdecimal()) or (key in {*_SECTIONS, "deployments"} and value == "null"):
+        is_added = key.lstrip("+") in ADDED
+        if (is_added and _NO_TEXT.fullmatch(value)) or (key in {*_SECTIONS, "deployments"} and value == "null"):
             value = quoted(value)
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
             _require_one_text(key.lstrip("+"), value, multirun=multirun)

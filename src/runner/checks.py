@@ -31,6 +31,7 @@ from runner.config import (
     replicas,
 )
 from runner.errors import ConfigError
+from runner.help import ADDED
 from runner.intervals import samples_for
 from runner.types import Endpoint
 
@@ -524,6 +525,8 @@ def unknown_key_message(path: str) -> str:
     if re.match(r"(\w+)\.\1(\.|$)", path):
         group = path.partition(".")[0]
         return f"unknown key {path!r}. These are the keys of {group!r} already: leave the inner `{group}` out"
+    if added := difflib.get_close_matches(path, ADDED, n=1, cutoff=0.75):
+        return f"unknown key {path!r}. Did you mean +{added[0]}=…?"
     if near := _nearest_keys(path):
         return f"unknown key {path!r}. Did you mean {' or '.join(map(repr, near))}?"
     sections = dict(_sections(path))
