@@ -294,6 +294,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
         (["nowhere"], "nowhere: no run is there"),
         (["."], r".: no run is there"),
         (["runz"], "Did you mean 'runs'?"),
+        (["runs/a/1", "rows.csv"], "rows.csv: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's"),
+        (["runs/a/1", "rows.csv"], "Did you mean -o rows.csv?"),
         (["text.sqlite"], "text.sqlite is damaged or no database"),
         (["runs/a/1", "--format", "parquet"], "needs a file"),
         (["runs/a/1", "-o", "no/such/folder/rows.csv"], "there is no folder"),

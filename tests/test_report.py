@@ -344,6 +344,8 @@ def test_a_folder_without_a_run_is_one_message(here: Path, capsys: pytest.Captur
     (here / "runs" / "labels").mkdir(parents=True)
     assert main([str(here / "runs" / "lables")]) == 2
     assert f"Did you mean '{here}/runs/labels'?" in capsys.readouterr().err
+    assert main([str(here / "page.html")]) == 2
+    assert f"Did you mean -o {here}/page.html?" in capsys.readouterr().err
     (here / "results.sqlite").write_text("not a database at all, but a text")
     assert main([str(here)]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -119,7 +119,8 @@ def find_runs(paths: Iterator[Path]) -> list[ExportedRun]:
         for folder in sorted((store.parent for store in path.rglob(RUN_DATABASE)), key=partial(place_of, names)):
             found.setdefault(folder / RUN_DATABASE, names.get(folder.name, ""))
         if not found and not sharded:
-            way_out = suggestion(str(path)) if not path.exists() else ""
+            is_output = path.suffix.removeprefix(".") in FORMATS and not path.is_dir()
+            way_out = f" Did you mean -o {path}?" if is_output else suggestion(str(path)) if not path.exists() else ""
             raise ConfigError(
                 f"{path}: no run is there; name a run's folder (runs/NAME/RUN_ID), a sweep's (runs/NAME/sweep-ID), or"
                 f" one with runs in it (runs/NAME).{way_out}"

@@ -89,8 +89,11 @@ async def read_runs(paths: Sequence[Path]) -> list[RunFacts]:
         names = cell_names(path)
         folders = sorted(_run_folders(path), key=partial(place_of, names))
         if not folders:
-            way_out = (suggestion(str(path)) if not path.exists() else "") or " Name a folder below runs/"
-            raise ConfigError(f"{path}: there is no run (no results.sqlite), and no sweep.{way_out}")
+            is_output = path.suffix == ".html" and not path.is_dir()
+            way_out = f" Did you mean -o {path}?" if is_output else suggestion(str(path)) if not path.exists() else ""
+            raise ConfigError(
+                f"{path}: there is no run (no results.sqlite), and no sweep.{way_out or ' Name a folder below runs/'}"
+            )
         runs += [await _read_run(folder, names.get(folder.name, "")) for folder in folders]
         unnamed += [run.folder for run in runs[-len(folders) :] if not run.label]
     return _labelled(runs, dict(zip(unnamed, labels_of(unnamed), strict=True)))

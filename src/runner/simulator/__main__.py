@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     """An option for each setting, under its name."""
     parser = argparse.ArgumentParser(
         prog="python -m runner.simulator",
+        usage="%(prog)s [--KEY VALUE …], where --help lists the keys",
         description="Serve a simulated provider with OpenAI's HTTP interface.",
         epilog="GET /ledger counts what was asked and answered; POST /settings changes settings while it runs.",
         argument_default=argparse.SUPPRESS,
