@@ -1172,7 +1172,30 @@ def test_a_text_that_reads_like_several_is_refused_with_both_ways_out(text: str,
     assert arrived("prompt", one.partition("=")[2].replace("…", "a {{ b }},c {{ d }}")) == "a {{ b }},c {{ d }}"
 
 
-@pytest.mark.parametrize("text", ['"Sort: {{ a }}","Label: {{ a }}"', "'Sort: {{ a }}', 'Label: {{ a }}'"])
+@pytest.mark.parametrize("multirun", [False, True])
+def test_quotes_in_a_template_do_not_end_a_quoted_text(multirun: bool) -> None:
+    assert arrived("prompt", '"It\'s {{ row["the text"] }}"', multirun=multirun) == 'It\'s {{ row["the text"] }}'
+    assert arrived("prompt", '"a" and {{ row["b"] }}', multirun=multirun) == '"a" and {{ row["b"] }}'
+
+
+@pytest.mark.parametrize(
+    "texts", [('Sort: {{ row["a b"] }}', '{{ row["a b"] }}: which?'), ('{{ d("a","b") }}', "{{ d('a','b') }}")]
+)
+def test_a_multirun_sweeps_over_quoted_texts_with_quotes_in_their_templates(texts: tuple[str, str]) -> None:
+    _, argument = friendly(["-m", f'prompt="{texts[0]}", "{texts[1]}"'])
+
+    override = OverridesParser.create().parse_override(argument)
+    assert [getattr(each, "text", each) for each in override.sweep_iterator()] == list(texts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"Sort: {{ a }}","Label: {{ a }}"',
+        "'Sort: {{ a }}', 'Label: {{ a }}'",
+        '"Sort: {{ row["a"] }}","{{ row["a"] }}: which?"',
+    ],
+)
 def test_several_texts_without_a_multirun_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="add -m"):
         arrived("prompt", text)

@@ -43,7 +43,9 @@ _OPTIONS: Mapping[str, Sequence[str] | None] = {
 }
 """What begins with a dash, and the values that it takes: these, none, or, with None, any one."""
 
-_SEVERAL_TEXTS = re.compile(r"""(?:"[^"]*"|'[^']*')(?:,\s*(?:"[^"]*"|'[^']*'))+""")
+_QUOTED_TEXT = re.compile(r""""[^"]*"|'[^']*'""")
+_QUOTED_TEXTS = re.compile(rf"(?:{_QUOTED_TEXT.pattern})(?:,\s*(?:{_QUOTED_TEXT.pattern}))*")
+_SEVERAL_TEXTS = re.compile(rf"(?:{_QUOTED_TEXT.pattern})(?:,\s*(?:{_QUOTED_TEXT.pattern}))+")
 
 _TEMPLATE = re.compile(r"(\{[{%#]).*?[}%#]\}", re.DOTALL)
 """What Jinja takes for its own, whose commas separate nothing."""
@@ -152,6 +154,10 @@ def friendly(arguments: Sequence[str]) -> Iterator[str]:
         is_added = key.lstrip("+") in ADDED
         if (is_added and _NO_TEXT.fullmatch(value)) or (key in {*_SECTIONS, "deployments"} and value == "null"):
             value = quoted(value)
+        if key.lstrip("+") in _TEXTS and (texts := _quoted_texts(parser, value)):
+            if len(texts) > 1 and not multirun:
+                raise _no_sweep(value)
+            value = ",".join(map(quoted, texts))
         if key.lstrip("+") in _TEXTS and _is_prose(parser, value, multirun=multirun):
             _require_one_text(key.lstrip("+"), value, multirun=multirun)
             value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
@@ -192,6 +198,17 @@ def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
+def _quoted_texts(parser: OverridesParser, value: str) -> list[str]:
+    """The texts of ``"{{ row["a"] }}","{{ row["b"] }}"``, where Hydra takes a template's quotes for a text's end.
+
+    Empty where it reads them itself, or they are no texts in quotes.
+    """
+    without = _TEMPLATE.sub(lambda found: "_" * len(found[0]), value)
+    if _parses(parser, f"text={value}") or "\\" in value or not _QUOTED_TEXTS.fullmatch(without):
+        return []
+    return [value[found.start() + 1 : found.end() - 1] for found in _QUOTED_TEXT.finditer(without)]
+
+
 def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
     """Whether a text is to be taken as it stands. Hydra's own are quoted ones, ``null``, and what a multirun sweeps.
 
@@ -211,7 +228,7 @@ def _is_prose(parser: OverridesParser, value: str, *, multirun: bool) -> bool:
 def _require_one_text(key: str, value: str, *, multirun: bool) -> None:
     """Refuse a text that was to be several: all rows would be asked with all of them at once."""
     if not multirun and _SEVERAL_TEXTS.fullmatch(value):
-        raise ConfigError(f"several texts ({value[:40]}…) make a sweep: add -m")
+        raise _no_sweep(value)
     separator = _AFTER_A_LISTED_TEXT if value.startswith("[") else _AFTER_A_TEXT
     texts = separator.split(_TEMPLATE.sub(r"\1", value))
     if len(texts) > 1 and all("{{" in text and re.search(r"\w", text) for text in texts):
@@ -220,6 +237,10 @@ def _require_one_text(key: str, value: str, *, multirun: bool) -> None:
             f""" -m '{key}="Sort: {{{{ text }}}}","Label: {{{{ text }}}}"'. If it is one, around the whole:"""
             f""" '{key}="…"'"""
         )
+
+
+def _no_sweep(value: str) -> ConfigError:
+    return ConfigError(f"several texts ({value[:40]}…) make a sweep: add -m")
 
 
 def _parses(parser: OverridesParser, argument: str) -> bool:
