@@ -533,14 +533,25 @@ async def test_a_request_that_hangs_is_named_by_its_row_and_ends_at_the_default_
     assert named[0].startswith("row 7 has been waiting for openai_like/m for ")
 
 
+@pytest.mark.parametrize(("field", "spelt"), [("text", "{{ text }}"), ("the text", '{{ row["the text"] }}')])
 async def test_a_prompt_that_names_no_field_is_noted_and_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str, spelt: str
 ) -> None:
     async with serving() as provider:
         experiment = Experiment(tmp_path, api_base=provider.url)
-        report = await experiment([{"id": 1, "text": "one"}, {"id": 2, "text": "two"}], prompt="Classify the ticket.")
+        report = await experiment([{"id": 1, field: "one"}, {"id": 2, field: "two"}], prompt="Classify the ticket.")
 
     assert report.exit_code == 0
-    assert "the first 2 rows ask the very same: does prompt name a field of theirs, as in {{ text }}?" in (
-        capsys.readouterr().err
-    )
+    told = f"the first 2 rows ask the very same: does prompt name a field of theirs, as in {spelt}?"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['"Classify: {{ text }}', '"Classify {{ row["text"] }}'])
+async def test_a_quote_that_nothing_closes_is_noted_and_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    async with serving() as provider:
+        report = await Experiment(tmp_path, api_base=provider.url)([{"text": "one"}], prompt=text)
+
+    assert report.exit_code == 0
+    assert 'prompt begins with a quote that nothing closes, and is sent with it: "Classify' in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from runner.dataset import Row
 from runner.errors import ConfigError, RowError
 from runner.names import import_name
-from runner.prompt import Ask, PromptBuilder
+from runner.prompt import Ask, PromptBuilder, is_half_quoted
 from runner.types import Endpoint
 
 CHAT, TEXT, RESPONSES = Endpoint.chat_completion, Endpoint.text_completion, Endpoint.responses
@@ -322,6 +322,21 @@ def test_check_spells_a_field_whose_name_is_no_identifier(text: str, hint: str) 
     with pytest.raises(ConfigError) as caught:
         builder(text).check([row(**{"ticket text": "Who?", "ticket-nr": 1})])
     assert str(caught.value).endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_half"),
+    [
+        ('"Sort: {{ text }}', True),
+        ('"Sort: {{ row["a b"] }} {# "one" #}', True),
+        ('"Sort" it: {{ text }}', False),
+        ('A board of 5"', False),
+        ("'Tis {{ text }}", False),
+        ("", False),
+    ],
+)
+def test_half_of_a_pair_of_quotes_is_told_from_quotes_of_the_text(text: str, is_half: bool) -> None:
+    assert is_half_quoted(text) is is_half
 
 
 def test_a_name_with_a_space_is_told_how_it_is_written() -> None:

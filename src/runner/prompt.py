@@ -243,7 +243,7 @@ class Template:
             self._pieces = _pieces(tree)
         except TemplateSyntaxError as error:
             spaced = re.search(r"\{\{\s*(\w+(?: \w+)+)\s*\}\}", text)
-            hint = f". A field of this name is {_spelt(spaced[1])}" if spaced else ""
+            hint = f". A field of this name is {spelt(spaced[1])}" if spaced else ""
             raise ConfigError(f"{key}, line {error.lineno}: {error.message}{hint}") from None
         if list(meta.find_referenced_templates(tree)):
             raise ConfigError(f"{key}: a template stands alone: it cannot include, import or extend another")
@@ -281,7 +281,7 @@ class Template:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 near += [each for each in known if name in re.split(r"\W+", each)]  # {{ ticket-text }} names two
-                hint = f"Did you mean {_spelt(near[0])}?" if near else f"If rows may lack it: {_spelt(name, _DEFAULT)}"
+                hint = f"Did you mean {spelt(near[0])}?" if near else f"If rows may lack it: {spelt(name, _DEFAULT)}"
                 raise ConfigError(f"{self._key} names the field {name!r}, which no row has ({_fields(known)}). {hint}")
 
 
@@ -349,8 +349,13 @@ def _provided(tree: Any) -> list[Any]:
     return [node.node for node in tree.find_all((nodes.Test, nodes.Filter)) if node.name in handlers]
 
 
-def _spelt(name: str, rest: str = "") -> str:
-    """A field as a template has it."""
+def is_half_quoted(template: str) -> bool:
+    """Whether a text begins with a quote that nothing closes, such as one half of a pair forgotten in a shell."""
+    return template.startswith('"') and re.sub(r"\{[{%#].*?[}%#]\}", "", template, flags=re.DOTALL).count('"') == 1
+
+
+def spelt(name: str, rest: str = "") -> str:
+    """A field as a template has it, followed by what else is to be done with it."""
     field = name if name.isidentifier() else f"{_ROW}[{json.dumps(name, ensure_ascii=False)}]"
     return f"{{{{ {field}{rest} }}}}"
 

@@ -16,7 +16,7 @@ from runner.dataset import Row, count_rows, open_dataset
 from runner.digests import Digests
 from runner.errors import DatasetError, ItemError, RowError
 from runner.identity import ContentHasher, dump_text
-from runner.prompt import Ask
+from runner.prompt import Ask, is_half_quoted, spelt
 from runner.response_format import ResponseFormat
 from runner.scoring import Scorers
 from runner.task import Item, suffixes_of, task_of
@@ -112,6 +112,9 @@ class Workload:
             yield f"dataset.path={whole.path}: {skipped}: their names end with none of {', '.join(self._suffixes)}"
 
     def _doubts(self, rows: Sequence[Row]) -> Iterator[str]:
+        for key, text in (("prompt", self._config.prompt), ("system", self._config.system)):
+            if text and is_half_quoted(text):
+                yield f"{key} begins with a quote that nothing closes, and is sent with it: {text[:40]}…"
         asks: list[Ask] = []
         for row in rows:
             with suppress(ItemError):
@@ -121,7 +124,7 @@ class Workload:
             longest = max(rows[0].fields.items(), key=lambda field: len(str(field[1])), default=("FIELD", None))
             yield (
                 f"the first {len(asks)} rows ask the very same: does prompt name a field of theirs, as in"
-                f" {{{{ {longest[0]} }}}}?"
+                f" {spelt(longest[0])}?"
             )
 
     def _items_of(self, row: Row) -> Sequence[Item]:
