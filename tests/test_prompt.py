@@ -121,6 +121,8 @@ def test_a_template_that_cannot_be_compiled_is_a_configuration_error(key: str, t
         ("{{ question + n }}", "TypeError"),
         ("{{ nothing }}", r"the field 'nothing' is null; \{\{ nothing or '' \}\} leaves it out$"),
         ("{{ nothing | default('') }}!", r"the field 'nothing' is null; \{\{ nothing or '' \}\} leaves it out$"),
+        ("{{ row['no one'] }}", r"the field 'no one' is null; \{\{ row\[\"no one\"\] or '' \}\} leaves it out$"),
+        ("{{ row['nobody'] }}", "has no attribute 'nobody' .fields: question, n"),
         ("{{ {'a': None}.a }}", r"a value is null; \{\{ FIELD or '' \}\} leaves it out$"),
         ("{{ n / 0 }}", "ZeroDivisionError"),
         ("{{ question.__class__.__mro__ }}", "SecurityError"),
@@ -133,7 +135,7 @@ def test_a_template_that_cannot_be_compiled_is_a_configuration_error(key: str, t
 def test_a_template_that_fails_on_a_row_fails_that_row_only(key: str, text: str, problem: str) -> None:
     build = builder(text) if key == "prompt" else builder("fine", system=text)
     with pytest.raises(RowError, match=rf"^rows.jsonl:17: {key}: .*{problem}"):
-        build(row(question="Who?", n=1, tags=[], nothing=None))
+        build(row(question="Who?", n=1, tags=[], nothing=None, **{"no one": None}))
 
 
 def test_a_row_that_could_not_be_read_keeps_its_error() -> None:

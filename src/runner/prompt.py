@@ -263,10 +263,10 @@ class Template:
         try:
             return self._template.render({_ROW: row.fields, **row.fields} if _ROW in self._names else row.fields)
         except _NullError as error:
-            name = next((each for each in self._names if row.fields.get(each, "") is None), None)
+            name = next((each for each in (*self._names, *self._items) if row.fields.get(each, "") is None), None)
             what = "a value is null" if name is None else f"the field {name!r} is null"
-            hint = f"{{{{ {name or 'FIELD'} or '' }}}} leaves it out"
-            raise RowError(f"{row.source}: {self._key}: {what}; {hint}") from error
+            without = spelt(name or "FIELD", " or ''")
+            raise RowError(f"{row.source}: {self._key}: {what}; {without} leaves it out") from error
         except Exception as error:  # filters and operators raise what they like, over values of any type
             what = f"{type(error).__name__}: {error} ({_fields(row.fields)})"
             raise RowError(f"{row.source}: {self._key}: {what}") from error
