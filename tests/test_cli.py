@@ -309,6 +309,10 @@ BAD_INPUT = {
         "or, as one text with what is before it, 'prompt=Say name'",
     ),
     "a command of its own": (["doctor"], "'doctor': did you mean python -m runner.doctor?"),
+    "a price that is null": (
+        ["prompt=x", "deployments.a.model=openai_like/a", "deployments.a.price.prompt=null"],
+        "deployments.a.price.prompt=null: it cannot be null",
+    ),
     "two experiments": (
         ["+experiment=quickstart", "+experiment=bench"],
         "choose one, or, with -m, +experiment=ONE,TWO",

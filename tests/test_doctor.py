@@ -131,6 +131,14 @@ async def test_a_server_that_is_not_there_is_a_fault() -> None:
     assert "nobody listens" in fault
 
 
+async def test_a_server_that_hangs_up_is_a_fault() -> None:
+    async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        [fault] = faults(await findings(experiment(url)))
+
+    assert fault.startswith(f"the server is there, and does not answer: {url}/models cannot be read")
+
+
 async def test_a_server_without_a_list_of_models_is_noted_only() -> None:
     async with serving(lambda asked: web.Response(status=404)) as server:
         found = await findings(experiment(server.url))

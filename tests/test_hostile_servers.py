@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import re
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +16,7 @@ from typing import TypeAlias
 
 import pytest
 
-from harness import Command
+from harness import Command, serving
 from runner import errors
 from runner.transports.direct import DirectTransport
 from runner.types import Generation, GenerationRequest, TokenUsage
@@ -30,7 +29,9 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
 BODY = b'{"choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}], "usage": %s}'
 GOOD = BODY % b"null"
-CERTIFICATE = Path(__file__).parent / "data" / "elsewhere.pem"  # of elsewhere.example, signed by itself
+OF_ANOTHER_HOST = Path(__file__).parent / "data" / "elsewhere.pem"  # of elsewhere.example, signed by itself
+OF_LOCALHOST = Path(__file__).parent / "data" / "localhost.pem"  # likewise
+HI = ("name=t", "prompt=Hi", "tracker=none", "model=openai_like/m")
 
 
 def once(*parts: bytes) -> Send:
@@ -194,25 +195,54 @@ async def test_a_paid_answer_survives_odd_counts(usage: str) -> None:
     assert response.usage == TokenUsage(total_tokens=12)
 
 
-@pytest.mark.parametrize("is_trusted", [False, True], ids=["unknown", "of another host"])
-async def test_a_wrong_certificate_is_refused_before_anything_is_sent(command: Command, is_trusted: bool) -> None:
+async def test_a_trusted_certificate_of_the_host_is_taken(command: Command) -> None:
+    async with listening(sized(GOOD), speaking(OF_LOCALHOST)) as address:
+        done = await command(*HI, f"api_base=https://{address}", SSL_CERT_FILE=str(OF_LOCALHOST))
+    assert done.exit_code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("trusted", "why"),
+    [({}, "self-signed certificate"), ({"SSL_CERT_FILE": str(OF_ANOTHER_HOST)}, "IP address mismatch")],
+    ids=["unknown", "of another host"],
+)
+async def test_a_wrong_certificate_is_refused_before_anything_is_sent(
+    command: Command, trusted: dict[str, str], why: str
+) -> None:
     asked: list[bytes] = []
 
     async def send(writer: asyncio.StreamWriter) -> None:
         asked.append(b"")
         await sized(GOOD)(writer)
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(CERTIFICATE)
-    trusted = {"SSL_CERT_FILE": str(CERTIFICATE)} if is_trusted else {}
-    async with listening(send, context) as address:
-        done = await command(
-            *("name=t", "prompt=Hi", "tracker=none", "retry.max_retries=0", "routing.max_wait_s=0"),
-            *("model=openai_like/m", f"api_base=https://{address}"),
-            OPENAI_LIKE_API_KEY=KEY,
-            **trusted,
-        )
-    assert done.exit_code not in (0, 70), done.err
-    assert re.search("certificate", done.err, re.IGNORECASE), done.err
+    async with listening(send, speaking(OF_ANOTHER_HOST)) as address:
+        done = await command(*HI, f"api_base=https://{address}", OPENAI_LIKE_API_KEY=KEY, **trusted)
+    assert done.exit_code == 2, done.err
+    assert f"api_base=https://{address}: its certificate is refused ({why}" in done.err
     assert not asked
     assert KEY not in done.out + done.err
+
+
+async def test_a_certificate_that_is_replaced_by_a_wrong_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(OF_LOCALHOST))
+    async with listening(sized(GOOD), speaking(OF_ANOTHER_HOST)) as address:
+        client = DirectTransport(model="m", api_base=f"https://{address}", api_key=KEY)
+        with pytest.raises(errors.ConnectError, match=r"(?i)certificate"):
+            await client.send(GenerationRequest(input="Hi."))
+        await client.aclose()
+
+
+async def test_an_address_of_https_where_nobody_speaks_tls_is_refused_at_once(command: Command) -> None:
+    async with serving() as provider:
+        address = provider.url.replace("http://", "https://")
+        done = await command(*HI, f"api_base={address}")
+    assert done.exit_code == 2, done.err
+    assert f"api_base={address}: what listens there speaks no TLS" in done.err
+    assert done.err.endswith("write http:// if that is meant\n")
+
+
+def speaking(certificate: Path) -> ssl.SSLContext:
+    """The side of a server with this certificate and its key."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context

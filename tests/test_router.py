@@ -292,12 +292,13 @@ async def test_those_that_come_long_after_an_outage_are_patient_again() -> None:
 
 
 @virtual_time
-async def test_an_address_where_nobody_ever_listened_is_given_half_a_minute() -> None:
+async def test_an_address_where_nobody_ever_listened_is_given_half_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     server = Server("a")
     server.error = ConnectError("cannot connect")
     with pytest.raises(NoDeploymentError, match="cannot connect"):
         await Fleet(server).ask()
     assert UNREACHABLE_S <= now() < UNREACHABLE_S + 5
+    assert "requests wait for up to 30 s (no connection was ever made): cannot connect" in warnings(caplog)[0]
 
 
 @virtual_time

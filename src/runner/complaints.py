@@ -175,7 +175,7 @@ _EXPLANATIONS = (
     (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),
     (r"Cannot merge DictConfig with ListConfig", _no_keys),
     (r"Cannot convert '(List|list|Dict|dict)(?:Config)?' to string.*\s+full_key: (\S+)", _no_text),
-    (r"field '\S+' is not Optional\s+full_key: (\S+)", _no_value),
+    (r"(?:field '\S+' is not Optional|Incompatible value 'None' for .*)\s+full_key: (\S+)", _no_value),
     (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
     (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
     (r"Could not find '([^']+)'\s+Available options in '([^']+)':((?:\n\t\S+)*)", _unknown_option),

@@ -26,7 +26,7 @@ from runner import figures
 from runner.budget import check_budget
 from runner.checks import check, without_effect
 from runner.config import DeploymentConfig, RunnerConfig, TaskKind, TrackerKind, asked_kind, replicas
-from runner.errors import BAD_CONFIG, FINISHED, ConfigError, ItemError, RequestError
+from runner.errors import BAD_CONFIG, FINISHED, APIConnectionError, ConfigError, ItemError, RequestError, Timeout
 from runner.progress import printable, say, write
 from runner.quota import readings
 from runner.transports import DIRECT, base_of, check_addresses, key_of, open_transport, wire
@@ -254,6 +254,8 @@ async def _look_at_server(
             where, right = wire.address(base), wire.address(meant)
             setting = "api_base" if label == deployment.model else f"deployments.{label}.api_base"
             return _fault(label, f"there is no API at {where}, but there is one at {right}: set {setting}={right}")
+        if isinstance(error, (APIConnectionError, Timeout)):
+            return _fault(label, f"the server is there, and does not answer: {error}")
         return _note(label, f"the server is there, but its list of models is not: {error}")
     if listed and model not in listed:
         some = ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")

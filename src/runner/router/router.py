@@ -68,7 +68,8 @@ class Router:
         strategy: Chooses among those that can take a request.
         failover: Whether a request that failed is sent elsewhere at once. Otherwise it is tried again like any other.
         max_wait_s: How long requests wait while all are out, before they fail with a `NoDeploymentError`. The end of a
-            pause is waited for longer, up to `PATIENCE_S`; where all pauses are longer than that, nothing is.
+            pause is waited for longer, up to `PATIENCE_S`; where all pauses are longer than that, nothing is. Where no
+            connection was ever made, it is `UNREACHABLE_S` at most.
         is_full: Whether no more requests can come before some come back.
     """
 
@@ -248,7 +249,7 @@ class Router:
 
     def _delay(self, now: float) -> float:
         """Seconds until something may have changed without anybody's coming back."""
-        due = [math.inf if self._out_since is None else self._out_since + self._patience_s(self._out_since)]
+        due = [math.inf if self._out_since is None else self._out_since + self._patience(self._out_since)[0]]
         for replica in self._replicas:
             if replica.paused_until > now:
                 due.append(replica.paused_until)
@@ -265,7 +266,7 @@ class Router:
             self._out_since = now
             wait_s = max(_TOLD_AFTER_S, self._silent_until - now)
             asyncio.get_running_loop().call_later(wait_s, self._tell_if_out, now)
-        if now - self._out_since >= self._patience_s(self._out_since):
+        if now - self._out_since >= self._patience(self._out_since)[0]:
             self._dismiss(f"no deployment has answered for {now - self._out_since:.0f} s: {self._causes()}")
 
     def _dismiss(self, message: str) -> None:
@@ -275,16 +276,19 @@ class Router:
             if not waiter.granted.done():
                 waiter.granted.set_exception(NoDeploymentError(message))
 
-    def _patience_s(self, since: float) -> float:
-        """How long requests wait where all have been out ``since`` then."""
+    def _patience(self, since: float) -> tuple[float, str]:
+        """How many seconds requests wait where all have been out ``since`` then, and what says so."""
         never = all(
             isinstance(replica.circuit.cause, ConnectError) and not replica.answers for replica in self._replicas
         )
         pauses_s = [replica.paused_until - since for replica in self._replicas if replica.circuit.answering]
         if len(pauses_s) == len(self._replicas) and min(pauses_s) > PATIENCE_S:
-            return 0.0
+            return 0.0, "all ask for longer pauses than anybody waits for"
         to_wait_out_s = max((pause_s for pause_s in pauses_s if pause_s <= PATIENCE_S), default=0.0)
-        return max(min(self._max_wait_s, UNREACHABLE_S) if never else self._max_wait_s, to_wait_out_s)
+        usual = (self._max_wait_s, "routing.max_wait_s")
+        if never:
+            usual = min(usual, (UNREACHABLE_S, "no connection was ever made"))
+        return max(usual, (to_wait_out_s, "the longest pause that is asked for"))
 
     def _causes(self) -> str:
         """Why each one is out."""
@@ -304,10 +308,7 @@ class Router:
             self._told, self._silent_until = True, time.monotonic() + _SILENCE_S
             which = "the deployment is" if len(self._replicas) == 1 else f"all {len(self._replicas)} deployments are"
             logger.warning(
-                "%s out, and requests wait for up to %g s (routing.max_wait_s): %s",
-                which,
-                self._patience_s(since),
-                self._causes(),
+                "%s out, and requests wait for up to %g s (%s): %s", which, *self._patience(since), self._causes()
             )
 
     def _back(self) -> None:

@@ -98,9 +98,9 @@ async def check_addresses(deployments: Mapping[str, DeploymentConfig]) -> None:
     """See whether anybody listens where the deployments are said to be, before the first request.
 
     Raises:
-        ConfigError: Nobody does, at any of them.
+        ConfigError: Nobody does, at any of them, or not by TLS where the address is of ``https``.
     """
-    failures = {label: await _unreachable(base_of(deployment)) for label, deployment in deployments.items()}
+    failures = {label: await _unreachable(deployment) for label, deployment in deployments.items()}
     if all(failures.values()):
         raise ConfigError("; ".join(f"{place_of(label, deployments)}{failure}" for label, failure in failures.items()))
 
@@ -140,10 +140,11 @@ def key_of(deployment: DeploymentConfig) -> str | None:
     return key
 
 
-async def _unreachable(api_base: str | None) -> str | None:
-    """Why no connection to ``api_base`` can be made, if that is certain within a few seconds."""
+async def _unreachable(deployment: DeploymentConfig) -> str | None:
+    """Why no connection to a deployment can be made, if that is certain within a few seconds."""
     from runner.transports.direct import proxy_of
 
+    api_base = base_of(deployment)
     if api_base is None or proxy_of(api_base):
         return None
     url = urlsplit(api_base)
@@ -161,7 +162,34 @@ async def _unreachable(api_base: str | None) -> str | None:
         return f"api_base={api_base}: nobody listens there: start the server, or correct the address"
     except OSError as error:
         return f"api_base={api_base}: no connection ({error.strerror or error}): check the address"
-    writer.close()
-    with suppress(OSError):
-        await writer.wait_closed()
+    try:
+        failure = await _no_tls(writer, url.hostname, deployment) if url.scheme == "https" else None
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+    return f"api_base={api_base}: {failure}" if failure else None
+
+
+async def _no_tls(writer: asyncio.StreamWriter, host: str | None, deployment: DeploymentConfig) -> str | None:
+    """Why this connection cannot go over to TLS, if that is certain. LiteLLM judges certificates by its own rules."""
+    import ssl
+
+    context = ssl.create_default_context()
+    if deployment.transport is TransportKind.litellm or deployment.model.partition("/")[0] not in DIRECT:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            await writer.start_tls(context, server_hostname=host)
+    except ssl.SSLCertVerificationError as error:
+        return (
+            f"its certificate is refused ({error.verify_message}): correct the address, or name the file of"
+            " certificates to trust in the variable SSL_CERT_FILE"
+        )
+    except ssl.SSLEOFError:
+        return None
+    except ssl.SSLError as error:
+        return f"what listens there speaks no TLS ({error.reason}): write http:// if that is meant"
+    except OSError:  # a TimeoutError, too
+        return None
     return None
