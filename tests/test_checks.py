@@ -373,6 +373,16 @@ def test_a_misspelt_parameter_is_refused_with_the_right_one_and_the_way_round() 
 
 
 @pytest.mark.parametrize(
+    ("key", "meant"), [("rpm", "limits.rpm"), ("concurrency", "limits.concurrency"), ("model", "model")]
+)
+def test_a_key_of_the_run_among_the_parameters_is_refused_with_its_place(key: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"request\.{key}: did you mean {meant}\? .* request\.extra_body\.{key}$"):
+        check(RunnerConfig(prompt="x", request={key: 1}))
+
+    check(RunnerConfig(prompt="x", request={"extra_body": {key: 1}}))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"levels": [1, 0]}, "bench.levels=[1, 0]: a number of at least 1"),

@@ -279,6 +279,15 @@ BAD_INPUT = {
     "braces without quotes": (["+experiment=braces"], "braces.yaml:2: found unhashable key. Put a text with a brace"),
     "a colon without quotes": (["+experiment=colon"], "in quotes (prompt: 'Label: {{ text }}')"),
     "a quote that is not closed": (["+experiment=quote"], "quote.yaml:2: the quote that begins here is not closed"),
+    "a key twice": (["+experiment=doubled"], "doubled.yaml:3: found duplicate key prompt: keep one of them"),
+    "no space after a colon": (
+        ["+experiment=spaceless"],
+        "spaceless.yaml: 'rpm:3' stands where keys belong: write KEY: VALUE, with a space after the colon",
+    ),
+    "another package": (
+        ["+experiment=package"],
+        "experiment/package.yaml: write `# @package _global_` as its first line",
+    ),
     "a tab": (["+experiment=tab"], "tab.yaml:3: found character '\\t' that cannot start any token: indent with spaces"),
     "an experiment in Latin-1": (
         ["+experiment=latin"],
@@ -348,6 +357,9 @@ def test_bad_input_is_one_message_and_leaves_no_folder(
     command.write("conf/experiment/braces.yaml", "# @package _global_\nprompt: {{ text }}\n")
     command.write("conf/experiment/colon.yaml", "# @package _global_\nprompt: Label: {{ text }}\n")
     command.write("conf/experiment/quote.yaml", '# @package _global_\nprompt: "{{ text }}\nname: x\n')
+    command.write("conf/experiment/doubled.yaml", "# @package _global_\nprompt: x\nprompt: y\n")
+    command.write("conf/experiment/spaceless.yaml", "# @package _global_\nlimits:\n  rpm:3\n")
+    command.write("conf/experiment/package.yaml", "# @package _globl_\ndefaults:\n  - override /dataset: csv\n")
     command.write("conf/experiment/tab.yaml", "# @package _global_\nlimits:\n\trpm: 3\n")
     (command.folder / "conf/experiment/latin.yaml").write_bytes("# @package _global_\nprompt: für\n".encode("latin-1"))
 

@@ -43,6 +43,7 @@ def check(config: RunnerConfig) -> None:
         ConfigError: The first problem found, naming its key.
     """
     check_secrets(config)
+    _reject_misplaced(config.request)
     check_request("request", config.request)
     for label, deployment in config.deployments.items():
         check_deployment(f"deployments.{label}", deployment)
@@ -320,6 +321,26 @@ _PARAMETERS = (
     *("dimensions", "encoding_format", "input_type", "language", "prompt", "best_of", "echo", "suffix", "include"),
 )
 """Parameters that a misspelt one is compared with."""
+
+
+_ELSEWHERE = {
+    **{key: f"limits.{key}" for key in (*LIMIT_KEYS, "concurrency")},
+    **dict.fromkeys(("max_retries", "num_retries"), "retry.max_retries"),
+    **dict.fromkeys(("api_base", "base_url"), "api_base"),
+    **dict.fromkeys(("messages", "input"), "prompt"),
+    "model": "model",
+    "system": "system",
+}
+"""What is looked for among the parameters and has a key of its own."""
+
+
+def _reject_misplaced(request: Mapping[str, Any]) -> None:
+    """Refuse ``request.rpm``, which limits nothing, and ``request.model``, which is counted as another model."""
+    for key, meant in _ELSEWHERE.items():
+        if key in request:
+            raise ConfigError(
+                f"request.{key}: did you mean {meant}? If the server really has {key!r}, write request.extra_body.{key}"
+            )
 
 
 def _reject_misspelt(prefix: str, request: Mapping[str, Any], known: Sequence[str]) -> None:

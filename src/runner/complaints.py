@@ -50,10 +50,12 @@ def _no_yaml(error: MarkedYAMLError) -> str:
         advice = "the quote that begins here is not closed"
     elif "'\\t'" in str(error.problem):
         advice = f"{error.problem}: indent with spaces"
+    elif "duplicate key" in str(error.problem):
+        advice = f"{error.problem}: keep one of them"
     else:
         advice = (
-            f"{error.problem}. Put a text with a brace, colon or quote in quotes (prompt: 'Label: {{{{ text }}}}'), and"
-            " begin a section's keys in one column"
+            f"{error.problem}. Put a text with a brace, colon or quote in quotes (prompt: 'Label: {{{{ text }}}}'), a"
+            " space after a key's colon, and the keys of a section in one column"
         )
     return f"{mark.name}:{mark.line + 1}: {advice}"
 
@@ -103,6 +105,12 @@ def _no_list(found: re.Match[str]) -> str:
 def _no_keys(found: re.Match[str]) -> str:
     """``deployments: [{model: …}]`` in a file, of which Hydra does not say the key."""
     return "a list stands where names or keys belong: write NAME: {…}, with a name of your own for each entry"
+
+
+def _no_space(found: re.Match[str]) -> str:
+    """``tracker:`` with ``kind:none`` below it."""
+    value = found[1]
+    return f"{value!r} stands where keys belong: write KEY: VALUE, with a space after the colon"
 
 
 def _no_text(found: re.Match[str]) -> str:
@@ -162,7 +170,7 @@ _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "slurm", "submiti
 """Our extras that bring Hydra's launchers."""
 
 _EXPLANATIONS = (
-    (r"(?s)In 'experiment/.*(Could not override '\w+@experiment\.|Key 'experiment' not in)", _lacks_package),
+    (r"(?s)In 'experiment/.*(Could not override '\w+@\w+\.|Key 'experiment' not in)", _lacks_package),
     (r"(?s)In 'experiment/.*Could not (?:find|override) 'experiment/(\w+)[/@]\w+'", _default_of_root),
     (r"Multiple values for \w+\. To override a value use 'override (\w+): (\w+)'", _second_default),
     (r"Could not override '([^']+)'\.(?:.*\n)*.*not in", lambda found: unknown_key_message(found[1])),
@@ -174,6 +182,7 @@ _EXPLANATIONS = (
     (r"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.\s+full_key: (\S+)", _no_list),
     (r"Invalid type assigned: \w+ is not a subclass of (\w+)\. value: (.*)\s+full_key: (\S+)", _no_section),
     (r"Cannot merge DictConfig with ListConfig", _no_keys),
+    (r"Merge error: \w+ is not a subclass of \w+\. value: (.*)", _no_space),
     (r"Cannot convert '(List|list|Dict|dict)(?:Config)?' to string.*\s+full_key: (\S+)", _no_text),
     (r"(?:field '\S+' is not Optional|Incompatible value 'None' for .*)\s+full_key: (\S+)", _no_value),
     (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
