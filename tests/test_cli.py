@@ -1195,7 +1195,12 @@ def test_quotes_in_a_template_do_not_end_a_quoted_text(multirun: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "texts", [('Sort: {{ row["a b"] }}', '{{ row["a b"] }}: which?'), ('{{ d("a","b") }}', "{{ d('a','b') }}")]
+    "texts",
+    [
+        ('Sort: {{ row["a b"] }}', '{{ row["a b"] }}: which?'),
+        ('{{ d("a","b") }}', "{{ d('a','b') }}"),
+        ('{{ text | replace("\\n", " ") }}', 'A:\\n{{ text | replace("\\\\n", "b") }}'),
+    ],
 )
 def test_a_multirun_sweeps_over_quoted_texts_with_quotes_in_their_templates(texts: tuple[str, str]) -> None:
     _, argument = friendly(["-m", f'prompt="{texts[0]}", "{texts[1]}"'])

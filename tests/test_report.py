@@ -329,6 +329,19 @@ def test_answers_of_another_run_are_no_speed_and_no_latency_of_this_one(here: Pa
     assert (facts.latencies_s, facts.rate) == ([], [])
 
 
+def test_a_run_has_its_colour_in_all_plots_and_its_name_beside_a_line_alone(here: Path) -> None:
+    run(["name=other", "prompt=Hello.", "samples=3", "tracker=none"])
+    run(["-m", "name=mine", "prompt=Hello.,Goodbye.", "samples=3", "tracker=none", "reuse=true"])
+
+    page = written(next(here.glob("runs/mine/sweep-*")))
+
+    [latency] = re.findall(r"<h3>Latency</h3>.*?</section>", page, re.DOTALL)
+    assert 'class="line c1"' in latency
+    assert 'class="line c0"' not in latency
+    assert '<i class="key c1"></i>prompt=Goodbye.' in latency
+    assert 'class="bar c1"' in page
+
+
 def test_rows_that_are_not_on_the_page_are_said_to_be_elsewhere(here: Path) -> None:
     run(["name=quick", "prompt=Hello.", "samples=25", "tracker=none"])
 

@@ -204,7 +204,7 @@ def _quoted_texts(parser: OverridesParser, value: str) -> list[str]:
     Empty where it reads them itself, or they are no texts in quotes.
     """
     without = _TEMPLATE.sub(lambda found: "_" * len(found[0]), value)
-    if _parses(parser, f"text={value}") or "\\" in value or not _QUOTED_TEXTS.fullmatch(without):
+    if _parses(parser, f"text={value}") or re.search(r"""\\["']""", value) or not _QUOTED_TEXTS.fullmatch(without):
         return []
     return [value[found.start() + 1 : found.end() - 1] for found in _QUOTED_TEXT.finditer(without)]
 

@@ -17,6 +17,7 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     note: str = ""  # shown after the name: why there is no line, for example
+    place: int | None = None  # of its run among all, which it has its colour by; None: its place in this chart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Bar:
     text: str
     low: float | None = None
     high: float | None = None
+    place: int | None = None  # as for a line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -134,24 +134,36 @@ def _scores(runs: Sequence[RunFacts]) -> Iterator[Chart]:
             note="Means with their 95 % intervals. Where intervals overlap much, the difference may be chance.",
             x=f"{name}, mean",
             values=[
-                Bar(name=run.label, value=score.mean, text=figures.score(score.mean), low=score.low, high=score.high)
-                for run in runs
+                Bar(
+                    name=run.label,
+                    value=score.mean,
+                    text=figures.score(score.mean),
+                    low=score.low,
+                    high=score.high,
+                    place=place,
+                )
+                for place, run in _placed(runs)
                 if (score := run.scores.get(name))
             ],
         )
 
 
 def _over_time(runs: Sequence[RunFacts]) -> Iterator[Chart]:
-    """Each run has its place in both charts, and so its colour, whether it has a line there or not."""
-    shown = [run for run in runs if run.latencies_s or run.rate][:_SERIES]
+    """Each run that was asked anything is named in both charts, whether it has a line there or not."""
+    shown = [(place, run) for place, run in _placed(runs) if run.latencies_s or run.rate][:_SERIES]
     yield Lines(
         title="Latency",
         note="Service time of answered requests: which share of them took so long at most.",
         x="seconds",
         y="share of the requests",
         series=[
-            Series(name=run.label, points=_shares(run.latencies_s), note="" if run.latencies_s else "no answer")
-            for run in shown
+            Series(
+                name=run.label,
+                points=_shares(run.latencies_s),
+                note="" if run.latencies_s else "no answer",
+                place=place,
+            )
+            for place, run in shown
         ],
     )
     yield Lines(
@@ -160,20 +172,21 @@ def _over_time(runs: Sequence[RunFacts]) -> Iterator[Chart]:
         x="seconds since the first answer",
         y="answers per second",
         series=[
-            Series(name=run.label, points=run.rate, note="" if run.rate else "too short for a line") for run in shown
+            Series(name=run.label, points=run.rate, note="" if run.rate else "too short for a line", place=place)
+            for place, run in shown
         ],
     )
 
 
 def _totals(runs: Sequence[RunFacts]) -> Iterator[Chart]:
-    costs = [(run.label, cost) for run in runs if (cost := run.summary.get("cost_usd")) is not None]
+    costs = [(place, run, cost) for place, run in _placed(runs) if (cost := run.summary.get("cost_usd")) is not None]
     yield Bars(
         title="Cost",
         note="Of all that was ever asked in a run, for rows that have changed since too; not of answers taken over.",
         x="US dollars",
         values=[
-            Bar(name=name, value=cost, text=text)
-            for (name, cost), text in zip(costs, figures.dollars_apart([cost for _, cost in costs]), strict=True)
+            Bar(name=run.label, value=cost, text=text, place=place)
+            for (place, run, cost), text in zip(costs, figures.dollars_apart([each[2] for each in costs]), strict=True)
         ],
     )
     kinds = dict.fromkeys(kind for run in runs for kind in run.summary.get("errors") or {})
@@ -182,12 +195,17 @@ def _totals(runs: Sequence[RunFacts]) -> Iterator[Chart]:
         note="Rows that failed, by class.",
         x="rows",
         values=[
-            Bar(name=f"{run.label} {kind}".strip(), value=count, text=f"{count:,}")
-            for run in runs
+            Bar(name=f"{run.label} {kind}".strip(), value=count, text=f"{count:,}", place=place)
+            for place, run in _placed(runs)
             for kind in kinds
             if (count := (run.summary.get("errors") or {}).get(kind))
         ],
     )
+
+
+def _placed(runs: Sequence[RunFacts]) -> Iterator[tuple[int | None, RunFacts]]:
+    """The runs, each with the place that gives it one colour in all charts; a single one needs none."""
+    return ((place if len(runs) > 1 else None, run) for place, run in enumerate(runs))
 
 
 def numeric_key(runs: Sequence[RunFacts]) -> str | None:

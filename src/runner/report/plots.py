@@ -32,7 +32,7 @@ def _lines(chart: Lines) -> Markup:
     up = _Axis.over([0.0, *ys], _HEIGHT - _BOTTOM, _TOP)
     parts = [*_grid(across, up), *_titles(chart.x, chart.y)]
     for number, each in enumerate(series):
-        colour = f"c{number % _COLOURS}"
+        colour = _colour(each, number)
         path = " ".join(f"{across.place(px):.1f},{up.place(py):.1f}" for px, py in each.points)
         parts.append(f'<polyline class="line {colour}" points="{path}"/>')
         if chart.dots or len(each.points) == 1:  # of one point there is no line
@@ -65,7 +65,7 @@ def _bars(chart: Bars) -> Markup:
         start = across.place(0.0)
         parts.append(
             f'<text class="name" x="8" y="{top + 14}">{escape(label)}</text>'
-            f'<rect class="bar c{number % _COLOURS}" x="{min(start, end):.1f}" y="{top + 20}"'
+            f'<rect class="bar {_colour(value, number)}" x="{min(start, end):.1f}" y="{top + 20}"'
             f' width="{abs(end - start):.1f}" height="14" rx="2"/>'
             f'<text class="value" x="{_right_of(value, across):.1f}" y="{top + 31}">{escape(value.text)}</text>'
         )
@@ -145,6 +145,10 @@ def _right_of(value: Bar, across: _Axis) -> float:
     return across.place(max(ends)) + 6
 
 
+def _colour(each: Series | Bar, number: int) -> str:
+    return f"c{(number if each.place is None else each.place) % _COLOURS}"
+
+
 def _figure(parts: Sequence[str], height: int, title: str) -> Markup:
     return Markup(
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
@@ -152,10 +156,10 @@ def _figure(parts: Sequence[str], height: int, title: str) -> Markup:
 
 
 def _legend(series: Sequence[Series]) -> Markup:
-    if len(series) < 2:
+    if len(series) < 2 and all(each.place is None for each in series):
         return Markup("")
     entries = (
-        f'<span class="entry"><i class="key c{number % _COLOURS}"></i>{escape(label)}</span>'
-        for number, label in enumerate(series_labels(series))
+        f'<span class="entry"><i class="key {_colour(each, number)}"></i>{escape(label)}</span>'
+        for number, (each, label) in enumerate(zip(series, series_labels(series), strict=True))
     )
     return Markup(f'<p class="legend">{"".join(entries)}</p>')
