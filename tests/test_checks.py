@@ -131,6 +131,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"simulator": SimulatorConfig(faults=FaultsConfig(reset=1.5))}, r"^simulator\.faults\.reset=1\.5: a share"),
     ({"simulator": SimulatorConfig(faults=FaultsConfig(hang=-0.1))}, r"^simulator\.faults\.hang=-0\.1: a share"),
     *[({"name": name}, "becomes a folder's name") for name in ("", "a/b", ".", "..")],
+    *[({"prompt": prompt}, "^prompt is empty: write a text, or prompt=null") for prompt in ("", " \n")],
+    ({"runs_dir": ""}, "^runs_dir is empty: name a folder"),
     (served(model="x"), r"^deployments\.east\.model='x' has no provider"),
     (served(api_base="host:1"), r"^deployments\.east\.api_base='host:1': a URL begins"),
     (served(limits=DeploymentLimitsConfig(rpm=0)), r"^deployments\.east\.limits\.rpm=0: a number above 0"),

@@ -64,6 +64,10 @@ def check(config: RunnerConfig) -> None:
         if not 0 <= rate <= 1:
             raise ConfigError(f"simulator.faults.{key}={rate}: a share between 0 and 1")
     check_name(config.name)
+    if config.prompt is not None and not config.prompt.strip():
+        raise ConfigError("prompt is empty: write a text, or prompt=null where the rows bring what is asked")
+    if not config.runs_dir:
+        raise ConfigError("runs_dir is empty: name a folder, or leave it out for runs/")
     for key, amount in vars(config.budget).items():
         _above_zero(f"budget.{key}", amount, "a number above 0, or null for no limit")
     _at_least("pilot", config.pilot, 1)
