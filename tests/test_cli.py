@@ -305,7 +305,11 @@ BAD_INPUT = {
     "an experiment with dashes": (["--experiment=quickstart"], "keys have no dashes, write +experiment=…"),
     "a flag with a wrong value": (["--cfg", "prompt=x"], "choose one of job, hydra, all"),
     "a flag without its value": (["prompt=x", "tracker=none", "--config-name="], "--config-name needs a value"),
-    "an argument without =": (["quickstart"], "'quickstart': write key=value. `python -m runner --help`"),
+    "an argument without =": (["labels{}"], "'labels{}': write key=value. `python -m runner --help`"),
+    "an experiment's file": (
+        ["conf/experiment/quickstart.yaml"],
+        "where that is an experiment, +experiment=quickstart",
+    ),
     "an argument without = for a plan": (["prompt=x", "plan=true", "limits.rpm", "300"], "write limits.rpm=300"),
     "a key without its value": (["limits.rpm", "prompt=x"], "'limits.rpm': write limits.rpm=…"),
     "a text after a colon": (["prompt:Say hello"], "write 'prompt=Say hello'"),

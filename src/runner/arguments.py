@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -115,6 +116,8 @@ def _require_overrides(arguments: Sequence[str]) -> None:
             hint = f"write {shlex.quote(meant + value) if value and '=' not in value else meant + '…'}"
         elif equals and argument:
             hint = f"write key=value; or, as one text with what is before it, '{before}={text} {argument}'"
+        elif re.fullmatch(r"[\w./-]*\w", argument):
+            hint = f"write key=value; or, where that is an experiment, +experiment={PurePath(argument).stem}"
         else:
             hint = "write key=value. `python -m runner --help` lists the keys."
         raise ConfigError(f"{argument!r}: {hint}")
