@@ -330,6 +330,8 @@ BAD_INPUT = {
         ["+experiment=quickstart", "+experiment=bench"],
         "choose one, or, with -m, +experiment=ONE,TWO",
     ),
+    "a list of options, one of them none": (["dataset=[csv,jsnl]", "prompt=x"], "dataset=[…]: there is no 'jsnl'"),
+    "a word after an experiment": (["+experiment=quickstart", "job"], "where that is an experiment, +experiment=job"),
     "two paths": (["dataset=jsonl", "dataset.path=[a,b]", "prompt=x"], "dataset.path: a text, and no list"),
     "a key in a deployment": (["deployments.a={model: openai/b, api_key: sk-1}", "prompt=x"], "api_key_env"),
     "a key in a header": (["request.extra_headers.Authorization=sk-1", "prompt=x"], "request.extra_headers"),

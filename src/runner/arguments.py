@@ -114,7 +114,7 @@ def _require_overrides(arguments: Sequence[str]) -> None:
         elif (before not in _TEXTS or "." in key) and key.lstrip("+").partition(".")[0] in _KEYS | ADDED:
             meant = f"+{key}=" if key in ADDED else f"{key}="
             hint = f"write {shlex.quote(meant + value) if value and '=' not in value else meant + '…'}"
-        elif equals and argument:
+        elif equals and argument and before.lstrip("+") not in ADDED:
             hint = f"write key=value; or, as one text with what is before it, '{before}={text} {argument}'"
         elif re.fullmatch(r"[\w./-]*\w", argument):
             hint = f"write key=value; or, where that is an experiment, +experiment={PurePath(argument).stem}"

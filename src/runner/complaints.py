@@ -79,6 +79,13 @@ def _unknown_option(found: re.Match[str]) -> str:
     return no_choice_message(f"{prefix}{group}", option, options)
 
 
+def _unknown_of_several(found: re.Match[str]) -> str:
+    """``dataset=[csv,jsnl]``: Hydra takes a list of options, one over the other."""
+    group, option = found[1], found[2]
+    prefix = "+" if group in ADDED else ""
+    return f"{prefix}{group}=[…]: there is no {option!r}: its options are the files in conf/{group}/"
+
+
 def _no_number(found: re.Match[str]) -> str:
     """``limits.rpm=many``: OmegaConf's words for a value of another type."""
     whole = "whole " if found[2] == "Integer" else ""
@@ -188,5 +195,6 @@ _EXPLANATIONS = (
     (r"Cannot assign \w+ to Dict\[.*\]\s+full_key: (\S+)", _no_mapping),
     (r"Invalid value '(.*)', expected one of \[(.*)\]\s+full_key: (\S+)", _no_choice),
     (r"Could not find '([^']+)'\s+Available options in '([^']+)':((?:\n\t\S+)*)", _unknown_option),
+    (r"Could not load '(\w+)/([^'/]+)'", _unknown_of_several),
 )
 """What to say for a pattern in Hydra's or OmegaConf's words."""
