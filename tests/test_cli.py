@@ -22,6 +22,7 @@ from aiohttp import web
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from markupsafe import escape
 from omegaconf import OmegaConf
 
 from harness import SOURCES, Asked, Command, get, progress_of, read_rows, read_summary, refusal, serving, shout
@@ -30,6 +31,7 @@ from runner.cli import main
 from runner.config import RunnerConfig, SimulatorConfig
 from runner.errors import ConfigError
 from runner.progress import sweep_table
+from runner.report import read_runs, render
 from runner.run import GRACE_S
 from runner.simulator import Simulator
 from wandb_offline import read_offline_run
@@ -143,6 +145,7 @@ async def test_a_jsonl_file_becomes_results_in_its_order(command: Command) -> No
         "errors": {},
         "scores": {},
         "stopped": None,
+        "why": None,
     }
 
     assert {path.name for path in command.run().iterdir()} == {
@@ -964,6 +967,50 @@ async def test_attempts_that_were_to_be_retried_when_the_run_stopped_are_no_retr
     assert len(provider.requests) == 4
     assert "retries 0" in closing
     assert re.search(r"^left to ask +1\n(.*\n)*retries +0$", done.out, re.M), done.out
+
+
+async def test_retries_never_fall_and_are_the_same_in_every_place_and_after_another_session(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(30)])
+    is_down = True
+
+    def answer(asked: Asked) -> web.Response:
+        return refusal(500, "down") if is_down else shout(asked)
+
+    async with serving(answer) as provider:
+        arguments = (
+            *("model=openai_like/a", f"api_base={provider.url}", "prompt=Say {{ n }}", "tracker=none"),
+            *("dataset=jsonl", "dataset.path=rows.jsonl", "limits.concurrency=8", "retry.base_s=0.1"),
+        )
+        stopped = await command(*arguments, "budget.seconds=3")
+        first = read_summary(command.run())["retries"]
+        is_down = False
+        finished = await command(*arguments)
+
+    told = [int(found) for found in re.findall(r"retries (\d+)  ", stopped.err)]
+    assert stopped.exit_code == 4
+    assert told == sorted(told)
+    assert told[-1] == first > 0
+    assert re.search(rf"^retries +{first}\b", stopped.out, re.M)
+    assert finished.exit_code == 0
+    assert read_summary(command.run())["retries"] == first
+
+
+async def test_why_a_run_stopped_is_kept_in_its_log_its_summary_and_a_report(command: Command) -> None:
+    command.write_rows("rows.jsonl", [{"n": n} for n in range(20)])
+    async with serving(lambda asked: refusal(404, "nothing", "no <b>such</b> page")) as provider:
+        stopped = await command(
+            *("model=openai_like/a", f"api_base={provider.url}", "prompt=Say {{ n }}", "tracker=none"),
+            *("dataset=jsonl", "dataset.path=rows.jsonl"),
+        )
+
+    why = read_summary(command.run())["why"]
+    [facts] = await read_runs([command.run()])
+    page = render([facts], title="of a run that stopped")
+    assert stopped.exit_code == 4
+    assert why.startswith("NotFoundError on one row after the other: ")
+    assert why in stopped.err
+    assert why in (command.run() / "runner.log").read_text(encoding="utf-8")
+    assert f"<p>{escape(why)}</p>" in page
 
 
 async def test_answers_of_another_run_are_reused_while_the_run_is_on_too(command: Command) -> None:

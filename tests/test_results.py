@@ -61,7 +61,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 async def test_the_summary_says_what_each_deployment_did(store: Store) -> None:
     for position in range(10):
-        await settle(store, position, output_text="x", deployment="east", service_time_s=1.0 + position)
+        retries = int(position < 3)
+        await settle(
+            store, position, output_text="x", deployment="east", service_time_s=1.0 + position, retries=retries
+        )
     await settle(store, 10, output_text="x", deployment="west", service_time_s=5.0)
     await settle(store, 11, **failed(deployment="west", service_time_s=99.0))
     lost = Attempt(
@@ -373,16 +376,17 @@ async def test_rows_are_counted_by_what_came_of_them(store: Store) -> None:
     assert list(summary["errors"].items()) == [("RowError", 2), ("Timeout", 1)]
 
 
-async def test_retries_are_the_failed_attempts_whether_the_row_has_come_to_its_end_or_not(store: Store) -> None:
+async def test_retries_are_counted_whether_the_row_has_come_to_its_end_or_not(store: Store) -> None:
     await settle(store, 0, output_text="x", deployment="east", retries=1)
-    await store.claim([Claim(position=1, content=content(1), metadata="{}")], Terms(retry_failed=False))
-    for position in range(2):
-        await store.note_attempts([await key_of(store, position)], attempt(cost_usd=0.0))
-    await store.note_lost([[await key_of(store, 1)]])
+    await settle(store, 1, **failed("RateLimit", deployment="east", retries=1))
+    await store.claim([Claim(position=2, content=content(2), metadata="{}")], Terms(retry_failed=False))
+    for position, number in ((0, 1), (1, 1), (2, 1), (2, 2), (2, 3)):
+        await store.note_attempts([await key_of(store, position)], attempt(cost_usd=0.0, number=number))
+    await store.note_lost([[await key_of(store, 2)]])
     await store.flush()
     summary = await summarize(store)
-    assert summary["retries"] == 2
-    assert summary["deployments"]["east"]["retries_by_error"] == {"Timeout": 2}
+    assert summary["retries"] == 4
+    assert summary["deployments"]["east"]["retries_by_error"] == {"Timeout": 4}
 
 
 async def test_an_answer_that_was_given_up_is_no_retry(store: Store) -> None:
@@ -391,7 +395,19 @@ async def test_an_answer_that_was_given_up_is_no_retry(store: Store) -> None:
     await store.start_over()
     for position in range(2):
         await settle(store, position, output_text="x", deployment="east")
-    assert (await summarize(store))["deployments"]["east"]["retries_by_error"] == {"Timeout": 1}
+    assert (await summarize(store))["retries"] == 0
+
+
+async def test_a_row_that_failed_and_is_asked_anew_was_retried_as_often_as_before(store: Store) -> None:
+    await settle(store, 0, **failed("RateLimit", deployment="east", retries=2))
+    for number in (1, 2):
+        await store.note_attempts([await key_of(store, 0)], attempt(cost_usd=0.0, number=number))
+    await store.flush()
+    before = (await summarize(store))["retries"]
+
+    await store.start_over()
+    await settle(store, 0, output_text="x", deployment="east")
+    assert before == (await summarize(store))["retries"] == 2
 
 
 async def test_a_failure_is_no_retry_before_it_is_followed_by_another_attempt(store: Store) -> None:
@@ -405,7 +421,7 @@ async def test_a_failure_is_no_retry_before_it_is_followed_by_another_attempt(st
     await store.flush()
     assert (await summarize(store))["retries"] == 0
 
-    await store.note_attempts(keys[:1], attempt(cost_usd=0.0))
+    await store.note_attempts(keys[:1], attempt(cost_usd=0.0, number=2))
     await store.flush()
     assert (await summarize(store))["retries"] == 1
 
@@ -583,9 +599,9 @@ async def test_a_run_that_only_failed_for_free_cost_nothing(store: Store) -> Non
     assert (await summarize(store))["cost_usd"] == 0.0
 
 
-def attempt(*, cost_usd: float | None) -> Attempt:
+def attempt(*, cost_usd: float | None, number: int = 1) -> Attempt:
     return Attempt(
-        number=1,
+        number=number,
         deployment="east",
         started_at=1.0,
         service_time_s=0.5,

@@ -307,6 +307,8 @@ def _ended(cell: Cell, composed: DictConfig, sweep: Sweep | None) -> Cell:
         message = f"{type(error).__name__}: {error}; {whose}, see {_keep_traceback(folder)}"
         _complain(message)
         return replace(cell, exit_code=BUG, message=message)
+    if report.message:
+        logger.warning(report.message)
     return replace(cell, exit_code=report.exit_code, message=report.message, summary=dict(report.summary))
 
 

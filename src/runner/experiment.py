@@ -293,7 +293,7 @@ async def _conclude(run: Run, store: Store, config: RunnerConfig, folder: Path) 
         await store.flush()
         await write_jsonl(result_rows(store), folder / "results.jsonl")
         summary = await summarize(store)
-        summary["stopped"] = reason.reason if reason else None
+        summary |= {"stopped": reason.reason if reason else None, "why": str(reason) if reason else None}
         summary["concurrency"] = {"window": last.window, "why": last.window_why or None}
         if reason is not None and run.total is not None:
             summary["rows"] = run.total

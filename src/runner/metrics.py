@@ -212,7 +212,7 @@ class Meter:
         self._settled(0)
 
     def retried(self, n: int = 1) -> None:
-        """``n`` attempts have failed and are followed by others; of a negative number, that is called off."""
+        """``n`` attempts that followed failed ones have come to an end."""
         self._retries += n
 
     def reused(self, n: int = 1) -> None:

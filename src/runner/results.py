@@ -152,10 +152,10 @@ async def summarize(*stores: Store) -> dict[str, Any]:
     is ``queue_wait_s``, beside it. ``truncated`` answers were cut off at the limit on their length, ``unparsed`` ones
     do not fit the run's ``response_format``. Rates are answers, rows (with those that share an answer) and tokens per
     second at work, over all ``sessions`` that asked something; where some overlap, the time counts once. Where
-    ``resume=fresh`` asked everything anew, sessions, time and rates begin there. ``retries`` are attempts that failed
-    and were followed by another: not those in which a row failed, or after which the run was stopped. These, cost and
-    rates count all that was asked in this run, for rows that have changed since too; the rest counts what the dataset
-    holds now.
+    ``resume=fresh`` asked everything anew, sessions, time and rates begin there. ``retries`` are attempts that
+    followed a failed one in the same session, once they have come to an end; by class and deployment, they go by what
+    they followed. These, cost and rates count all that was asked in this run, for rows that have changed since too; the
+    rest counts what the dataset holds now.
     ``reused`` rows were answered before the last session, or have their answer from elsewhere, as ``taken_over`` ones
     have that of another run; ``deduplicated`` ones share the answer of another row.
 
@@ -489,26 +489,26 @@ _DEPLOYMENTS = f"""
 """
 
 _RETRIES = """
-    SELECT deployment, error_type, count(*) AS n
-    FROM attempts
-    WHERE NOT shared
-        AND deployment IS NOT NULL
-        AND error_type NOT IN ('GivenUp', 'Lost')
-        AND id NOT IN (
-            SELECT latest.id
-            FROM (SELECT id, content, row_number() OVER (PARTITION BY content ORDER BY id DESC) AS age FROM attempts)
-                AS latest
-            JOIN (
-                SELECT rows.content, count(DISTINCT ticket) AS open
-                FROM rows
-                LEFT JOIN answers USING (ticket)
-                WHERE answers.ticket IS NULL
-                GROUP BY rows.content
-            ) USING (content)
-            WHERE latest.age <= open
+    WITH followed AS (
+        SELECT content, number - 1 AS number, count(*) AS times
+        FROM (
+            SELECT content, number FROM attempts WHERE number > 1 AND NOT shared
+            UNION ALL
+            SELECT content, retries + 1 FROM answers WHERE retries > 0 AND NOT shared
         )
+        GROUP BY content, number
+    )
+    SELECT deployment, error_type, count(*) AS n
+    FROM (
+        SELECT *, row_number() OVER (PARTITION BY content, number ORDER BY id DESC) AS age
+        FROM attempts
+        WHERE NOT shared AND deployment IS NOT NULL AND error_type NOT IN ('GivenUp', 'Lost')
+    )
+    JOIN followed USING (content, number)
+    WHERE age <= times
     GROUP BY deployment, error_type
 """
+"""Failed attempts that another followed within the session: of the nth ones, as many as there are of number n + 1."""
 
 
 async def _counts(stores: Sequence[Store], sql: str) -> dict[str, int]:

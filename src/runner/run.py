@@ -376,6 +376,8 @@ class Run:
                 self.stop(reason)
 
     async def _settle(self, asked: Sequence[Claimed], settled: Settled) -> None:
+        if settled.trace.retries:
+            self._meter.retried()
         if isinstance(settled.result, ItemError):
             await self._failed(asked, settled.trace, settled.result)
         else:
@@ -431,15 +433,14 @@ class Run:
 
     async def _note_attempt(self, keys: Sequence[Key], attempt: Attempt) -> None:
         """Enter one that failed, and that another follows, now or when the run goes on."""
-        self._meter.retried()
+        if attempt.number > 1:
+            self._meter.retried()
         await self._store.note_attempts(keys, attempt)
 
     async def _keep_ledger(self) -> None:
         """Enter what ended without an outcome: cancelled requests, and failures that were not the row's."""
         if self._suspects and self.stop.reason is None and not self._any_answer:
             self._give_up(*self._suspects[0][1:])
-        called_off = [flight for flight in self._flights.values() if not flight.trace.on_the_wire]
-        self._meter.retried(-sum(bool(flight.trace.failures) for flight in called_off))
         with suppress(StoreError):
             if self.stop.reason is None:
                 await self._clear_suspects()

@@ -90,6 +90,7 @@ async def summarize_shards(shards: Shards, stores: Sequence[Store]) -> dict[str,
     return summary | {
         "reused": sum(each.get("reused", 0) for each in known),
         "stopped": reasons[0] if reasons else Interrupted.reason if shards.unfinished else None,
+        "why": next((each["why"] for each in known if each.get("why")), None),
         "shards": {"count": shards.count, "unfinished": shards.unfinished},
     }
 

@@ -281,7 +281,8 @@ def _conclude(
         "levels": [facts.as_json() for facts in levels],
         "recommendation": verdict and verdict.as_json(),
     }
-    summary = {**_summary(levels, verdict), "stopped": reason.reason if reason else None, "bench": bench}
+    ended = {"stopped": reason.reason if reason else None, "why": str(reason) if reason else None}
+    summary = {**_summary(levels, verdict), **ended, "bench": bench}
     with suppress(OSError):
         settings = {**asdict(config.bench), "model": config.model}
         replace_file(folder / "bench.json", orjson.dumps({**bench, "settings": settings}, option=orjson.OPT_INDENT_2))
