@@ -191,6 +191,30 @@ async def test_with_a_bound_on_the_answers_a_budget_is_never_exceeded(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("limit", "sent"),
+    [
+        (BudgetConfig(usd=1e-4), 0),
+        (BudgetConfig(usd=1.5e-4), 1),
+        (BudgetConfig(tokens=100), 0),
+        (BudgetConfig(tokens=130), 1),
+    ],
+)
+@virtual_time
+async def test_nothing_is_sent_where_a_prompt_alone_takes_more_than_the_budget(
+    tmp_path: Path, limit: BudgetConfig, sent: int
+) -> None:
+    provider = Provider(0)
+    request = GenerationRequest(input="How long is the coast? " * 20)  # some 115 tokens
+    budget = Budget(priced(budget=limit), tmp_path / "run")
+    async with opened(budget):
+        client = budget.around("m", provider)
+        *_, ended = await asyncio.gather(*(client.send(request) for _ in range(2)), return_exceptions=True)
+    assert len(provider.costs) == sent
+    assert isinstance(ended, BudgetExhausted)
+    assert ("taken, and one request takes about" in str(ended)) is (sent == 0)
+
+
+@pytest.mark.parametrize(
     ("taken", "said"), [(0.0, "=1 has room for 10"), (0.2, "=1, $0.2000 of it taken by now, has room for 8")]
 )
 def test_requests_that_wait_for_room_are_told_of_with_what_one_may_take(

@@ -33,6 +33,11 @@ def test_a_ceiling_holds_the_prompts_bytes_and_the_longest_answer() -> None:
     assert 2_000 * PROMPT_USD + 100 * COMPLETION_USD <= ceiling <= 2_500 * PROMPT_USD + 100 * COMPLETION_USD
 
 
+def test_a_prompt_is_taken_to_have_a_token_for_four_bytes() -> None:
+    about = Ceiling(BASE).of_prompt("four" * 1_000)
+    assert about == {"usd": pytest.approx(1_000 * PROMPT_USD), "tokens": 1_000}
+
+
 @given(
     text=st.text(),
     max_tokens=st.integers(1, 500),

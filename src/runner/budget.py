@@ -121,8 +121,11 @@ class Budget:
         taken = self._purse.taken
         return {name: max(0.0, limit - getattr(taken, name)) for name, limit in self._purse.limits.items()}
 
-    async def reserve(self, most: Amounts) -> Reservation:
+    async def reserve(self, most: Amounts, *, prompt: Amounts = NOTHING) -> Reservation:
         """Room for a request that takes ``most`` at most, first come first served.
+
+        Args:
+            prompt: What it takes without an answer, about: what is expected of it before there are answers.
 
         Raises:
             BudgetExhausted: There is none, and nothing more comes back.
@@ -130,11 +133,11 @@ class Budget:
         async with self._turn:
             while self._ended is None:
                 self._changed.clear()
-                match self._purse.reserve(most, self._expected(most)):
+                match self._purse.reserve(most, expected := self._expected(most, prompt)):
                     case Reservation() as reservation:
                         return reservation
                     case Refusal.used_up:
-                        self._ended = self._exhausted(most)
+                        self._ended = self._exhausted(most, expected)
                     case Refusal.not_now:
                         self._warn(most)
                         await self._change()
@@ -147,11 +150,11 @@ class Budget:
         self._purse.settle(reservation, taken)
         self._changed.set()
 
-    def _expected(self, most: Amounts) -> Amounts:
-        """What a request takes, by the last ones; nothing before the first."""
-        answers = max(1, len(self._recent))
-        usd = sum(each.usd for each in self._recent) / answers
-        tokens = sum(each.tokens for each in self._recent) / answers
+    def _expected(self, most: Amounts, prompt: Amounts) -> Amounts:
+        """What a request takes, by the last ones; before the first, what its prompt does."""
+        known = self._recent or [prompt]
+        usd = sum(each.usd for each in known) / len(known)
+        tokens = sum(each.tokens for each in known) / len(known)
         return Amounts(usd=min(usd, most.usd), tokens=min(tokens, most.tokens), requests=most.requests)
 
     async def _change(self) -> None:
@@ -173,17 +176,19 @@ class Budget:
                 end(SystemicError(str(error)))
                 return
             if self._purse.late:
-                self._ended = self._exhausted(NOTHING)
+                self._ended = self._exhausted(NOTHING, NOTHING)
                 self._changed.set()
                 end(self._ended)
 
-    def _exhausted(self, most: Amounts) -> BudgetExhausted:
+    def _exhausted(self, most: Amounts, expected: Amounts) -> BudgetExhausted:
         taken = self._purse.taken
         name = (taken + most).beyond(self._purse.limits) or next(iter(self._purse.limits))
         limit, spent, of_next = self._purse.limits[name], getattr(taken, name), getattr(most, name)
         so_far = f"budget.{name}={figures.plain(limit)}: {shown(name, spent)} taken{self._taken_by}"
         if not of_next or spent >= limit:
             return BudgetExhausted(f"{so_far}, the budget is used up")
+        if (least := getattr(expected, name)) > limit:
+            return BudgetExhausted(f"{so_far}, and one request takes about {shown(name, least)}, if not more")
         return BudgetExhausted(f"{so_far}, what is left has no room for another request")
 
     @property
@@ -240,7 +245,7 @@ class Budgeted:
 
     async def send(self, request: Request) -> Response:
         queued = time.perf_counter()
-        reservation = await self._budget.reserve(self._most(request))
+        reservation = await self._budget.reserve(self._most(request), prompt=self._of_prompt(request))
         request.trace.queue_wait_s += time.perf_counter() - queued
         kept = keeps_slot.set(True)  # those who wait for what it holds may have all the others
         try:
@@ -257,16 +262,21 @@ class Budgeted:
         await self._client.aclose()
 
     def _most(self, request: Request) -> Amounts:
-        asked: Any
-        match request:
-            case GenerationRequest(input=asked):
-                pass
-            case EmbeddingRequest(texts=asked):
-                asked = list(asked)
-            case _:
-                return Amounts(usd=math.inf, tokens=math.inf, requests=1)
+        asked = _asked(request)
         usd, tokens = self._ceiling.usd(asked), self._ceiling.tokens(asked)
         return Amounts(usd=math.inf if usd is None else usd, tokens=math.inf if tokens is None else tokens, requests=1)
+
+    def _of_prompt(self, request: Request) -> Amounts:
+        return Amounts(**self._ceiling.of_prompt(_asked(request)))
+
+
+def _asked(request: Request) -> Any:
+    match request:
+        case GenerationRequest(input=asked):
+            return asked
+        case EmbeddingRequest(texts=texts):
+            return list(texts)
+    return request  # of a recording nothing is known
 
 
 def _taken_by(request: Request, response: Response, reservation: Reservation) -> Amounts:

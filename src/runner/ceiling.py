@@ -20,6 +20,9 @@ from runner.types import OUTPUT_LIMITS, TokenPrice
 TEMPLATE_TOKENS = 256
 """What a provider's template adds to a prompt, generously: roles, a date, a line about the model."""
 
+_BYTES_PER_TOKEN = 4
+"""Of English text, about: https://help.openai.com/en/articles/4936856."""
+
 _PREAMBLE_TOKENS = 1024
 """What it adds where there are tools, generously: Anthropic's preamble has up to 530."""
 
@@ -58,6 +61,14 @@ class Ceiling:
             return None
         prompt_bytes = len(dump_json(asked))
         return max(each.prompt_tokens + prompt_bytes + each.output_tokens for each in self._bounds)
+
+    def of_prompt(self, asked: Any) -> Mapping[str, float]:
+        """About what the prompt alone takes, a token for four bytes, by the names `usd` and `tokens`; none: nothing."""
+        if not self._bounds or not _is_text(asked):
+            return {"usd": 0.0, "tokens": 0.0}
+        tokens = len(dump_json(asked)) // _BYTES_PER_TOKEN
+        prices = [each.price.prompt for each in self._bounds if each.price is not None]
+        return {"usd": tokens * min(prices, default=0.0), "tokens": float(tokens)}
 
     def of_answer(self) -> Mapping[str, float]:
         """The part of `usd` and `tokens` that is the longest answer's, by these names, where there is a ceiling."""
