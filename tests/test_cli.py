@@ -189,6 +189,7 @@ ROWS = ("dataset=jsonl", "dataset.path=rows.jsonl")
 BAD_INPUT = {
     "a missing file": (["dataset=jsonl", "dataset.path=row.jsonl", "prompt=x"], "'rows.jsonl'"),
     "no path": (["dataset=jsonl", "prompt=x"], "dataset.path must be set"),
+    "a section that is null": (["prompt=x", "scorers=null"], "'~scorers' leaves it out, and in a file its keys are"),
     "no name": (["prompt=x", "name=null"], "name=null: it cannot be null"),
     "no scorer": (["prompt=x", "scorers.a.kind=number", "scorers.a=null"], "'~scorers.a' leaves it out"),
     "no JSONL": (["dataset=jsonl", "dataset.path=notes.txt", "prompt=x"], "notes.txt:1: no JSONL"),

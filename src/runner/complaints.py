@@ -129,7 +129,8 @@ def _no_value(found: re.Match[str]) -> str:
     """``scorers.accuracy=null``: nothing, where something belongs."""
     key = found[1]
     is_users = key.partition(".")[0] in ("scorers", "deployments", "request")
-    return f"{key}=null: it cannot be null" + (f"; '~{key}' leaves it out" if is_users else "")
+    way_out = f"; '~{key}' leaves it out" + (", and in a file its keys are indented below it" if "." not in key else "")
+    return f"{key}=null: it cannot be null" + (way_out if is_users else "")
 
 
 def _no_section(found: re.Match[str]) -> str:
