@@ -51,6 +51,13 @@ def test_a_doubling_axis_spaces_doublings_evenly() -> None:
     assert len(steps) == 1
 
 
+def test_the_axis_of_small_sums_is_written_without_exponents() -> None:
+    figure = drawn(draw(bars([Bar(name="a", value=7.8e-05, text="$0.000078")])))
+
+    ticks = [text.text for text in figure.iter("text") if text.attrib["class"] == "tick"]
+    assert ticks == ["0", "0.00002", "0.00004", "0.00006", "0.00008"]
+
+
 def test_nothing_is_drawn_of_nothing() -> None:
     assert draw(line([])) == ""
     assert draw(bars([])) == ""

@@ -125,7 +125,11 @@ def _grid(across: _Axis, up: _Axis) -> Iterator[str]:
 
 
 def _tick(value: float) -> str:
-    return short(value) if abs(value) >= 1000 else f"{round(value, 12):g}"
+    """A tick's label, without an exponent where its digits have room."""
+    if abs(value) >= 1000:
+        return short(value)
+    plain = f"{value:.12f}".rstrip("0").rstrip(".")
+    return plain if len(plain) <= 9 else f"{round(value, 12):g}"
 
 
 def _titles(x: str, y: str) -> Iterator[str]:
