@@ -552,7 +552,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(command: Command
 
     assert full.returncode == 4, full.stderr
     assert f"is the disk of {command.run()} full" in full.stderr
-    assert "The same command goes on from here." in full.stderr
+    assert "Once that is mended, the same command goes on from here." in full.stderr
     assert "Traceback" not in full.stderr
     assert done.returncode == 0
     assert 0 < read_summary(command.run())["reused"] < 600
@@ -1141,7 +1141,7 @@ async def test_a_wrong_key_is_told_once_with_the_variable_it_comes_from(command:
     assert set(re.findall(r"retries +(\d+)", done.out + done.err)) == {"0"}
     assert done.err.count("HTTP 401") == 1
     assert "Set the key in HOSTED_VLLM_API_KEY." in done.err
-    assert done.err.endswith("The same command goes on from here.\n")
+    assert done.err.endswith("Once that is mended, the same command goes on from here.\n")
 
 
 HEAVY = {"litellm", "wandb", "aiohttp", "rich", "jinja2", "openai", "pandas", "numpy", "runner.experiment"}
@@ -1229,6 +1229,10 @@ def test_a_multirun_sweeps_over_quoted_texts() -> None:
         '["Sort: {{ text }}","Label: {{ text }}"]',
         '["Sort: {{ text }}", "Label: {{ text }}"]',
         '"Sort: {{ text }}",Label: {{ text }}',
+        "One,{{ text }},Two {{text}}",
+        "Label it,please: {{ text }},Sort it: {{ text }}",
+        "Delivery,billing or account? {{ text }},Which is it: {{ text }}",
+        "{{ text }}: billing,delivery,which?,{{ text }}: one or two?",
     ],
 )
 def test_a_text_that_reads_like_several_is_refused_with_both_ways_out(text: str, multirun: bool) -> None:
@@ -1286,6 +1290,9 @@ def test_several_texts_without_a_multirun_are_refused(text: str) -> None:
         "[{{ a }} and more, {{ b }} and more]",
         "{{ text }}: Label it billing,delivery,account",
         "{{ labels|join(',') }}: which of them is {{ text }}?",
+        "Of billing,delivery,account: {{ text }}",
+        "Row: {{ a }},{{ b }},{{ c }} of a table",
+        "{% if a %}A{% endif %},{{ b }} {% if c %}C{% endif %},{{ d }} and so on",
         "{% if a %}A,{{ a }} {% endif %}{# of one,{{ b }} #}is {{ c }}",
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import chain, pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -232,14 +234,42 @@ def _require_one_text(key: str, value: str, *, multirun: bool) -> None:
     """Refuse a text that was to be several: all rows would be asked with all of them at once."""
     if not multirun and _SEVERAL_TEXTS.fullmatch(value):
         raise _no_sweep(value)
-    separator = _AFTER_A_LISTED_TEXT if value.startswith("[") else _AFTER_A_TEXT
-    texts = separator.split(_TEMPLATE.sub(r"\1", value))
-    if len(texts) > 1 and all("{{" in text and re.search(r"\w", text) for text in texts):
+    if (count := _texts_in(value)) > 1:
         raise ConfigError(
-            f"{key} reads like {len(texts)} texts. To compare them, put quotes around each:"
+            f"{key} reads like {count} texts. To compare them, put quotes around each:"
             f""" -m '{key}="Sort: {{{{ text }}}}","Label: {{{{ text }}}}"'. If it is one, around the whole:"""
             f""" '{key}="…"'"""
         )
+
+
+def _texts_in(value: str) -> int:
+    """How many texts with templates one value reads like.
+
+    A text has words and a template. It ends at a comma without a space after it; where that leaves pieces which are no
+    text of their own (``One,{{ text }},Two {{ text }}``), only if both sides ask for the same.
+    """
+    separator = _AFTER_A_LISTED_TEXT if value.startswith("[") else _AFTER_A_TEXT
+    blank = _TEMPLATE.sub(lambda found: "{" * len(found[0]), value)
+    cuts = [found.span() for found in separator.finditer(blank)]
+    pieces = [value[start:end] for (_, start), (end, _) in pairwise([(0, 0), *cuts, (len(value), 0)])]
+    texts = [""]
+    for piece in pieces:
+        if _is_text(texts[-1]):
+            texts.append("")
+        texts[-1] += f",{piece}"
+    if not _is_text(texts[-1]):
+        texts.pop()
+    shared = max(Counter(chain.from_iterable(map(_asked, texts))).values(), default=0) > 1
+    return len(texts) if shared or len(texts) == len(pieces) else 1
+
+
+def _is_text(text: str) -> bool:
+    return bool(_asked(text) and re.search(r"\w", _TEMPLATE.sub("", text)))
+
+
+def _asked(text: str) -> set[str]:
+    """What a text's templates ask for."""
+    return {found[0].replace(" ", "") for found in _TEMPLATE.finditer(text) if found[1] == "{{"}
 
 
 def _no_sweep(value: str) -> ConfigError:

@@ -47,6 +47,7 @@ from runner.errors import (
     BAD_CONFIG,
     FINISHED,
     SOME_FAILED,
+    STOPPED,
     BudgetExhausted,
     ConfigError,
     Interrupted,
@@ -385,9 +386,11 @@ def _say_why(report: Report, config: RunnerConfig) -> None:
         "retry_failed=true": has_failed and not is_data and not config.retry_failed,
         "a larger budget": _is_spent(report),
     }
-    needed = " and ".join(condition for condition, holds in conditions.items() if holds)
-    command = f"With {needed}, the same command" if needed else "The same command"
-    say(sys.stderr, f"{printable(report.message)}\n{command} {again}.")
+    before = ["once that is mended"] if report.exit_code == STOPPED and not _is_spent(report) else []
+    if needed := " and ".join(condition for condition, holds in conditions.items() if holds):
+        before.append(f"with {needed}")
+    said = ", ".join([*before, f"the same command {again}."])
+    say(sys.stderr, f"{printable(report.message)}\n{said[0].upper()}{said[1:]}")
 
 
 def _is_spent(report: Report) -> bool:
